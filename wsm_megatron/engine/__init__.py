@@ -1,0 +1,1 @@
+"""The merge itself: plan, run, publish, verify."""
