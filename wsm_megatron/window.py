@@ -1,0 +1,188 @@
+"""Which checkpoints of a run are merged, and at which positions they lie. Pure: no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One finished checkpoint of a run."""
+
+    iteration: int
+    """Training iteration, the number in ``iter_XXXXXXX``."""
+    tokens: int | None = None
+    """Consumed samples x sequence length, or None where the checkpoint does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A selection of checkpoints. With nothing given: every checkpoint of the run.
+
+    Either ``iterations``, or an end (``to``) and at most one way to say how far back to go
+    (``from_``, ``last``, ``window_iterations``, ``window_tokens``); either may be thinned by
+    ``every``. Iterations that are named (``iterations``, ``from_``, ``to``) must be checkpoints of
+    the run: a missing one would move an end of the window without a word.
+
+    Raises ``ValueError``, naming the flags, for contradictions and numbers out of range.
+    """
+
+    iterations: tuple[int, ...] | None = None
+    """``--iterations``: exactly these."""
+    from_: int | None = None
+    """``--from``: the oldest, included."""
+    to: int | None = None
+    """``--to``: the newest, included. Default: the newest of the run."""
+    last: int | None = None
+    """``--last``: the number of checkpoints up to ``to``, before ``every`` thins them."""
+    window_iterations: int | None = None
+    """``--window-iterations``: those at ``to - window_iterations`` or later. The checkpoint at the
+    very start of the window is theta_0, from which the decay begins, and belongs to it."""
+    window_tokens: int | None = None
+    """``--window-tokens``: the same in tokens."""
+    every: int | None = None
+    """``--every``: of those selected, the ones that lie a multiple of so many iterations before
+    the newest selected."""
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        if self.iterations is not None:
+            self._check_iterations(self.iterations)
+        if len(back := self._given("from_", "last", "window_iterations", "window_tokens")) > 1:
+            raise ValueError(f"{' and '.join(back)} contradict each other: give one")
+        if self.from_ is not None and self.to is not None and self.from_ >= self.to:
+            raise ValueError(f"--from {self.from_} must be before --to {self.to}")
+        if self.last == 1:
+            raise ValueError("--last 1: a merge needs at least two checkpoints")
+
+    def _check_numbers(self) -> None:
+        for name in ("from_", "to"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{_FLAGS[name]} must not be negative, not {value}")
+        for name in ("last", "window_iterations", "window_tokens", "every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{_FLAGS[name]} must be at least 1, not {value}")
+
+    def _check_iterations(self, iterations: tuple[int, ...]) -> None:
+        if others := self._given("from_", "to", "last", "window_iterations", "window_tokens"):
+            raise ValueError(f"--iterations and {' and '.join(others)} contradict each other")
+        if len(iterations) < 2:
+            raise ValueError("--iterations: a merge needs at least two checkpoints")
+        if repeated := sorted({i for i in iterations if iterations.count(i) > 1}):
+            raise ValueError(f"--iterations names {_join(repeated)} more than once")
+
+    def _given(self, *names: str) -> list[str]:
+        return [_FLAGS[name] for name in names if getattr(self, name) is not None]
+
+
+_FLAGS = {
+    "from_": "--from",
+    "to": "--to",
+    "last": "--last",
+    "window_iterations": "--window-iterations",
+    "window_tokens": "--window-tokens",
+    "every": "--every",
+}
+_LISTED = 40  # more checkpoints than that are not all listed in a message
+
+
+def select(available: Sequence[Checkpoint], window: Window) -> tuple[Checkpoint, ...]:
+    """The checkpoints of ``window`` among ``available`` (any order), oldest first.
+
+    Raises ``ValueError`` for a named iteration that is not there, for fewer than two checkpoints,
+    and for ``--window-tokens`` over a checkpoint whose tokens are unknown.
+    """
+    run = sorted(available, key=lambda c: c.iteration)
+    assert all(a.iteration < b.iteration for a, b in pairwise(run)), "an iteration twice in a run"
+    if not run:
+        raise ValueError("the run has no finished checkpoint")
+    selected = _thin(_unthinned(run, window), window.every)
+    if len(selected) < 2:
+        only = (
+            f"only {_join(c.iteration for c in selected)} selected" if selected else "none selected"
+        )
+        raise ValueError(f"a merge needs at least two checkpoints: {only}; {_existing(run)}")
+    return tuple(selected)
+
+
+def positions(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[int, ...], str]:
+    """Positions of checkpoints (oldest first) for the decay, and their unit.
+
+    ``"tokens"`` where every checkpoint says its tokens and they strictly increase, otherwise
+    ``"iterations"``: never a mixture.
+    """
+    tokens = tuple(c.tokens for c in checkpoints if c.tokens is not None)
+    if len(tokens) == len(checkpoints) and all(a < b for a, b in pairwise(tokens)):
+        return tokens, "tokens"
+    return tuple(c.iteration for c in checkpoints), "iterations"
+
+
+def _unthinned(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
+    if window.iterations is not None:
+        return [_find(run, i, "--iterations") for i in sorted(window.iterations)]
+    end = run[-1] if window.to is None else _find(run, window.to, "--to")
+    run = [c for c in run if c.iteration <= end.iteration]
+    if window.from_ is not None:
+        start = _find(run, window.from_, "--from")
+        return [c for c in run if c.iteration >= start.iteration]
+    if window.last is not None:
+        return _last(run, window.last)
+    if window.window_iterations is not None:
+        return _back(run, window.window_iterations, lambda c: c.iteration)
+    if window.window_tokens is not None:
+        return _back(run, window.window_tokens, _tokens)
+    return run
+
+
+def _last(run: list[Checkpoint], number: int) -> list[Checkpoint]:
+    if number > len(run):
+        raise ValueError(f"--last {number}: {_existing(run)} up to there")
+    return run[-number:]
+
+
+def _back(
+    run: list[Checkpoint], length: int, position: Callable[[Checkpoint], int]
+) -> list[Checkpoint]:
+    """From the newest backwards, until one lies more than ``length`` before it."""
+    start = position(run[-1]) - length
+    selected: list[Checkpoint] = []
+    for checkpoint in reversed(run):
+        if position(checkpoint) < start:
+            break
+        selected.insert(0, checkpoint)
+    return selected
+
+
+def _thin(selected: list[Checkpoint], every: int | None) -> list[Checkpoint]:
+    if every is None:
+        return selected
+    return [c for c in selected if (selected[-1].iteration - c.iteration) % every == 0]
+
+
+def _find(run: list[Checkpoint], iteration: int, flag: str) -> Checkpoint:
+    for checkpoint in run:
+        if checkpoint.iteration == iteration:
+            return checkpoint
+    raise ValueError(f"{flag}: no finished checkpoint of iteration {iteration}; {_existing(run)}")
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
+    if checkpoint.tokens is None:
+        raise ValueError(
+            f"--window-tokens: checkpoint of iteration {checkpoint.iteration} does not say how "
+            "many tokens it has seen; use --window-iterations"
+        )
+    return checkpoint.tokens
+
+
+def _existing(run: Sequence[Checkpoint]) -> str:
+    listed = [str(c.iteration) for c in run]
+    if len(run) > _LISTED:
+        listed[_LISTED // 2 : -_LISTED // 2] = ["..."]
+    return f"the run has {', '.join(listed)}"
+
+
+def _join(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
