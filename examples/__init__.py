@@ -1,0 +1,1 @@
+"""Runnable examples; each folder says how to start it."""
