@@ -1,0 +1,149 @@
+"""What becomes of the classes that a pickle refers to: real, inert, or refused.
+
+Megatron's common state holds instances of Megatron's own classes (enums in ``args``, mostly). Here
+such a class is a :class:`Reference`, its name and nothing else, and an instance an :class:`Inert`:
+what the pickle would have called, recorded instead. Nothing is imported or called for either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import collections
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._utils
+
+_KNOWN_PACKAGES = {"apex", "megatron", "modelopt", "torch", "transformer_engine"}
+_BUILTINS = {
+    *("bool", "bytearray", "complex", "dict", "float", "int"),
+    *("list", "range", "slice", "str", "tuple"),
+}
+_KNOWN_NAMES = {
+    "_io": {"BytesIO"},
+    "__builtin__": _BUILTINS | {"long", "unicode", "xrange"},
+    "builtins": _BUILTINS,
+    "collections": {"Counter", "defaultdict", "deque"},
+    "datetime": {"date", "datetime", "timedelta", "timezone"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+    "signal": {"Signals"},
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The name of a class or function, as a pickle gives it. Nothing was imported for it."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass
+class Inert:
+    """An object of a :class:`Reference`: the call that would make it, and its state.
+
+    Attributes:
+        reference: what a real unpickler would call.
+        args: with which arguments.
+        new: whether through ``reference.__new__`` (pickle's NEWOBJ) or as a call (REDUCE).
+        state: what would be given to ``__setstate__`` or ``__dict__``; None for nothing.
+        items: what would be appended to it, for list-likes.
+        pairs: what would be set in it, for dict-likes.
+    """
+
+    reference: Reference
+    args: tuple[Any, ...]
+    new: bool = False
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def __hash__(self) -> int:  # enum members are dict keys
+        return hash(self.reference)
+
+    # What the unpickler does to list-likes and dict-likes.
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def extend(self, items: Iterable[Any]) -> None:
+        self.items.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.pairs.append((key, value))
+
+
+def _empty_bytes() -> bytes:
+    return b""
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes, as pickle protocol 2 spells them: ``_codecs.encode(text, "latin1")``."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _is_storage_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.storage._LegacyStorage)
+
+
+REAL: dict[Reference, Any] = {
+    Reference("argparse", "Namespace"): argparse.Namespace,
+    Reference("types", "SimpleNamespace"): types.SimpleNamespace,
+    Reference("collections", "OrderedDict"): collections.OrderedDict,
+    Reference("__builtin__", "set"): set,
+    Reference("__builtin__", "frozenset"): frozenset,
+    Reference("__builtin__", "bytes"): bytes,
+    Reference("_codecs", "encode"): codecs.encode,
+    Reference("torch", "Size"): torch.Size,
+    Reference("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    Reference("torch.storage", "UntypedStorage"): torch.UntypedStorage,
+    **{
+        Reference("torch", n): v
+        for n, v in vars(torch).items()
+        if isinstance(v, torch.dtype) or _is_storage_class(v)
+    },
+}
+"""What a pickle gets for real, by the names of protocol 2 (Python 2's, for builtins)."""
+
+NAMES = {value: reference for reference, value in reversed(REAL.items())} | {
+    v: Reference("torch", str(v).removeprefix("torch."))
+    for v in REAL.values()
+    if isinstance(v, torch.dtype)  # which have aliases: torch.float is torch.float32
+}
+"""The reference under which each of :data:`REAL` is written."""
+
+CALLED: dict[Any, Callable[..., Any]] = {
+    types.SimpleNamespace: types.SimpleNamespace,
+    collections.OrderedDict: collections.OrderedDict,
+    set: set,
+    frozenset: frozenset,
+    bytes: _empty_bytes,
+    codecs.encode: _latin1,
+    torch.Size: torch.Size,
+    torch._utils._rebuild_tensor_v2: torch._utils._rebuild_tensor_v2,
+}
+"""What a pickle may call, and what is called for it."""
+
+
+def is_known(reference: Reference) -> bool:
+    """Whether a reference may pass through inert: a class or function of a known package."""
+    parts = [*reference.module.split("."), *reference.name.split(".")]
+    if not all(part.isidentifier() and part.isascii() for part in parts):
+        return False
+    # A dotted name may be a nested class; through anything else it could walk into other modules.
+    if not all(part.lstrip("_")[:1].isupper() for part in reference.name.split(".")[:-1]):
+        return False
+    known = _KNOWN_NAMES.get(reference.module, set())
+    return reference.name in known or reference.module.partition(".")[0] in _KNOWN_PACKAGES
