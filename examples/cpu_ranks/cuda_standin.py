@@ -37,7 +37,8 @@ def install() -> None:
 
 def _switch_off_compile() -> None:
     """Nothing here is worth compiling."""
-    torch.compile = lambda model=None, **kwargs: model if model is not None else lambda fn: fn
+    namespace: Any = torch
+    namespace.compile = lambda model=None, **kwargs: model if model is not None else lambda fn: fn
 
 
 class _DeviceToCpu(TorchFunctionMode):
@@ -77,7 +78,7 @@ def _nothing() -> Callable[..., None]:
 
 
 def _replace_device_functions() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.current_device = lambda: _CPU  # not 0: _DeviceToCpu is off inside backward passes
     cuda.device_count = lambda: 1
@@ -101,7 +102,7 @@ class _Stream:
 
 
 def _replace_streams() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = lambda *args: _Stream()
     cuda.default_stream = lambda *args: _Stream()
@@ -112,20 +113,22 @@ def _replace_streams() -> None:
 
 def _replace_rng() -> None:
     """The "CUDA" generator is the CPU's default generator."""
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
-    torch._C._cuda_setRNGState = torch.set_rng_state  # megatron-core's own way around set_rng_state
+    bindings: Any = torch._C
+    bindings._cuda_setRNGState = torch.set_rng_state  # megatron-core's own way around set_rng_state
 
 
 def _replace_optional_modules() -> None:
     from examples.cpu_ranks import fused_adam
 
-    fused_adam.FusedSGD = torch.optim.SGD  # imported together with FusedAdam
     # NVIDIA's Apex; `import apex` itself still fails, so no other part of it is looked for.
     sys.modules["apex.optimizers"] = fused_adam
-    kernels = types.ModuleType("megatron.core.transformer.custom_layers.batch_invariant_kernels")
+    kernels: Any = types.ModuleType(
+        "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+    )
     kernels.is_batch_invariant_mode_enabled = lambda: False
     sys.modules[kernels.__name__] = kernels  # imports triton, which a CPU build of torch lacks
