@@ -1,0 +1,18 @@
+"""Builds the optional C extension; everything else about the package is in pyproject.toml.
+
+``optional=True``: without a compiler the package still installs and uses its torch-only path.
+"""
+
+from setuptools import Extension, setup
+
+weighted_sum = Extension(
+    "wsm_megatron.kernels._weighted_sum",
+    sources=["wsm_megatron/kernels/_weighted_sum.c"],
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    # No -ffast-math and no contraction: every product and every sum must be rounded.
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-trapping-math"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(ext_modules=[weighted_sum], options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -1,0 +1,127 @@
+"""Weighted sums of tensors with one rounding: the arithmetic of every merge, offline and in training.
+
+Three paths give the same bits: ``native`` (the compiled extension, CPU), ``triton`` (CUDA) and ``eager``
+(torch operations, wherever the others are not available).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from wsm_megatron.kernels import reference
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_Path = Callable[[Sequence[Tensor], Sequence[Sequence[float]], Sequence[Tensor]], bool]
+
+
+def weighted_sum(
+    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
+) -> bool:
+    """Writes ``outputs[k][e] = round(c[k][0] * x[0][e] + c[k][1] * x[1][e] + ...)`` for every k and e.
+
+    Each product and each sum is rounded in float64, in the order of the sources, starting from the first
+    product and without fused multiply-add; the result is rounded once, to nearest even, to the output's dtype.
+    The bits do not depend on the path, the device, or how a tensor is cut into calls. Only the bits of a NaN do.
+
+    On a CPU the call works on the calling thread alone and releases the GIL, so callers may share out tensors
+    over threads. On CUDA it uses the current stream and waits for the result. Each rank calls it for itself.
+
+    Args:
+        sources: n one-dimensional contiguous tensors of one size on one device, any mix of bfloat16, float16,
+            float32 and float64. n >= 1.
+        coefficients: m rows of n finite numbers.
+        outputs: m tensors of the same size and device, of any of these dtypes, that share no memory with a
+            source. m >= 1. More outputs cost arithmetic but read the sources once.
+
+    Returns:
+        True when every value written is finite.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    _check(sources, coefficients, outputs)
+    if outputs[0].numel() == 0:
+        return True
+    path, _ = _path(outputs[0].device.type)
+    return path(sources, coefficients, outputs)
+
+
+def backend(device: torch.device | str) -> str:
+    """The path :func:`weighted_sum` takes for tensors on ``device``, and why: ``"native: ..."``,
+    ``"triton: ..."`` or ``"eager: ..."``."""
+    return _path(torch.device(device).type)[1]
+
+
+@cache
+def _path(device_type: str) -> tuple[_Path, str]:
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"weighted_sum works on cpu and cuda tensors, not on {device_type}")
+    path, reason = _native() if device_type == "cpu" else _triton()
+    logger.info("weighted_sum on %s: %s", device_type, reason)
+    return path, reason
+
+
+def _native() -> tuple[_Path, str]:
+    try:
+        from wsm_megatron.kernels import native
+    except ImportError as error:
+        return reference.weighted_sum, f"eager: the C extension was not built ({error})"
+    return native.weighted_sum, "native: the compiled C extension"
+
+
+def _triton() -> tuple[_Path, str]:
+    return reference.weighted_sum, "eager: no Triton"
+
+
+def _check(
+    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
+) -> None:
+    if not sources or not outputs:
+        raise ValueError("weighted_sum needs at least one source and one output")
+    if len(coefficients) != len(outputs):
+        raise ValueError(f"{len(coefficients)} rows of coefficients for {len(outputs)} outputs")
+    for k, row in enumerate(coefficients):
+        if len(row) != len(sources):
+            raise ValueError(f"row {k} has {len(row)} coefficients for {len(sources)} sources")
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"row {k} has a coefficient that is not finite: {list(row)}")
+    numel, device = outputs[0].numel(), outputs[0].device
+    for kind, tensors in (("source", sources), ("output", outputs)):
+        for i, tensor in enumerate(tensors):
+            _check_tensor(f"{kind} {i}", tensor, numel, device)
+    _check_overlap(sources, outputs)
+
+
+def _check_tensor(name: str, tensor: Tensor, numel: int, device: torch.device) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}"
+        )
+    if tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be one-dimensional and contiguous, has shape {tuple(tensor.shape)}"
+        )
+    if tensor.numel() != numel:
+        raise ValueError(f"{name} has {tensor.numel()} elements, output 0 has {numel}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, output 0 on {device}")
+
+
+def _check_overlap(sources: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*outputs, *sources)]
+    for k in range(len(outputs)):
+        for other, (start, stop) in enumerate(spans):
+            if other != k and start < spans[k][1] and spans[k][0] < stop:
+                what = (
+                    f"output {other}" if other < len(outputs) else f"source {other - len(outputs)}"
+                )
+                raise ValueError(f"output {k} and {what} share memory")

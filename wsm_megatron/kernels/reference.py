@@ -1,0 +1,59 @@
+"""The weighted sum in plain torch operations, block by block: needs no compiler, runs on any device with
+float64, and is what the faster paths must agree with, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Elements of a block. On a CPU the float64 accumulator and the scratch (128 KiB each) stay in an L2 cache,
+#: and torch runs blocks of this size on the calling thread alone.
+CPU_BLOCK = 1 << 14
+CUDA_BLOCK = 1 << 24
+
+
+@torch.no_grad()
+def weighted_sum(
+    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
+) -> bool:
+    """See :func:`wsm_megatron.kernels.weighted_sum`; arguments are taken as checked."""
+    numel, device = outputs[0].numel(), outputs[0].device
+    block = CPU_BLOCK if device.type == "cpu" else CUDA_BLOCK
+    acc, term = torch.empty(2, min(block, numel), dtype=torch.float64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for first in range(0, numel, block):
+        part = slice(first, min(first + block, numel))
+        size = part.stop - part.start
+        for row, output in zip(coefficients, outputs, strict=True):
+            _sum_block([source[part] for source in sources], row, acc[:size], term[:size])
+            written = output[part].copy_(round_once(acc[:size], output.dtype))
+            finite &= written.isfinite().all()
+    return bool(finite)
+
+
+def _sum_block(sources: Sequence[Tensor], row: Sequence[float], acc: Tensor, term: Tensor) -> None:
+    acc.copy_(sources[0]).mul_(row[0])
+    for source, coefficient in zip(sources[1:], row[1:], strict=True):
+        acc.add_(term.copy_(source).mul_(coefficient))
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 ``values`` in ``dtype``, with a single rounding to nearest, ties to even.
+
+    torch converts float64 to bfloat16 and float16 through float32 and so may round twice. Here the step to
+    float32 rounds to odd instead: an inexact value becomes the neighbour whose last bit is 1, which keeps it off
+    every tie of the narrower format, so that the second conversion decides as if it saw the float64 value
+    (Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums", IEEE Trans. Computers, 2008).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    nearest = values.to(torch.float32)
+    back = nearest.to(torch.float64)
+    bits = nearest.view(torch.int32)
+    bits -= (
+        back.abs() > values.abs()
+    ).int()  # towards zero where the first rounding went away from it
+    bits |= (back != values).int()
+    return nearest.to(dtype)
