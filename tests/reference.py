@@ -1,0 +1,64 @@
+"""An independent merge to compare with: PyTorch's loader, numpy float64, rounding by distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+RUNS = Path(__file__).parent / "data" / "runs"
+
+
+def load_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, as ``torch.distributed.checkpoint`` loads it."""
+    reader = dcp.FileSystemReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.full(entry.size, 7, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def weighted_sum64(coefficients: Sequence[float], tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """Products and sums in float64, oldest first."""
+    total = None
+    for coefficient, tensor in zip(coefficients, tensors, strict=True):
+        product = np.float64(coefficient) * tensor.double().numpy()
+        total = product if total is None else total + product
+    assert total is not None
+    return total
+
+
+def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Float64 to ``dtype`` in one rounding, to nearest, ties to even."""
+    if dtype == torch.float32:
+        return torch.from_numpy(values.astype(np.float32))
+    if dtype == torch.float16:
+        return torch.from_numpy(values.astype(np.float16))  # numpy rounds float64 once
+    assert dtype == torch.bfloat16
+    # The two bfloat16 neighbours by cutting the float64's bits, then the nearer one.
+    bits = values.view(np.uint64)
+    below = bits & ~np.uint64((1 << 45) - 1)
+    above = below + np.uint64(1 << 45)
+    low, high = below.view(np.float64), above.view(np.float64)
+    to_low, to_high = np.abs(values - low), np.abs(high - values)
+    odd = (below >> np.uint64(45)) & np.uint64(1) == 1
+    up = (to_high < to_low) | ((to_high == to_low) & odd)
+    nearest = np.where(up, high, low)
+    tiny = np.abs(nearest) < 2.0**-126
+    assert not (tiny & (nearest != 0)).any(), "subnormal bfloat16: not covered by this reference"
+    return torch.from_numpy(nearest).to(torch.bfloat16)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return torch.equal(*as_bytes)

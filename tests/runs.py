@@ -1,0 +1,100 @@
+"""Small real runs for tests, and ways to change or damage copies of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.reference import RUNS, load_tensors
+from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.checkpoint.writer import CheckpointFile, Item, file_name, place, write_metadata
+
+DENSE = "mcore0.16-dense-dp2-noopt"
+FP32_PARAM = "mcore0.16-dense-tp2-fp32param"
+FLAT = "mcore0.16-dense-dp2-dp_reshardable"
+FULLY = "mcore0.16-dense-pp2-fully_reshardable"
+WRONG_MAINS = "mcore0.16-dense-dp2-fully_reshardable-wrongmains"
+MOE = "mcore0.16-moe-ep2-dp_reshardable"
+MAIN = "main-dense-dp2-dp_reshardable"
+ALL = (DENSE, FP32_PARAM, FLAT, FULLY, WRONG_MAINS, MOE, MAIN)
+WITH_OPTIMIZER = (FP32_PARAM, FLAT, FULLY, MOE, MAIN)
+ITERATIONS = (2, 4, 6, 8)
+
+
+def checkpoint(run: Path | str, iteration: int) -> Path:
+    return RUNS / run / f"iter_{iteration:07d}" if isinstance(run, str) else _path(run, iteration)
+
+
+def _path(run: Path, iteration: int) -> Path:
+    return run / f"iter_{iteration:07d}"
+
+
+def copy_run(name: str, to: Path) -> Path:
+    """A copy of a run that a test may change."""
+    shutil.copytree(RUNS / name, to)
+    return to
+
+
+def rewrite(
+    path: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    grid: Callable[[str, tuple[int, ...]], list[Box]] | None = None,
+    reverse: bool = False,
+) -> None:
+    """Write a checkpoint's tensors anew: other values, another grid of chunks, another order."""
+    layout, tensors = read_layout(path), load_tensors(path)
+    reader = CheckpointReader(layout)
+    blobs = {key: reader.read_object(entry) for key, entry in layout.objects.items()}
+    reader.close()
+    if change:
+        tensors = {key: change(key, tensor) for key, tensor in tensors.items()}
+    items = [Item(key, nbytes=len(blob)) for key, blob in blobs.items()]
+    for key, tensor in tensors.items():
+        boxes = [Box(c.offsets, c.sizes) for c in layout.tensors[key].chunks]
+        boxes = grid(key, tuple(tensor.shape)) if grid else boxes
+        items += [Item(key, box, tensor.dtype, tuple(tensor.shape)) for box in boxes]
+    if reverse:
+        items.reverse()
+    for old in path.glob("*.distcp"):
+        old.unlink()
+    (path / ".metadata").unlink()
+    placed = place(items, 0)
+    file = CheckpointFile(path / file_name(0))
+    for one in placed:
+        if one.item.box is None:
+            file.write_bytes(one, blobs[one.item.key])
+            continue
+        box = one.item.box
+        where = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
+        chunk = file.chunk(one)
+        chunk.append(tensors[one.item.key][where].contiguous().view(-1))
+        chunk.finish()
+    file.close()
+    write_metadata(path, placed, {})
+
+
+def split_axis(axis: int, parts: int) -> Callable[[str, tuple[int, ...]], list[Box]]:
+    """A grid that cuts every tensor into ``parts`` along one axis, as TP or PP would."""
+
+    def grid(key: str, shape: tuple[int, ...]) -> list[Box]:
+        along = min(axis, len(shape) - 1)
+        step = -(-shape[along] // parts)
+        boxes = []
+        for start in range(0, shape[along], step):
+            offsets, sizes = [0] * len(shape), list(shape)
+            offsets[along], sizes[along] = start, min(step, shape[along] - start)
+            boxes.append(Box(tuple(offsets), tuple(sizes)))
+        return boxes
+
+    return grid
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)

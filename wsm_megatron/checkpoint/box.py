@@ -1,0 +1,83 @@
+"""Boxes of a global tensor: the geometry of chunks. Pure; offsets and sizes in elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Box:
+    """An axis-aligned region of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.sizes)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common region; None where there is none."""
+        starts = tuple(map(max, self.offsets, other.offsets))
+        ends = tuple(
+            min(a + m, b + n)
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+
+    def within(self, outer: Box) -> Box:
+        """The same region, with offsets counted from ``outer``'s corner."""
+        offsets = tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True))
+        return Box(offsets, self.sizes)
+
+    def split(self, limit: int) -> Iterator[Box]:
+        """Cut into boxes of at most ``limit`` elements, in row-major order.
+
+        Laid end to end, the parts' elements are this box's elements in row-major order.
+        """
+        if self.numel <= limit or not self.sizes:
+            yield self
+            return
+        axis = next(i for i, size in enumerate(self.sizes) if size > 1)
+        step = max(1, limit // prod(self.sizes[axis + 1 :]))
+        for start in range(0, self.sizes[axis], step):
+            size = min(step, self.sizes[axis] - start)
+            part = Box(
+                _with(self.offsets, axis, self.offsets[axis] + start), self._resized(axis, size)
+            )
+            yield from part.split(limit)
+
+    def _resized(self, axis: int, size: int) -> tuple[int, ...]:
+        return _with(self.sizes, axis, size)
+
+
+def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a box lies in a row-major array: elements ``start .. start + length``.
+
+    ``contiguous``: the box fills the span; otherwise other elements lie in between.
+    """
+
+    start: int
+    length: int
+    contiguous: bool
+
+
+def span_of(box: Box, shape: tuple[int, ...]) -> Span:
+    """Smallest element range of an array of ``shape`` that holds ``box`` (offsets within it)."""
+    stride, start, last = 1, 0, 0
+    for offset, size, extent in zip(
+        reversed(box.offsets), reversed(box.sizes), reversed(shape), strict=True
+    ):
+        start += offset * stride
+        last += (offset + size - 1) * stride
+        stride *= extent
+    length = last - start + 1
+    return Span(start, length, length == box.numel)

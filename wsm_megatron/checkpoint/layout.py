@@ -1,0 +1,223 @@
+"""What a checkpoint holds and where: its ``.metadata`` as entries made of chunks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
+from wsm_megatron.checkpoint.unpickle import load_metadata
+from wsm_megatron.errors import MergeError
+
+METADATA_FILE = ".metadata"
+MARKER_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A byte range of one file of a checkpoint."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a global tensor, stored row-major in one container."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    location: Location
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.sizes).numel()
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A global tensor; its chunks in the order of their offsets, not in the checkpoint's."""
+
+    key: str
+    role: Role
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.numel for chunk in self.chunks) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ObjectEntry:
+    """Bytes under a key: whatever Megatron pickled there."""
+
+    key: str
+    role: Role
+    location: Location
+
+    @property
+    def nbytes(self) -> int:
+        return self.location.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One checkpoint's entries.
+
+    Attributes:
+        path: the ``iter_XXXXXXX`` directory.
+        tensors: global tensors by key.
+        objects: byte entries by key.
+        marker: contents of ``metadata.json``.
+        mcore_data: what Megatron attached to the metadata (reformulated shapes), passed on as is.
+    """
+
+    path: Path
+    tensors: dict[str, TensorEntry]
+    objects: dict[str, ObjectEntry]
+    marker: dict[str, Any]
+    mcore_data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def common_entry(self) -> ObjectEntry | None:
+        """The common state's entry inside the distcp files (Megatron 0.19 and later), if there."""
+        found = [entry for entry in self.objects.values() if entry.role is Role.COMMON]
+        return found[0] if found else None
+
+    @property
+    def entries(self) -> dict[str, TensorEntry | ObjectEntry]:
+        """Tensors and objects together."""
+        return {**self.tensors, **self.objects}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+def is_complete(path: Path) -> bool:
+    """Whether Megatron finished this checkpoint: it writes ``metadata.json`` last."""
+    return (path / MARKER_FILE).is_file()
+
+
+def read_layout(path: Path) -> Layout:
+    """Read a checkpoint's layout; no tensor is read.
+
+    Raises:
+        ValueError: the directory is not a finished ``torch_dist`` checkpoint.
+        MergeError: ``.metadata`` is damaged or names files that are missing or too short.
+    """
+    marker = _read_marker(path)
+    if not (path / METADATA_FILE).is_file():
+        raise MergeError(f"{path}: .metadata is missing; the checkpoint is damaged, leave it out")
+    metadata = load_metadata(path / METADATA_FILE)
+    locations = _locations(path, metadata)
+    tensors, objects = {}, {}
+    for key, value in metadata.state_dict_metadata.items():
+        if isinstance(value, TensorStorageMetadata):
+            tensors[key] = _tensor_entry(path, key, value, locations)
+        elif isinstance(value, BytesStorageMetadata):
+            location = _location_of(path, key, locations, MetadataIndex(key))
+            objects[key] = ObjectEntry(key, object_role(key), location)
+        else:
+            raise MergeError(f"{path}: entry {key!r} has metadata of type {type(value).__name__}")
+    return Layout(path, tensors, objects, marker, getattr(metadata, "mcore_data", None) or {})
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint directory")
+    if not is_complete(path):
+        _refuse_unfinished(path)
+    try:
+        marker = json.loads((path / MARKER_FILE).read_text())
+    except ValueError as error:
+        raise MergeError(f"{path}: metadata.json is damaged ({error})") from error
+    backend = marker.get("sharded_backend") if isinstance(marker, dict) else None
+    if backend != "torch_dist":
+        raise ValueError(
+            f"{path}: sharded format {backend!r}; only torch_dist checkpoints merge. Save with "
+            "--ckpt-format torch_dist (Megatron converts on a load and save)"
+        )
+    return marker
+
+
+def _refuse_unfinished(path: Path) -> None:
+    if any(path.glob("mp_rank_*")):
+        raise ValueError(
+            f"{path}: a legacy checkpoint (mp_rank_* folders, --ckpt-format torch); load it in "
+            "Megatron and save it with --ckpt-format torch_dist"
+        )
+    if (path / METADATA_FILE).is_file():
+        raise ValueError(
+            f"{path}: no metadata.json: either the save did not finish, or the format is "
+            "fsdp_dtensor or torch_dcp, which this tool does not merge (it needs --ckpt-format "
+            "torch_dist)"
+        )
+    raise ValueError(f"{path}: unfinished checkpoint (no metadata.json); leave it out")
+
+
+def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
+    locations = {}
+    for index, info in metadata.storage_data.items():
+        if getattr(info, "transform_descriptors", None):
+            raise ValueError(f"{path}: entry {index.fqn!r} is compressed or transformed on disk")
+        if Path(info.relative_path).name != info.relative_path:
+            raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")
+        location = Location(info.relative_path, info.offset, info.length)
+        locations[_index_key(index)] = location
+    _check_files(path, locations)
+    return locations
+
+
+def _check_files(path: Path, locations: dict[tuple, Location]) -> None:
+    ends: dict[str, int] = {}
+    for location in locations.values():
+        end = location.offset + location.length
+        ends[location.file] = max(ends.get(location.file, 0), end)
+    for file, end in sorted(ends.items()):
+        if not (path / file).is_file():
+            raise MergeError(f"{path}: file {file} is missing; the checkpoint is damaged")
+        size = (path / file).stat().st_size
+        if size < end:
+            raise MergeError(
+                f"{path}: file {file} is truncated ({size} bytes where .metadata needs {end}); "
+                "restore it or leave the checkpoint out"
+            )
+
+
+def _index_key(index: MetadataIndex) -> tuple:
+    return index.fqn, None if index.offset is None else tuple(index.offset)
+
+
+def _location_of(path: Path, key: str, locations: dict, index: MetadataIndex) -> Location:
+    try:
+        return locations[_index_key(index)]
+    except KeyError:
+        raise MergeError(f"{path}: .metadata has no storage for {key!r}; it is damaged") from None
+
+
+def _tensor_entry(
+    path: Path, key: str, value: TensorStorageMetadata, locations: dict
+) -> TensorEntry:
+    chunks = []
+    for chunk in value.chunks:
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        location = _location_of(path, key, locations, MetadataIndex(key, torch.Size(offsets)))
+        chunks.append(Chunk(offsets, sizes, location))
+    chunks.sort(key=lambda chunk: chunk.offsets)
+    dtype = value.properties.dtype
+    return TensorEntry(key, tensor_role(key, dtype), dtype, tuple(value.size), tuple(chunks))

@@ -1,0 +1,77 @@
+"""A Megatron run directory: ``iter_XXXXXXX`` folders and the tracker."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsm_megatron.checkpoint.layout import is_complete
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The checkpoints of a run, by iteration; ``unfinished`` ones lack ``metadata.json``."""
+
+    path: Path
+    finished: tuple[int, ...]
+    unfinished: tuple[int, ...]
+
+    def checkpoint(self, iteration: int) -> Path:
+        return checkpoint_path(self.path, iteration)
+
+
+def checkpoint_path(root: Path, iteration: int) -> Path:
+    """Megatron's folder name for an iteration (``get_checkpoint_name``)."""
+    return root / f"iter_{iteration:07d}"
+
+
+def scan_run(path: Path) -> RunDirectory:
+    """List a run directory.
+
+    Raises:
+        ValueError: no such directory, or no checkpoint in it.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run directory")
+    found = {
+        int(match[1]): child
+        for child in path.iterdir()
+        if (match := _ITERATION.fullmatch(child.name)) and child.is_dir()
+    }
+    if not found:
+        hint = "; give its parent" if _ITERATION.fullmatch(path.name) else ""
+        raise ValueError(f"{path}: no iter_XXXXXXX checkpoint in this directory{hint}")
+    finished = tuple(sorted(i for i, child in found.items() if is_complete(child)))
+    unfinished = tuple(sorted(set(found) - set(finished)))
+    return RunDirectory(path, finished, unfinished)
+
+
+def write_tracker(root: Path, iteration: int) -> None:
+    """Point ``root``'s tracker at ``iteration``, atomically and durably."""
+    temporary = root / f".{TRACKER_FILE}.{os.getpid()}"
+    with temporary.open("w") as stream:
+        stream.write(str(iteration))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, root / TRACKER_FILE)
+    sync_directory(root)
+
+
+def read_tracker(root: Path) -> str | None:
+    """The tracker's text (an iteration, or ``release``); None where there is none."""
+    path = root / TRACKER_FILE
+    return path.read_text().strip() if path.is_file() else None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new files in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

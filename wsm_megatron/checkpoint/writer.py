@@ -1,0 +1,220 @@
+"""Writing a torch_dist checkpoint: a layout known in advance, filled by any thread in any order.
+
+Containers of fixed size follow each other in one file a rank, so every chunk's place is known
+before the first byte is. PyTorch's ``FileSystemWriter`` is not used: it holds one tensor of every
+key until its file is finished, which for unstacked layers is the model, and it computes CRC-32 at a
+fraction of the storage's speed. The result is the same format, by the same metadata classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32, crc32_combine
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.container import Frame
+from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE
+from wsm_megatron.errors import MergeError
+
+_DCP_VERSION = "1.0.0"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to store: a chunk of a tensor (``box``), or bytes (``nbytes``) where it is None."""
+
+    key: str
+    box: Box | None = None
+    dtype: torch.dtype | None = None
+    shape: tuple[int, ...] = ()
+    nbytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        if self.box is None:
+            return self.nbytes
+        assert self.dtype is not None
+        return frame(self.dtype, self.box.sizes).total_bytes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An item and where it is stored."""
+
+    item: Item
+    file: str
+    offset: int
+
+
+def file_name(rank: int) -> str:
+    """Megatron's and PyTorch's name for a rank's first file."""
+    return f"__{rank}_0.distcp"
+
+
+def place(items: Iterable[Item], rank: int) -> list[Placed]:
+    """Lay items end to end in one rank's file."""
+    placed, offset = [], 0
+    for item in items:
+        placed.append(Placed(item, file_name(rank), offset))
+        offset += item.stored_bytes
+    return placed
+
+
+@lru_cache(maxsize=4096)
+def frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> Frame:
+    """The container for a chunk; chunks of one size share it."""
+    return Frame(dtype, sizes)
+
+
+class CheckpointFile:
+    """One rank's ``.distcp`` file, written by position. Safe to share between threads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.bytes_written = 0
+        self._parts: list[tuple[int, int, int]] = []
+        self._lock = threading.Lock()
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as error:
+            raise MergeError(f"{path}: cannot create: {error.strerror}") from error
+
+    def write_bytes(self, placed: Placed, data: bytes) -> None:
+        """Write an object entry."""
+        assert len(data) == placed.item.nbytes, placed.item.key
+        self._write(memoryview(data), placed.offset)
+        self._enter(placed.offset, len(data), crc32(data))
+
+    def chunk(self, placed: Placed) -> ChunkWriter:
+        """Open one chunk for writing, row-major from its first element."""
+        item = placed.item
+        assert item.dtype is not None and item.box is not None
+        return ChunkWriter(self, placed.offset, frame(item.dtype, item.box.sizes))
+
+    def close(self) -> tuple[int, int]:
+        """Make the file durable; its size in bytes and its CRC-32."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise MergeError(f"{self.path}: cannot write: {error.strerror}") from error
+        finally:
+            os.close(self._descriptor)
+        crc, position = 0, 0
+        for offset, length, part in sorted(self._parts):
+            assert offset == position, f"a gap at byte {position} of {self.path}"
+            crc, position = crc32_combine(crc, part, length), offset + length
+        return position, crc
+
+    def abandon(self) -> None:
+        """Close after a failure."""
+        os.close(self._descriptor)
+
+    def _enter(self, offset: int, length: int, crc: int) -> None:
+        with self._lock:
+            self._parts.append((offset, length, crc))
+            self.bytes_written += length
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._descriptor, data[done:], offset + done)
+            except OSError as error:
+                raise MergeError(
+                    f"{self.path}: cannot write: {error.strerror}; nothing was published"
+                ) from error
+
+
+class ChunkWriter:
+    """Streams one chunk's elements into its container. For one thread."""
+
+    def __init__(self, file: CheckpointFile, offset: int, container: Frame):
+        self._file, self._offset, self._frame = file, offset, container
+        self._position = offset + container.prefix_bytes
+        self._crc = 0
+
+    def append(self, elements: torch.Tensor) -> None:
+        """Write the next elements: a contiguous 1-D CPU tensor of the chunk's dtype."""
+        data = elements.view(torch.uint8).numpy().data
+        self._crc = crc32(data, self._crc)
+        self._file._write(data, self._position)
+        self._position += len(data)
+
+    def finish(self) -> None:
+        """Write what surrounds the elements, once all of them are in."""
+        container = self._frame
+        assert self._position == self._offset + container.prefix_bytes + container.nbytes
+        prefix, suffix = container.around(self._crc)
+        self._file._write(memoryview(prefix), self._offset)
+        self._file._write(memoryview(suffix), self._position)
+        crc = crc32_combine(crc32(prefix), self._crc, container.nbytes)
+        crc = crc32_combine(crc, crc32(suffix), len(suffix))
+        self._file._enter(self._offset, container.total_bytes, crc)
+
+
+def write_metadata(
+    directory: Path, placed: Sequence[Placed], mcore_data: dict[str, Any]
+) -> tuple[int, int]:
+    """Write ``.metadata`` for everything placed, durably; its size and CRC-32."""
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage = {}
+    for one in placed:
+        item = one.item
+        length = item.stored_bytes
+        if item.box is None:
+            entries[item.key] = BytesStorageMetadata()
+            index = MetadataIndex(item.key)
+        else:
+            assert item.dtype is not None
+            entry = entries.get(item.key)
+            if entry is None:
+                properties = TensorProperties(dtype=item.dtype)
+                entry = TensorStorageMetadata(properties, torch.Size(item.shape), [])
+                entries[item.key] = entry
+            assert isinstance(entry, TensorStorageMetadata)
+            offsets = torch.Size(item.box.offsets)
+            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.box.sizes)))
+            index = MetadataIndex(item.key, offsets)
+        storage[index] = _StorageInfo(one.file, one.offset, length)
+    metadata = Metadata(entries, storage_data=storage)
+    if hasattr(metadata, "version"):
+        metadata.version = _DCP_VERSION
+    if mcore_data:
+        metadata.mcore_data = mcore_data  # type: ignore[attr-defined]
+    return write_file(directory / METADATA_FILE, pickle.dumps(metadata))
+
+
+def write_marker(directory: Path, marker: dict[str, Any]) -> tuple[int, int]:
+    """Write ``metadata.json``, which tells Megatron that the checkpoint is complete."""
+    return write_file(directory / MARKER_FILE, json.dumps(marker).encode())
+
+
+def write_file(path: Path, data: bytes) -> tuple[int, int]:
+    """Write a small file durably; its size and CRC-32."""
+    try:
+        with path.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise MergeError(f"{path}: cannot write: {error.strerror}") from error
+    return len(data), crc32(data)

@@ -1,0 +1,159 @@
+"""Every option of a merge, documented and checked once; the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from wsm_megatron.decay import DECAYS
+from wsm_megatron.window import Window
+
+OPTIMIZER_STATE = ("drop", "last", "merge")
+BUFFERS = ("merge", "last")
+DTYPES = ("same", "bf16", "fp16", "fp32")
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """One merge. Raises ``ValueError`` for contradictory or impossible options."""
+
+    load: Path = field(
+        metadata={"help": "run directory: iter_XXXXXXX folders, torch_dist", "group": "run"}
+    )
+    save: Path = field(
+        metadata={"help": "root of merged checkpoints, with a tracker of its own", "group": "run"}
+    )
+
+    iterations: tuple[int, ...] | None = _option(
+        None, "exactly these iterations: 1000,2000,4000", group="which"
+    )
+    from_: int | None = _option(None, "oldest iteration, included", group="which")
+    to: int | None = _option(
+        None, "newest iteration, included (default: the run's newest)", group="which"
+    )
+    last: int | None = _option(None, "the N newest, up to --to", group="which", metavar="N")
+    window_iterations: int | None = _option(
+        None, "the last I iterations up to --to, both ends included", group="which", metavar="I"
+    )
+    window_tokens: int | None = _option(
+        None, "the last T tokens up to --to, both ends included", group="which", metavar="T"
+    )
+    every: int | None = _option(
+        None, "of those, only multiples of I iterations back from the newest", group="which"
+    )
+
+    decay: str = _option(
+        "linear",
+        f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s",
+        group="how",
+    )
+    min_decay: float = _option(
+        0.0, "floor of the decay: minimum LR as a fraction of the maximum", group="how"
+    )
+    weights: tuple[float, ...] | None = _option(
+        None, "explicit coefficients, oldest first, instead of --decay: 0.2,0.3,0.5", group="how"
+    )
+    allow_unnormalized: bool = _option(
+        False, "let --weights sum to something other than 1", group="how"
+    )
+    optimizer_state: str = _option(
+        "drop",
+        "drop: weights only; last: mains merged, moments of the newest source; merge: both merged",
+        choices=OPTIMIZER_STATE,
+        group="how",
+    )
+    mains_from_model: bool = _option(
+        False, "rebuild main params from the merged model instead of merging them", group="how"
+    )
+    buffers: str = _option(
+        "merge",
+        "fp32 buffers such as expert_bias: merged, or of the newest source",
+        choices=BUFFERS,
+        group="how",
+    )
+    dtype: str = _option("same", "dtype of the merged model tensors", choices=DTYPES, group="how")
+    output_iteration: int | None = _option(
+        None, "iteration of the merged checkpoint (default: the newest source's)", group="how"
+    )
+    copy: tuple[str, ...] = _option(
+        (), "copy entries whose key matches from the newest source (repeatable)", group="how"
+    )
+    drop: tuple[str, ...] = _option(
+        (), "leave out entries whose key matches (repeatable)", group="how"
+    )
+    allow_nonfinite: bool = _option(False, "merge NaN and Inf instead of refusing", group="how")
+    threads: int | None = _option(
+        None, "worker threads a rank (default: the cores it may use, at most 16)", group="job"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("load", "save"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        for option in fields(self):
+            choices = option.metadata.get("choices")
+            value = getattr(self, option.name)
+            if choices and value not in choices:
+                raise ValueError(f"{flag(option.name)} is {value!r}, not one of {choices}")
+        self.window  # noqa: B018  contradictions between the window's options raise here
+        self._check_how()
+
+    @property
+    def window(self) -> Window:
+        """The selection of source checkpoints."""
+        return Window(
+            iterations=self.iterations,
+            from_=self.from_,
+            to=self.to,
+            last=self.last,
+            window_iterations=self.window_iterations,
+            window_tokens=self.window_tokens,
+            every=self.every,
+        )
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        return self.optimizer_state != "drop"
+
+    def _check_how(self) -> None:
+        if not 0.0 <= self.min_decay <= 1.0:
+            raise ValueError(f"--min-decay {self.min_decay} is not between 0 and 1")
+        if self.weights is not None:
+            self._check_weights(self.weights)
+        elif self.allow_unnormalized:
+            raise ValueError("--allow-unnormalized has no effect without --weights")
+        if self.mains_from_model and not self.keeps_optimizer:
+            raise ValueError(
+                "--mains-from-model has no effect with --optimizer-state drop: no mains are kept"
+            )
+        if self.output_iteration is not None and self.output_iteration < 0:
+            raise ValueError(f"--output-iteration {self.output_iteration} is negative")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads {self.threads} must be at least 1")
+        if self.save.resolve() == self.load.resolve():
+            raise ValueError(
+                f"--save {self.save} is the run itself; sources are never written to, give another "
+                "directory"
+            )
+
+    def _check_weights(self, weights: tuple[float, ...]) -> None:
+        if self.decay != "linear" or self.min_decay:
+            raise ValueError("--weights and --decay/--min-decay contradict each other: give one")
+        if self.iterations is not None and list(self.iterations) != sorted(self.iterations):
+            raise ValueError(
+                "--weights are oldest first: give --iterations in ascending order with them"
+            )
+        if self.optimizer_state == "merge" and min(weights, default=0.0) < 0:
+            raise ValueError(
+                "negative --weights can make the merged second moment negative; use "
+                "--optimizer-state last or drop"
+            )
+
+
+def flag(name: str) -> str:
+    """Command-line flag of an option."""
+    return "--" + name.strip("_").replace("_", "-")

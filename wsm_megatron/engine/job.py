@@ -1,0 +1,142 @@
+"""A merge job: everything decided before the first tensor byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
+from wsm_megatron.checkpoint.layout import Layout
+from wsm_megatron.checkpoint.run import checkpoint_path
+from wsm_megatron.checkpoint.writer import Item, Placed, place
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.plan import MergePlan, Task, kept_objects, make_plan
+from wsm_megatron.engine.provenance import describe
+from wsm_megatron.engine.run import Merge
+from wsm_megatron.engine.sources import Decay, Source, decay_over, open_sources, read_common
+from wsm_megatron.window import Checkpoint
+
+
+@dataclass(frozen=True)
+class Product:
+    """One merged checkpoint of a job.
+
+    Attributes:
+        members: its sources, as indices into the job's, oldest first.
+        objects: byte entries taken over from its newest source.
+        common: its common state, ready to be written.
+    """
+
+    root: Path
+    iteration: int
+    members: tuple[int, ...]
+    decay: Decay
+    objects: tuple[str, ...]
+    common: bytes
+    provenance: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return checkpoint_path(self.root, self.iteration)
+
+    @property
+    def merge(self) -> Merge:
+        return Merge(self.members, self.decay.coefficients)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sources, what is made of them, and the plan that all products share."""
+
+    config: MergeConfig
+    sources: tuple[Source, ...]
+    products: tuple[Product, ...]
+    plan: MergePlan
+
+    def newest(self, product: Product) -> Layout:
+        return self.sources[product.members[-1]].layout
+
+    def share(self, rank: int, ranks: int) -> tuple[Task, ...]:
+        """The tasks of one rank."""
+        return self.plan.share(rank, ranks, len(self.sources), len(self.products))
+
+    def cost(self, tasks: Sequence[Task]) -> int:
+        """Bytes read and written by tasks."""
+        sources, products = len(self.sources), len(self.products)
+        return sum(task.box.numel * task.recipe.cost(sources, products) for task in tasks)
+
+    def placed(self, product: Product, rank: int, ranks: int) -> list[Placed]:
+        """Everything that one rank stores for a product, in the order of its file."""
+        return place([*self._objects(product, rank), *_chunks(self.share(rank, ranks))], rank)
+
+    def bytes_to_write(self) -> int:
+        """Bytes of all products' tensors and objects."""
+        objects = sum(i.nbytes for product in self.products for i in self._objects(product, 0))
+        return objects + self.plan.bytes_to_write() * len(self.products)
+
+    def common_key(self, product: Product) -> str | None:
+        """Key of the common state's entry; None where it is a file of its own."""
+        entry = self.newest(product).common_entry
+        return entry.key if entry else None
+
+    def _objects(self, product: Product, rank: int) -> list[Item]:
+        if rank != 0:
+            return []
+        layout = self.newest(product)
+        items = [Item(key, nbytes=layout.objects[key].nbytes) for key in product.objects]
+        if key := self.common_key(product):
+            items.append(Item(key, nbytes=len(product.common)))
+        return items
+
+
+def prepare_job(config: MergeConfig) -> Job:
+    """Select, open and plan. Reads metadata and common states only; writes nothing.
+
+    Raises:
+        ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
+    """
+    sources = open_sources(config.load, config.window)
+    checkpoints = tuple(Checkpoint(source.iteration, source.tokens) for source in sources)
+    decay = decay_over(
+        checkpoints, config.decay, config.min_decay, config.weights, config.allow_unnormalized
+    )
+    plan = make_plan([source.layout for source in sources], config)
+    product = _product(config, sources, decay)
+    return Job(config, sources, (product,), plan)
+
+
+def _product(config: MergeConfig, sources: tuple[Source, ...], decay: Decay) -> Product:
+    newest = sources[-1]
+    iteration = newest.iteration if config.output_iteration is None else config.output_iteration
+    provenance = describe(sources, decay, config, iteration)
+    state = prepare(
+        load_common(*read_common(newest.path, newest.layout)),
+        iteration=iteration,
+        drop_optimizer=not config.keeps_optimizer,
+        provenance=provenance,
+    )
+    return Product(
+        root=config.save,
+        iteration=iteration,
+        members=tuple(range(len(sources))),
+        decay=decay,
+        objects=kept_objects(newest.layout, config),
+        common=dump_common(state, in_distcp=newest.layout.common_entry is not None),
+        provenance=provenance,
+    )
+
+
+def _chunks(tasks: Sequence[Task]) -> list[Item]:
+    return [
+        Item(output.key, task.box, output.dtype, output.shape)
+        for task in tasks
+        for output in task.recipe.outputs
+    ]
+
+
+def places(placed: Sequence[Placed]) -> dict[tuple[str, Box], Placed]:
+    """Chunks by key and box."""
+    return {(one.item.key, one.item.box): one for one in placed if one.item.box is not None}

@@ -1,0 +1,195 @@
+"""``merge``: from a config to published checkpoints, on one rank or many."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.checkpoint.writer import (
+    CheckpointFile,
+    file_name,
+    write_file,
+    write_marker,
+    write_metadata,
+)
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.distributed import Ranks, job_ranks
+from wsm_megatron.engine.job import Job, Product, places, prepare_job
+from wsm_megatron.engine.provenance import write_provenance
+from wsm_megatron.engine.publish import Staging, copy_side_files
+from wsm_megatron.engine.run import Progress, Share, Target
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 16
+
+ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
+"""Called on every rank with its number and the bytes it will read and write."""
+
+Files = dict[str, tuple[int, int]]
+"""Size and CRC-32 of files, by name."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Bytes are those of tensors and objects, over all ranks."""
+
+    output: Path
+    iterations: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    effective_lr: tuple[float, ...]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+@dataclass
+class _RankResult:
+    """What a rank hands to rank 0: its files for each product, and its unfinished checksums."""
+
+    files: list[Files] = field(default_factory=list)
+    ledgers: list[Ledger] = field(default_factory=list)
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> MergeReport:
+    """Merge checkpoints of a run into one and publish it.
+
+    Collective: under ``torchrun`` or ``srun`` every rank calls it with the same config. The result
+    does not depend on the number of ranks. Sources are never written to.
+
+    Args:
+        config: what to merge, and how.
+        progress: shows progress; called on every rank.
+
+    Raises:
+        ValueError: the options do not fit the run.
+        MergeError: a source is damaged, or the target cannot be written. Nothing is published.
+    """
+    started = time.monotonic()
+    with job_ranks() as ranks:
+        job = ranks.from_first(lambda: prepare_job(config), "planning")
+        staging = [Staging(product.root, product.iteration) for product in job.products]
+        try:
+            directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
+            with ranks.together("merging"):
+                result = _run_share(job, ranks, directories, progress)
+            results = ranks.gather(result)
+            with ranks.together("publishing"):
+                if ranks.rank == 0:
+                    _publish(job, ranks.size, staging, results)
+        except BaseException:
+            if ranks.rank == 0:
+                for one in staging:
+                    one.discard()
+            raise
+    product = job.products[0]
+    return MergeReport(
+        output=product.path,
+        iterations=tuple(source.iteration for source in job.sources),
+        coefficients=product.decay.coefficients,
+        effective_lr=product.decay.effective_lr,
+        bytes_read=sum(result.bytes_read for result in results),
+        bytes_written=sum(result.bytes_written for result in results),
+        seconds=time.monotonic() - started,
+    )
+
+
+def default_threads() -> int:
+    """The cores that this process may use, at most 16: more wait for each other."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _create(staging: list[Staging], job: Job) -> list[Path]:
+    share = job.bytes_to_write() // len(staging)
+    return [one.create(share) for one in staging]
+
+
+def _run_share(
+    job: Job, ranks: Ranks, directories: list[Path], progress: ProgressFactory | None
+) -> _RankResult:
+    tasks = job.share(ranks.rank, ranks.size)
+    result = _RankResult()
+    with ExitStack() as stack:
+        readers = [CheckpointReader(source.layout) for source in job.sources]
+        for reader in readers:
+            stack.callback(reader.close)
+        targets = [
+            _open_target(job, product, ranks, directory, readers)
+            for product, directory in zip(job.products, directories, strict=True)
+        ]
+        bar = progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
+        try:
+            share = Share(
+                readers,
+                [product.merge for product in job.products],
+                targets,
+                allow_nonfinite=job.config.allow_nonfinite,
+                progress=stack.enter_context(bar),
+            )
+            share.run(tasks, job.config.threads or default_threads())
+        except BaseException:
+            for target in targets:
+                target.file.abandon()
+            raise
+        for target in targets:
+            result.files.append({target.file.path.name: target.file.close()})
+            result.bytes_written += target.file.bytes_written
+        result.ledgers = [reader.ledger for reader in readers]
+        result.bytes_read = sum(reader.bytes_read for reader in readers)
+    return result
+
+
+def _open_target(
+    job: Job, product: Product, ranks: Ranks, directory: Path, readers: list[CheckpointReader]
+) -> Target:
+    placed = job.placed(product, ranks.rank, ranks.size)
+    file = CheckpointFile(directory / file_name(ranks.rank))
+    reader = readers[product.members[-1]]
+    for one in placed:
+        if one.item.box is None:
+            common = one.item.key == job.common_key(product)
+            entry = reader.layout.objects[one.item.key]
+            file.write_bytes(one, product.common if common else reader.read_object(entry))
+    return Target(file, places(placed))
+
+
+def _publish(job: Job, ranks: int, staging: list[Staging], results: list[_RankResult]) -> None:
+    """Check what was read, complete every product's directory, give it its name. On rank 0."""
+    for j, source in enumerate(job.sources):
+        reader = CheckpointReader(source.layout)
+        try:
+            reader.verify([result.ledgers[j] for result in results])
+        finally:
+            reader.close()
+        source.check_unchanged()
+    for k, (product, stage) in enumerate(zip(job.products, staging, strict=True)):
+        files: Files = {}
+        for result in results:
+            files.update(result.files[k])
+        _complete(job, product, ranks, stage.path, files)
+        path = stage.commit()
+        logger.info("published %s", path)
+
+
+def _complete(job: Job, product: Product, ranks: int, directory: Path, files: Files) -> None:
+    newest = job.newest(product)
+    placed = [one for rank in range(ranks) for one in job.placed(product, rank, ranks)]
+    files[METADATA_FILE] = write_metadata(directory, placed, newest.mcore_data)
+    if job.common_key(product) is None:
+        files[COMMON_FILE] = write_file(directory / COMMON_FILE, product.common)
+    copy_side_files(newest.path, directory)
+    files[MARKER_FILE] = write_marker(directory, newest.marker)
+    write_provenance(directory, product.provenance, files)
+
+
+def _ignore(_: int) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,90 @@
+"""Where a merged checkpoint comes from: ``wsm_merge.json``, and the same in its common state."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32
+
+import wsm_megatron
+from wsm_megatron.checkpoint.layout import METADATA_FILE
+from wsm_megatron.checkpoint.reader import read_file
+from wsm_megatron.checkpoint.writer import write_file
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.publish import PROVENANCE_FILE
+from wsm_megatron.engine.sources import Decay, Source
+from wsm_megatron.errors import MergeError
+
+FORMAT = 1
+
+
+def describe(
+    sources: tuple[Source, ...], decay: Decay, config: MergeConfig, iteration: int
+) -> dict[str, Any]:
+    """Plain JSON types; no time and no host, so that equal merges say the same."""
+    return {
+        "format": FORMAT,
+        "iteration": iteration,
+        "sources": [
+            {
+                "path": str(source.path.resolve()),
+                "iteration": source.iteration,
+                "tokens": source.tokens,
+                "metadata_crc32": f"{crc32(read_file(source.path / METADATA_FILE)):08x}",
+            }
+            for source in sources
+        ],
+        "positions": list(decay.positions),
+        "unit": decay.unit,
+        "coefficients": list(decay.coefficients),
+        "effective_lr": list(decay.effective_lr),
+        "options": _options(config),
+        "versions": {
+            "wsm_megatron": wsm_megatron.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_provenance(
+    directory: Path, provenance: dict[str, Any], files: dict[str, tuple[int, int]]
+) -> None:
+    """Write ``wsm_merge.json``: the description, and size and CRC-32 of the checkpoint's files."""
+    listed = {
+        name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())
+    }
+    text = json.dumps({**provenance, "files": listed}, indent=2) + "\n"
+    write_file(directory / PROVENANCE_FILE, text.encode())
+
+
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """A merged checkpoint's provenance; None for an ordinary checkpoint.
+
+    Raises:
+        MergeError: the file is damaged.
+    """
+    path = directory / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        provenance = json.loads(read_file(path))
+    except ValueError as error:
+        raise MergeError(f"{path}: damaged: {error}") from error
+    if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
+        raise MergeError(f"{path}: written by another version of wsm_megatron")
+    return provenance
+
+
+def _options(config: MergeConfig) -> dict[str, Any]:
+    skipped = ("load", "save", "threads")
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+        if name not in skipped
+    }

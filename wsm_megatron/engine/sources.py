@@ -1,0 +1,147 @@
+"""The source checkpoints of a merge: selected, opened, placed on the axis of the decay."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wsm_megatron.checkpoint.common import load_common, summarize
+from wsm_megatron.checkpoint.layout import COMMON_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
+from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
+from wsm_megatron.decay import check_weights, coefficients, effective_lr
+from wsm_megatron.errors import MergeError
+from wsm_megatron.window import Checkpoint, Window, positions, select
+
+logger = logging.getLogger(__name__)
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint to merge.
+
+    Attributes:
+        tokens: consumed samples x sequence length; None where the checkpoint does not say.
+        fingerprint: name, size and modification time (ns) of its files when it was opened.
+    """
+
+    path: Path
+    iteration: int
+    tokens: int | None
+    layout: Layout
+    fingerprint: Fingerprint
+
+    def check_unchanged(self) -> None:
+        """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
+        if fingerprint(self.path) != self.fingerprint:
+            raise MergeError(
+                f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
+                "being deleted?); nothing was published"
+            )
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Positions of the sources and what the decay makes of them, oldest first."""
+
+    positions: tuple[int, ...]
+    unit: str
+    coefficients: tuple[float, ...]
+
+    @property
+    def effective_lr(self) -> tuple[float, ...]:
+        """The n - 1 multipliers w_i of the intervals between the sources."""
+        return effective_lr(self.coefficients)
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Name, size and modification time of every file directly in a checkpoint."""
+    try:
+        entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
+    except OSError as error:
+        raise MergeError(f"{path}: cannot list: {error.strerror}") from error
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
+
+
+def select_checkpoints(root: Path, window: Window) -> tuple[Checkpoint, ...]:
+    """Checkpoints of a run that a window selects, with their tokens, oldest first.
+
+    Warns about unfinished ones; raises ``ValueError`` where one is named explicitly.
+    """
+    run = scan_run(root)
+    _report_unfinished(run, window)
+    needs_all = window.window_tokens is not None
+    available = [
+        Checkpoint(iteration, read_tokens(run.checkpoint(iteration)) if needs_all else None)
+        for iteration in run.finished
+    ]
+    chosen = select(available, window)
+    if needs_all:
+        return chosen
+    return tuple(replace(c, tokens=read_tokens(run.checkpoint(c.iteration))) for c in chosen)
+
+
+def open_sources(root: Path, window: Window) -> tuple[Source, ...]:
+    """Select and open the sources of a merge."""
+    return tuple(open_source(root, c) for c in select_checkpoints(root, window))
+
+
+def open_source(root: Path, checkpoint: Checkpoint) -> Source:
+    """Open one selected checkpoint: its layout, and what tells later that it changed."""
+    path = checkpoint_path(root, checkpoint.iteration)
+    before = fingerprint(path)
+    return Source(path, checkpoint.iteration, checkpoint.tokens, read_layout(path), before)
+
+
+def decay_over(
+    checkpoints: tuple[Checkpoint, ...],
+    decay: str,
+    min_decay: float,
+    weights: tuple[float, ...] | None,
+    allow_unnormalized: bool,
+) -> Decay:
+    """Coefficients of a decay, or of explicit weights, over checkpoints, oldest first."""
+    where, unit = positions(checkpoints)
+    if weights is not None:
+        return Decay(where, unit, check_weights(weights, len(where), allow_unnormalized))
+    return Decay(where, unit, coefficients(where, decay, min_decay))
+
+
+def read_tokens(path: Path) -> int | None:
+    """Tokens that a checkpoint has seen, from its common state."""
+    return summarize(load_common(*read_common(path))).tokens
+
+
+def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
+    """A checkpoint's common state as stored, and its name for messages.
+
+    It is ``common.pt``, or from Megatron 0.19 an entry inside the distcp files.
+
+    Raises:
+        MergeError: neither is there.
+    """
+    if (path / COMMON_FILE).is_file():
+        return read_file(path / COMMON_FILE), str(path / COMMON_FILE)
+    layout = layout or read_layout(path)
+    entry = layout.common_entry
+    if entry is None:
+        raise MergeError(f"{path}: no common state, neither common.pt nor in the distcp files")
+    reader = CheckpointReader(layout)
+    try:
+        return reader.read_object(entry), f"{path}: {entry.key}"
+    finally:
+        reader.close()
+
+
+def _report_unfinished(run: RunDirectory, window: Window) -> None:
+    named = {*(window.iterations or ()), window.from_, window.to}
+    for iteration in run.unfinished:
+        if iteration in named:
+            raise ValueError(
+                f"{run.checkpoint(iteration)} is unfinished (no metadata.json, which Megatron "
+                "writes last); leave it out"
+            )
+        logger.warning("%s is unfinished and left out", run.checkpoint(iteration))

@@ -1,0 +1,214 @@
+"""Checking a checkpoint on disk: complete, readable, checksums, finite, provenance, sources."""
+
+from __future__ import annotations
+
+import io
+import random
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32
+
+from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.common import load_common
+from wsm_megatron.checkpoint.layout import Layout, read_layout
+from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.checkpoint.roles import may_be_padding
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.plan import Recipe, Rule, Task, make_plan
+from wsm_megatron.engine.provenance import read_provenance
+from wsm_megatron.engine.sources import read_common
+from wsm_megatron.errors import MergeError
+from wsm_megatron.kernels import reference
+
+_TILE_ELEMENTS = 2**20
+_FILE_PIECE = 4 * 2**20
+SAMPLE_ELEMENTS = 4096
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked. ``samples`` counts elements recomputed from the sources."""
+
+    path: Path
+    tensors: int
+    objects: int
+    bytes_read: int
+    merged: bool
+    samples: int = 0
+
+
+def verify(
+    path: Path, *, sources: bool = False, allow_nonfinite: bool = False, seed: int = 0
+) -> VerifyReport:
+    """Check a checkpoint from end to end.
+
+    Args:
+        path: an ``iter_XXXXXXX`` directory.
+        sources: also recompute samples of every tensor from the sources that the provenance names,
+            by a float64 reference of its own, and compare them bit for bit.
+        allow_nonfinite: let NaN and Inf pass.
+        seed: of the choice of samples.
+
+    Raises:
+        ValueError: unfinished, or ``sources`` without provenance.
+        MergeError: what is wrong, where.
+    """
+    layout = read_layout(path)
+    load_common(*read_common(path, layout))
+    reader = CheckpointReader(layout)
+    try:
+        for box, key, data in _tensors(reader):
+            if not allow_nonfinite:
+                _check_finite(layout, key, box, data)
+        for entry in layout.objects.values():
+            _check_object(layout, entry.key, reader.read_object(entry))
+        provenance = read_provenance(path)
+        if provenance is not None:
+            _check_files(path, provenance)
+        samples = _check_samples(reader, provenance, seed) if sources else 0
+        return VerifyReport(
+            path=path,
+            tensors=len(layout.tensors),
+            objects=len(layout.objects),
+            bytes_read=reader.bytes_read,
+            merged=provenance is not None,
+            samples=samples,
+        )
+    finally:
+        reader.close()
+
+
+def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]]:
+    """Every chunk's elements, piece by piece; settles each chunk's CRC-32."""
+    for key, entry in reader.layout.tensors.items():
+        for chunk in entry.chunks:
+            box = Box(chunk.offsets, chunk.sizes)
+            cover = reader.cover(key, box)
+            for tile in box.split(_TILE_ELEMENTS):
+                data = torch.empty(tile.numel, dtype=entry.dtype)
+                cover.read(tile, data)
+                yield box, key, data
+            cover.settle()
+
+
+def _check_finite(layout: Layout, key: str, box: Box, data: torch.Tensor) -> None:
+    if not data.is_floating_point() or torch.isfinite(data).all():
+        return
+    if len(box.offsets) == 1 and may_be_padding(key, box.offsets[0], box.sizes[0]):
+        return
+    raise MergeError(f"{layout.path}: {key} at {box.offsets} holds NaN or Inf")
+
+
+def _check_object(layout: Layout, key: str, data: bytes) -> None:
+    """Objects are zip archives too (``torch.save``), with a CRC-32 for every record."""
+    try:
+        bad = zipfile.ZipFile(io.BytesIO(data)).testzip()
+    except zipfile.BadZipFile as error:
+        raise MergeError(f"{layout.path}: {key} is damaged: {error}") from error
+    if bad is not None:
+        raise MergeError(f"{layout.path}: {key} is damaged: CRC-32 of its record {bad}")
+
+
+def _check_files(path: Path, provenance: dict[str, Any]) -> None:
+    for name, expected in provenance["files"].items():
+        size, crc = _size_and_crc(path / name)
+        if size != expected["bytes"] or f"{crc:08x}" != expected["crc32"]:
+            raise MergeError(
+                f"{path / name} has {size} bytes with CRC-32 {crc:08x}; the merge wrote "
+                f"{expected['bytes']} with {expected['crc32']}"
+            )
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(_FILE_PIECE):
+                size, crc = size + len(piece), crc32(piece, crc)
+    except OSError as error:
+        raise MergeError(f"{path}: cannot read: {error.strerror}") from error
+    return size, crc
+
+
+def _check_samples(reader: CheckpointReader, provenance: dict[str, Any] | None, seed: int) -> int:
+    """Recompute a few boxes of every tensor; the number of elements compared."""
+    if provenance is None:
+        raise ValueError(f"{reader.layout.path}: no wsm_merge.json; not a checkpoint of this tool")
+    source_readers = _open_sources(provenance)
+    try:
+        config = _config_of(provenance)
+        plan = make_plan([source.layout for source in source_readers], config)
+        chance = random.Random(seed)
+        by_key: dict[str, list[Task]] = {}
+        for task in plan.tasks:
+            by_key.setdefault(task.recipe.key, []).append(task)
+        return sum(
+            _compare(
+                reader, source_readers, provenance["coefficients"], chance.choice(tasks), chance
+            )
+            for tasks in by_key.values()
+        )
+    finally:
+        for source in source_readers:
+            source.close()
+
+
+def _open_sources(provenance: dict[str, Any]) -> list[CheckpointReader]:
+    readers = []
+    for source in provenance["sources"]:
+        path = Path(source["path"])
+        if not path.is_dir():
+            raise ValueError(f"{path}: the source is gone; verify without --sources")
+        readers.append(CheckpointReader(read_layout(path)))
+    return readers
+
+
+def _config_of(provenance: dict[str, Any]) -> MergeConfig:
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in provenance["options"].items()
+    }
+    return MergeConfig(load=Path("sources"), save=Path("merged"), **options)
+
+
+def _compare(
+    merged: CheckpointReader,
+    sources: Sequence[CheckpointReader],
+    coefficients: Sequence[float],
+    task: Task,
+    chance: random.Random,
+) -> int:
+    box = chance.choice(list(task.box.split(SAMPLE_ELEMENTS)))
+    expected = _recompute(task.recipe, sources, coefficients, box)
+    for output, values in zip(task.recipe.outputs, expected, strict=True):
+        stored = torch.empty(box.numel, dtype=output.dtype)
+        merged.cover(output.key, box).read(box, stored)
+        if not torch.equal(stored.view(torch.uint8), values.view(torch.uint8)):
+            raise MergeError(
+                f"{merged.layout.path}: {output.key} at {box.offsets} is not the merge of its "
+                "sources"
+            )
+    return box.numel * len(expected)
+
+
+def _recompute(
+    recipe: Recipe, sources: Sequence[CheckpointReader], coefficients: Sequence[float], box: Box
+) -> list[torch.Tensor]:
+    key, dtype = recipe.inputs[0], recipe.input_dtypes[0]
+    if recipe.rule is Rule.COPY:
+        data = torch.empty(box.numel, dtype=dtype)
+        sources[-1].cover(key, box).read(box, data)
+        return [data]
+    total = torch.zeros(0, dtype=torch.float64)
+    for coefficient, source in zip(coefficients, sources, strict=True):
+        data = torch.empty(box.numel, dtype=dtype)
+        source.cover(key, box).read(box, data)
+        product = data.double() * coefficient
+        total = product if total.numel() == 0 else total + product
+    first = reference.round_once(total, recipe.outputs[0].dtype)
+    return [first, *(first.to(output.dtype) for output in recipe.outputs[1:])]

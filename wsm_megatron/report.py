@@ -1,0 +1,174 @@
+"""What the command line says: lines for people, plain data for ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from wsm_megatron.engine.inspect import CheckpointContents, RunContents
+from wsm_megatron.engine.job import Job
+from wsm_megatron.engine.merge import MergeReport
+from wsm_megatron.engine.plan import Recipe
+from wsm_megatron.engine.sources import Decay
+from wsm_megatron.engine.verify import VerifyReport
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as storage counts them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def merged(done: MergeReport) -> Iterator[str]:
+    moved = done.bytes_read + done.bytes_written
+    yield from _coefficient_lines(
+        done.iterations, done.coefficients, done.effective_lr, "iteration"
+    )
+    yield f"read {size(done.bytes_read)}, wrote {size(done.bytes_written)}"
+    yield f"{done.seconds:.2f} s, {size(moved / max(done.seconds, 1e-9))}/s"
+    yield f"merged checkpoint: {done.output}"
+
+
+def planned(job: Job) -> Iterator[str]:
+    for product in job.products:
+        yield f"would write {product.path}"
+        yield from _source_lines(job, product.decay)
+    yield from _recipe_lines(job.plan.recipes)
+    for key in sorted(job.products[0].objects):
+        yield f"  copied as it is      {key}"
+    for key in job.plan.left_out:
+        yield f"  left out             {key}"
+    read = job.plan.bytes_to_read(len(job.sources), len(job.products))
+    yield f"would read {size(read)}, write {size(job.bytes_to_write())}; nothing was written"
+
+
+def plan_data(job: Job) -> dict[str, Any]:
+    product = job.products[0]
+    return {
+        "output": str(product.path),
+        "iterations": [source.iteration for source in job.sources],
+        **decay_data(product.decay),
+        "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
+        "bytes_to_write": job.bytes_to_write(),
+        "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},
+        "objects": list(product.objects),
+        "left_out": list(job.plan.left_out),
+    }
+
+
+def decay_table(decay: Decay) -> Iterator[str]:
+    yield from _coefficient_lines(
+        decay.positions, decay.coefficients, decay.effective_lr, decay.unit
+    )
+
+
+def decay_data(decay: Decay) -> dict[str, Any]:
+    return {
+        "positions": list(decay.positions),
+        "coefficients": list(decay.coefficients),
+        "effective_lr": list(decay.effective_lr),
+    }
+
+
+def checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:
+    yield f"{contents.path}: iteration {contents.iteration}, tokens {_known(contents.tokens)}"
+    for role, found in contents.by_role.items():
+        total = sum(entry.nbytes for entry in found)
+        yield f"  {role.value:16} {len(found):6} entries {size(total):>9}"
+        if entries:
+            for entry in sorted(found, key=lambda entry: entry.key):
+                yield f"    {entry.key} {_shape(entry)}"
+    yield f"  {'all':16} {'':6}         {size(contents.nbytes):>9}"
+    if contents.provenance is not None:
+        merged_from = ", ".join(str(s["iteration"]) for s in contents.provenance["sources"])
+        yield f"  merged from iterations {merged_from}"
+
+
+def checkpoint_data(contents: CheckpointContents) -> dict[str, Any]:
+    return {
+        "path": str(contents.path),
+        "iteration": contents.iteration,
+        "tokens": contents.tokens,
+        "bytes": contents.nbytes,
+        "entries": {
+            entry.key: {
+                "role": role.value,
+                "dtype": str(getattr(entry, "dtype", "bytes")).removeprefix("torch."),
+                "shape": list(getattr(entry, "shape", ())),
+                "bytes": entry.nbytes,
+            }
+            for role, found in contents.by_role.items()
+            for entry in found
+        },
+        "provenance": contents.provenance,
+    }
+
+
+def run(contents: RunContents) -> Iterator[str]:
+    yield f"{contents.path}: tracker {contents.tracker or 'missing'}"
+    for iteration, tokens, is_merged in contents.checkpoints:
+        kind = "merged" if is_merged else "trained"
+        yield f"  iteration {iteration:>9}  tokens {_known(tokens):>16}  {kind}"
+    for iteration in contents.unfinished:
+        yield f"  iteration {iteration:>9}  unfinished"
+
+
+def run_data(contents: RunContents) -> dict[str, Any]:
+    return {
+        "path": str(contents.path),
+        "tracker": contents.tracker,
+        "checkpoints": [
+            {"iteration": iteration, "tokens": tokens, "merged": is_merged}
+            for iteration, tokens, is_merged in contents.checkpoints
+        ],
+        "unfinished": list(contents.unfinished),
+    }
+
+
+def verified(done: VerifyReport) -> Iterator[str]:
+    kind = "merged checkpoint" if done.merged else "checkpoint"
+    yield (
+        f"{done.path}: {kind} is whole: {done.tensors} tensors and {done.objects} objects, "
+        f"{size(done.bytes_read)} read, checksums and values right"
+    )
+    if done.samples:
+        yield f"{done.samples} elements recomputed from the sources: the same bits"
+
+
+def _coefficient_lines(
+    places: Iterable[int],
+    coefficients: Iterable[float],
+    effective_lr: Iterable[float],
+    unit: str,
+) -> Iterator[str]:
+    yield f"{unit:>16}  coefficient  effective LR up to here"
+    multipliers = ["", *(f"{w:.6f}" for w in effective_lr)]
+    for place, coefficient, multiplier in zip(places, coefficients, multipliers, strict=True):
+        yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}"
+
+
+def _source_lines(job: Job, decay: Decay) -> Iterator[str]:
+    iterations = [source.iteration for source in job.sources]
+    yield from _coefficient_lines(iterations, decay.coefficients, decay.effective_lr, "iteration")
+    yield f"positions in {decay.unit}"
+
+
+def _recipe_lines(recipes: Iterable[Recipe]) -> Iterator[str]:
+    for recipe in sorted(recipes, key=lambda recipe: (recipe.role.value, recipe.key)):
+        for output in recipe.outputs:
+            dtype = str(output.dtype).removeprefix("torch.")
+            yield f"  {recipe.rule.value:35} {output.key} {dtype} {list(output.shape)}"
+
+
+def _shape(entry: Any) -> str:
+    if not hasattr(entry, "shape"):
+        return f"({entry.nbytes} bytes)"
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return f"{dtype} {list(entry.shape)} in {len(entry.chunks)} chunks"
+
+
+def _known(tokens: int | None) -> str:
+    return "unknown" if tokens is None else f"{tokens:,}"
