@@ -1,0 +1,162 @@
+"""The plugin's options: refused at start-up, with the flag in the message."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wsm_megatron.plugin.arguments import add_arguments, check_run, config_from_args, merged_root
+from wsm_megatron.plugin.config import WSMConfig
+
+
+def parse(*flags: str) -> WSMConfig | None:
+    return config_from_args(add_arguments(argparse.ArgumentParser()).parse_args(flags))
+
+
+def run_args(**changes: Any) -> argparse.Namespace:
+    """Megatron's arguments of a run that the plugin accepts."""
+    values: dict[str, Any] = {
+        "ckpt_format": "torch_dist",
+        "optimizer": "adam",
+        "lr_decay_style": "constant",
+        "save": "/runs/a",
+        "save_interval": 10,
+        "save_retain_interval": None,
+        "train_iters": 100,
+        "train_samples": None,
+        "eval_iters": 4,
+        "no_save_optim": None,
+        "lr_decay_iters": 100,
+        "lr_wsd_decay_iters": None,
+    }
+    return argparse.Namespace(**values | changes)
+
+
+def test_flags_become_the_config() -> None:
+    flags = [
+        "--wsm-merge",
+        "--wsm-merge-num",
+        "8",
+        "--wsm-merge-decay",
+        "1-sqrt",
+        "--wsm-merge-eval",
+    ]
+    assert parse(*flags) == WSMConfig(num=8, decay="1-sqrt", eval=True)
+
+
+def test_no_flag_no_config() -> None:
+    assert parse() is None
+
+
+def test_a_flag_without_the_switch_is_refused() -> None:
+    with pytest.raises(ValueError, match="--wsm-merge-num without effect: --wsm-merge is not"):
+        parse("--wsm-merge-num", "8")
+
+
+def test_yaml_sets_what_flags_leave_open(tmp_path: Path) -> None:
+    file = tmp_path / "wsm.yaml"
+    file.write_text("num: 4\nmin-decay: 0.1\neval: true\n")
+    config = parse("--wsm-merge", "--wsm-merge-config", str(file), "--wsm-merge-num", "6")
+    assert config == WSMConfig(num=6, min_decay=0.1, eval=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "expected a mapping"),
+        ("number: 4", "unknown option number"),
+        ("num: four", "--wsm-merge-num must be a non-negative whole number"),
+        ("{num: 4, eval: 1}", "--wsm-merge-eval must be true or false"),
+        ("{num: 4, save: 7}", "--wsm-merge-save must be text"),
+        ("{num: 4, min_decay: low}", "--wsm-merge-min-decay must be a number"),
+        ("{num: 4", "expected"),
+    ],
+)
+def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wsm.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse("--wsm-merge", "--wsm-merge-config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give exactly one of --wsm-merge-num"),
+        ({"num": 4, "window_iters": 100}, "give exactly one of --wsm-merge-num"),
+        ({"num": 1}, "at least two checkpoints"),
+        ({"num": 0}, "--wsm-merge-num must be at least 1"),
+        ({"num": -2}, "--wsm-merge-num must be a non-negative"),
+        ({"window_iters": 5, "interval": 10}, "shorter than --wsm-merge-interval"),
+        ({"num": 4, "decay": "steep"}, "unknown decay 'steep'"),
+        ({"num": 4, "min_decay": 1.5}, "must be in \\[0, 1\\]"),
+        ({"num": 4, "store": "tape"}, "--wsm-merge-store must be one of memory, disk"),
+        ({"num": 4, "dir": "/local"}, "--wsm-merge-dir has no effect"),
+        ({"num": 4, "optimizer_state": "all"}, "--wsm-merge-optimizer-state must be one of"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WSMConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"lr_decay_style": "cosine"}, {}, "--lr-decay-style cosine decays the LR"),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20},
+            {},
+            "--lr-decay-style WSD decays the LR",
+        ),
+        ({"ckpt_format": "fsdp_dtensor"}, {}, "needs --ckpt-format torch_dist"),
+        ({"use_megatron_fsdp": True}, {}, "remove --use-megatron-fsdp"),
+        ({"use_precision_aware_optimizer": True}, {}, "remove --use-precision-aware-optimizer"),
+        ({"optimizer": "dist_muon"}, {}, "--optimizer dist_muon"),
+        ({"save": None}, {}, "would keep nothing"),
+        ({"save": None}, {"interval": 10}, "the merge would go nowhere"),
+        ({}, {"save_interval": 15}, "not a multiple of --save-interval 10"),
+        ({}, {"save_interval": 15, "interval": 4}, "not a multiple of --wsm-merge-interval 4"),
+        ({}, {"start_iter": 100}, "not before the end of training, iteration 100"),
+        ({}, {"save": "/runs/a"}, "the run's own --save"),
+        ({}, {"num": None, "window_iters": 9}, "holds fewer than two checkpoints"),
+    ],
+)
+def test_runs_that_cannot_work_are_refused(
+    changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_run(run_args(**changes), WSMConfig(**{"num": 4} | options))
+
+
+def test_a_schedule_that_stays_stable_is_fine() -> None:
+    stable = {"lr_decay_style": "WSD", "lr_decay_iters": 200, "lr_wsd_decay_iters": 100}
+    check_run(run_args(**stable), WSMConfig(num=4))
+    check_run(run_args(lr_decay_style="cosine"), WSMConfig(num=4, allow_lr_decay=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"save_retain_interval": 50}, {}, "--save-retain-interval 50 deletes checkpoints"),
+        ({"eval_iters": 0}, {"eval": True}, "--wsm-merge-eval has no effect"),
+        ({"no_save_optim": True}, {}, "--no-save-optim"),
+    ],
+)
+def test_surprises_are_warned_about(
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_run(run_args(**changes), WSMConfig(num=4, **options))
+    assert message in caplog.text
+
+
+def test_merged_checkpoints_have_a_root_of_their_own() -> None:
+    assert merged_root(run_args(), WSMConfig(num=4)) == Path("/runs/a/wsm")
+    assert merged_root(run_args(), WSMConfig(num=4, save="/m")) == Path("/m")
+    assert merged_root(run_args(save=None), WSMConfig(num=4)) is None

@@ -1,0 +1,83 @@
+"""Which kept checkpoints form the window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from wsm_megatron.decay import coefficients
+from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.plugin.ring import Ring, window_size
+from wsm_megatron.window import Checkpoint
+
+
+def filled(options: dict[str, Any], iterations: list[int], tokens_each: int = 100) -> Ring:
+    ring = Ring(WSMConfig(**options))
+    for iteration in iterations:
+        ring.add(Checkpoint(iteration, iteration * tokens_each))
+        ring.confirm(iteration)
+    return ring
+
+
+def kept(ring: Ring) -> list[int]:
+    return [c.iteration for c in ring.kept]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num": 3}, [30, 40, 50]),
+        ({"num": 9}, [10, 20, 30, 40, 50]),
+        ({"window_iters": 20}, [30, 40, 50]),
+        ({"window_iters": 25}, [30, 40, 50]),
+        ({"window_tokens": 2000}, [30, 40, 50]),
+        ({"window_tokens": 1999}, [40, 50]),
+    ],
+)
+def test_the_window_moves_on(options: dict[str, Any], expected: list[int]) -> None:
+    assert kept(filled(options, [10, 20, 30, 40, 50])) == expected
+
+
+def test_confirming_says_what_left_the_window() -> None:
+    ring = filled({"num": 2}, [10, 20])
+    ring.add(Checkpoint(30, 3000))
+    assert kept(ring) == [10, 20] and 30 in ring and ring.pending == (30,)
+    assert ring.confirm(30) == (10,)
+
+
+def test_a_failed_keep_pushes_nothing_out() -> None:
+    ring = filled({"num": 2}, [10, 20])
+    ring.add(Checkpoint(30, 3000))
+    ring.discard(30)
+    assert kept(ring) == [10, 20] and 30 not in ring
+
+
+def test_older_ones_may_enter_later_after_a_restart() -> None:
+    assert kept(filled({"num": 3}, [50, 40, 30])) == [30, 40, 50]
+    ring = filled({"num": 3}, [50, 40, 30])
+    assert not ring.in_window(Checkpoint(20))
+    assert filled({"num": 3}, [50, 40]).in_window(Checkpoint(30))
+
+
+def test_nothing_before_the_start() -> None:
+    ring = filled({"num": 3, "start_iter": 30}, [50])
+    assert ring.in_window(Checkpoint(30)) and not ring.in_window(Checkpoint(20))
+
+
+def test_the_recipe_weighs_what_was_trained_in_between() -> None:
+    ring = filled({"num": 3, "decay": "1-sqrt", "min_decay": 0.1}, [10, 40, 50])
+    recipe = ring.recipe()
+    assert recipe is not None and recipe.unit == "tokens" and recipe.iterations == (10, 40, 50)
+    assert recipe.coefficients == coefficients((1000, 4000, 5000), "1-sqrt", 0.1)
+
+
+def test_one_checkpoint_is_no_merge() -> None:
+    assert filled({"num": 3}, [10]).recipe() is None
+
+
+def test_the_size_of_a_full_window() -> None:
+    assert window_size(WSMConfig(num=5), 10, None) == 5
+    assert window_size(WSMConfig(window_iters=40), 10, None) == 5
+    assert window_size(WSMConfig(window_tokens=4000), 10, 100) == 5
+    assert window_size(WSMConfig(window_tokens=4000), None, 100) is None

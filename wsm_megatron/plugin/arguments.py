@@ -1,0 +1,194 @@
+"""The ``--wsm-merge-*`` flags, and whether they fit the run they are given to."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from wsm_megatron.plugin.config import WSMConfig, flag_of, read_yaml
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "wsm_merge_"
+
+_UNSUPPORTED = {
+    "use_megatron_fsdp": "Megatron FSDP",
+    "use_torch_fsdp2": "torch FSDP2",
+    "use_precision_aware_optimizer": "main params inside the precision-aware optimizer",
+    "optimizer_cpu_offload": "optimizer offload to the CPU",
+    "fp8_param_gather": "FP8 model weights",
+    "fp4_param_gather": "FP4 model weights",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add one flag for each field of :class:`WSMConfig`, beside ``--wsm-merge`` itself.
+
+    Flags that are not given leave no trace in the namespace: the YAML file may set them.
+    """
+    group = parser.add_argument_group("wsm", "merging of checkpoints in training (WSM)")
+    group.add_argument("--wsm-merge", action="store_true", help="keep checkpoints and merge them")
+    group.add_argument(
+        "--wsm-merge-config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="YAML file of the options below; flags win over it",
+    )
+    for f in fields(WSMConfig):
+        given = {k: v for k, v in f.metadata.items() if k != "help"}
+        if isinstance(f.default, bool):
+            given["action"] = "store_true"
+        group.add_argument(
+            flag_of(f.name), default=argparse.SUPPRESS, help=f.metadata["help"], **given
+        )
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> WSMConfig | None:
+    """The config of a run, or None where ``--wsm-merge`` is not given.
+
+    Raises ``ValueError`` for flags that contradict each other or would have no effect.
+    """
+    given = {
+        f.name: getattr(args, _PREFIX + f.name)
+        for f in fields(WSMConfig)
+        if hasattr(args, _PREFIX + f.name)
+    }
+    file = getattr(args, "wsm_merge_config", None)
+    if not getattr(args, "wsm_merge", False):
+        if flags := [flag_of(name) for name in given] + ["--wsm-merge-config"] * (file is not None):
+            raise ValueError(f"{', '.join(flags)} without effect: --wsm-merge is not given")
+        return None
+    if file is None:
+        return WSMConfig(**given)
+    options = {name.replace("-", "_"): value for name, value in read_yaml(file).items()}
+    return WSMConfig.from_mapping(options | given, f"--wsm-merge-config {file}")
+
+
+def merged_root(args: Any, config: WSMConfig) -> Path | None:
+    """The folder of merged checkpoints, or None where the run saves nowhere."""
+    if config.save is not None:
+        return Path(config.save)
+    return Path(args.save) / "wsm" if args.save else None
+
+
+def shards_dir(args: Any, config: WSMConfig) -> Path | None:
+    """The folder of the disk store, or None for the memory store.
+
+    Raises ``ValueError`` where the disk store has no folder to be in.
+    """
+    if config.store != "disk":
+        return None
+    if config.dir is None and not args.save:
+        raise ValueError("--wsm-merge-store disk: give --wsm-merge-dir, the run has no --save")
+    return Path(config.dir) if config.dir is not None else Path(args.save) / "wsm_shards"
+
+
+def keep_interval(args: Any, config: WSMConfig) -> int | None:
+    """Iterations between keeps, or None where nothing is ever kept by interval."""
+    if config.interval is not None:
+        return config.interval
+    return args.save_interval if args.save else None
+
+
+def check_run(args: Any, config: WSMConfig) -> None:
+    """Refuse what cannot work in this run, warn about what may surprise.
+
+    Raises ``ValueError``. Called before the model is built.
+    """
+    _check_supported(args)
+    _check_schedule(args, config)
+    _check_intervals(args, config)
+    _check_results(args, config)
+    _check_retention(args, config)
+
+
+def _check_supported(args: Any) -> None:
+    for name, what in _UNSUPPORTED.items():
+        if getattr(args, name, False):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--wsm-merge does not support {what}: remove {flag}")
+    if args.ckpt_format != "torch_dist":
+        raise ValueError(f"--wsm-merge needs --ckpt-format torch_dist, not {args.ckpt_format}")
+    if getattr(args, "optimizer", "adam").startswith("dist_"):
+        raise ValueError(f"--wsm-merge does not support --optimizer {args.optimizer}")
+
+
+def _check_schedule(args: Any, config: WSMConfig) -> None:
+    style = args.lr_decay_style
+    if style == "constant" or config.allow_lr_decay or (style == "WSD" and _stays_stable(args)):
+        return
+    raise ValueError(
+        f"--wsm-merge replaces LR decay, but --lr-decay-style {style} decays the LR in this run: "
+        "use --lr-decay-style constant, or --wsm-merge-allow-lr-decay to have both"
+    )
+
+
+def _stays_stable(args: Any) -> bool:
+    """Whether a WSD schedule is still in its stable phase when the run ends."""
+    if getattr(args, "train_samples", None):
+        end, decay, last = args.lr_decay_samples, args.lr_wsd_decay_samples, args.train_samples
+    else:
+        end, decay, last = args.lr_decay_iters, args.lr_wsd_decay_iters, args.train_iters
+    return end is not None and decay is not None and end - decay >= last
+
+
+def _check_intervals(args: Any, config: WSMConfig) -> None:
+    every = keep_interval(args, config)
+    if every is None:
+        raise ValueError(
+            "--wsm-merge would keep nothing: give --save and --save-interval, or "
+            "--wsm-merge-interval"
+        )
+    if config.save_interval is not None and config.save_interval % every:
+        what = "--wsm-merge-interval" if config.interval else "--save-interval"
+        raise ValueError(
+            f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
+            f"{every}: a merged checkpoint ends in a kept one"
+        )
+    if config.window_iters is not None and config.window_iters < every:
+        raise ValueError(
+            f"--wsm-merge-window-iters {config.window_iters} holds fewer than two checkpoints: "
+            f"one is kept every {every} iterations"
+        )
+    if args.train_iters is not None and config.start_iter >= args.train_iters:
+        raise ValueError(
+            f"--wsm-merge-start-iter {config.start_iter} is not before the end of training, "
+            f"iteration {args.train_iters}"
+        )
+
+
+def _check_results(args: Any, config: WSMConfig) -> None:
+    root = merged_root(args, config)
+    if root is None and (config.save_interval is not None or not config.eval):
+        raise ValueError(
+            "the merge would go nowhere: give --wsm-merge-save (or --save), or --wsm-merge-eval "
+            "without --wsm-merge-save-interval"
+        )
+    if root is not None and args.save and root.absolute() == Path(args.save).absolute():
+        raise ValueError(
+            f"--wsm-merge-save {root} is the run's own --save: merged checkpoints need a folder "
+            "and a tracker of their own"
+        )
+    if config.eval and not args.eval_iters:
+        logger.warning("--wsm-merge-eval has no effect: --eval-iters is 0")
+    if args.no_save_optim and config.optimizer_state != "drop":
+        logger.warning(
+            "--no-save-optim: merged checkpoints carry no optimizer state either, "
+            "--wsm-merge-optimizer-state %s has no effect",
+            config.optimizer_state,
+        )
+
+
+def _check_retention(args: Any, config: WSMConfig) -> None:
+    retain = getattr(args, "save_retain_interval", None)
+    if retain is not None and args.save_interval and retain > args.save_interval:
+        again = "a restart cannot refill the window from them" if config.store == "memory" else ""
+        logger.warning(
+            "--save-retain-interval %d deletes checkpoints inside the window that is merged: %s",
+            retain,
+            "; ".join(filter(None, [again, "an offline merge cannot use them"])),
+        )

@@ -1,0 +1,296 @@
+"""What the plugin does at each event of Megatron-LM's training loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from wsm_megatron.checkpoint.run import checkpoint_path, scan_run
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.plugin import arguments
+from wsm_megatron.plugin.agree import is_first_rank, on_any_rank, raise_together
+from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.plugin.emit import emit
+from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
+from wsm_megatron.plugin.replaced import replaced
+from wsm_megatron.plugin.ring import MergeRecipe, window_size
+from wsm_megatron.plugin.store import free_bytes
+from wsm_megatron.plugin.wsm import WSM
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Megatron:
+    """What the driver calls of ``megatron.training``."""
+
+    training: ModuleType
+    checkpointing: ModuleType
+    save_checkpoint: Callable[..., Any]
+    """Megatron's own, not the plugin's wrapper around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where training is, and what Megatron's ``save_checkpoint`` wants to know about it."""
+
+    iteration: int
+    flops: Any
+    scheduler: Any
+    data_iterator: Any
+
+
+class Driver:
+    """One run with ``--wsm-merge``: between Megatron's loop and :class:`WSM`.
+
+    Keeps come with saves (or every ``--wsm-merge-interval``); merges with evaluations,
+    ``--wsm-merge-save-interval``, SIGUSR2 and the end of training. Every method is collective. A
+    merge that fails is left out on every rank with a warning, and training goes on.
+
+    Raises ``ValueError`` for flags that cannot work in this run.
+    """
+
+    def __init__(self, megatron: Megatron, args: Any, config: WSMConfig) -> None:
+        arguments.check_run(args, config)
+        self._megatron, self._args, self._config = megatron, args, config
+        self._root = arguments.merged_root(args, config)
+        self._folder = arguments.shards_dir(args, config)
+        self._every = arguments.keep_interval(args, config)
+        self._requested = self._finished = False
+        self._saving: int | None = None
+        self._emitted = -1
+
+    def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
+        """Model and optimizer are built and loaded: take up the window.
+
+        Raises ``ValueError`` where memory or disk are too small, or the optimizer is unsupported.
+        """
+        args = self._args
+        self._model, self._optimizer = model, optimizer
+        self._wsm = WSM(model, optimizer, self._config, self._folder)
+        self._check_room()
+        signal.signal(signal.SIGUSR2, self._request)
+        if args.iteration and not (args.finetune or args.no_load_optim):
+            load = self._loader(scheduler)
+            self._wsm.resume(args.iteration, self._tokens(), self._available(), load)
+            _say("window taken up with iterations %s", [c.iteration for c in self._wsm.kept])
+
+    def evaluated(
+        self, iteration: int, data: Any, evaluate: Callable[[str, Any, bool], Any]
+    ) -> Any:
+        """Let Megatron evaluate, then the merged weights on the same batches.
+
+        ``evaluate(tag, data, complete)`` calls Megatron's own function: ``tag`` goes before its
+        prefix, and without ``complete`` the user's non-loss functions are not called.
+        """
+        if not self._config.eval:
+            return evaluate("", data, True)
+        recorded = record(data)
+        result = evaluate("", recorded, True)
+        if self._due(iteration):
+            self._keep(iteration)
+        valid_samples = self._args.consumed_valid_samples
+        with (
+            self._merged("evaluation") as recipe,
+            tagged_writers(self._megatron.training),
+            replaced(self._args, consumed_valid_samples=valid_samples),
+        ):
+            if recipe is not None:
+                evaluate("wsm ", replay(recorded), False)
+        return result
+
+    @contextmanager
+    def saving(self, progress: Progress) -> Iterator[None]:
+        """Around a persistent save of Megatron's: keep what is saved."""
+        self._saving = progress.iteration
+        try:
+            yield
+        finally:
+            self._saving = None
+        if self._config.interval is None and progress.iteration >= self._config.start_iter:
+            self._keep(progress.iteration)
+        if self._finished:
+            self._emit_last(progress)
+
+    def scheduled(self, request: Any) -> None:
+        """Megatron schedules an asynchronous save: what is kept counts once that is durable."""
+        if self._saving is not None:
+            iteration = self._saving
+            request.add_finalize_fn(lambda: self._wsm.confirm(iteration))
+
+    def stepped(self, progress: Progress) -> None:
+        """After every iteration, its evaluation and its saves."""
+        if self._config.interval is not None and self._due(progress.iteration):
+            self._keep(progress.iteration)
+        if progress.iteration in self._wsm and self._wants_merge(progress.iteration):
+            timers = self._megatron.training.get_timers()
+            timers("interval-time").stop()
+            self._emit(progress)
+            timers("interval-time", log_level=0).start(barrier=True)
+
+    def finished(self, progress: Progress) -> None:
+        """Training is over, but for a last save that Megatron may still make."""
+        self._finished = True
+        args = self._args
+        last_save = args.save and args.save_interval and progress.iteration % args.save_interval
+        if not last_save:
+            self._emit_last(progress)
+
+    def _due(self, iteration: int) -> bool:
+        assert self._every is not None, "check_run refuses runs that never keep"
+        return iteration % self._every == 0 and iteration >= self._config.start_iter
+
+    def _wants_merge(self, iteration: int) -> bool:
+        """Whether a merged checkpoint is due at an iteration that is kept."""
+        every = self._config.save_interval
+        if self._root is None or (every is not None and iteration % every == 0):
+            return self._root is not None
+        return on_any_rank(self._requested)
+
+    def _request(self, *_: Any) -> None:
+        self._requested = True
+
+    def _tokens(self) -> int:
+        return self._args.consumed_train_samples * self._args.seq_length
+
+    def _keep(self, iteration: int) -> None:
+        if iteration in self._wsm:
+            return
+        awaited = self._args.async_save and self._config.interval is None
+        stall = self._wsm.keep(iteration, self._tokens(), durable=not awaited)
+        size = self._wsm.nbytes
+        _say("keeping iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
+
+    @contextmanager
+    def _merged(self, purpose: str) -> Iterator[MergeRecipe | None]:
+        """The merged weights in place, or None where they cannot be. Collective."""
+        with ExitStack() as stack:
+            recipe = None
+            if self._wsm.recipe() is None:
+                _say("no %s yet: %d checkpoints kept", purpose, len(self._wsm.kept))
+            else:
+                stack.enter_context(preserved_rng())
+                try:
+                    recipe = stack.enter_context(self._wsm.merged())
+                except Exception as error:  # on every rank, and weights are restored
+                    logger.warning("wsm: no %s, the merge failed: %s", purpose, error)
+            yield recipe
+
+    def _emit_last(self, progress: Progress) -> None:
+        if self._emitted != progress.iteration >= max(self._config.start_iter, 1):
+            self._keep(progress.iteration)
+            self._emit(progress)
+
+    def _emit(self, progress: Progress) -> None:
+        """Save a merged checkpoint that ends in the newest kept one."""
+        self._requested = False
+        if self._root is None:
+            return
+        self._megatron.training.maybe_finalize_async_save(blocking=True)
+        if on_any_rank(checkpoint_path(self._root, progress.iteration).exists()):
+            _say("%s has iteration %d already", self._root, progress.iteration)
+            return
+        began = time.perf_counter()
+        try:
+            with self._merged("merged checkpoint") as recipe:
+                if recipe is None:
+                    return
+                if recipe.iterations[-1] != progress.iteration:
+                    _say("no merged checkpoint: iteration %d is not kept", progress.iteration)
+                    return
+                target = self._save(progress, recipe, self._root)
+        except Exception as error:  # on every rank, and weights are restored
+            logger.warning("wsm: no merged checkpoint at %d: %s", progress.iteration, error)
+            return
+        self._emitted = progress.iteration
+        seconds = time.perf_counter() - began
+        _say("merged %s into %s in %.2f s", list(recipe.iterations), target, seconds)
+        _say("coefficients %s, effective LR %s", recipe.coefficients, recipe.effective_lr)
+
+    def _save(self, progress: Progress, recipe: MergeRecipe, root: Path) -> Path:
+        def save() -> None:
+            self._megatron.save_checkpoint(
+                progress.iteration,
+                self._model,
+                self._optimizer,
+                progress.scheduler,
+                progress.flops,
+                {},  # the cached save strategy belongs to the run
+                train_data_iterator=progress.data_iterator,
+                preprocess_common_state_dict_fn=(
+                    self._megatron.training.preprocess_common_state_dict
+                ),
+            )
+
+        offline = MergeConfig(
+            load=Path(self._args.save or root),
+            save=root,
+            iterations=recipe.iterations,
+            decay=self._config.decay,
+            min_decay=self._config.min_decay,
+            optimizer_state=self._config.optimizer_state,
+        )
+        return emit(save, self._megatron.checkpointing, self._args, root, recipe, offline)
+
+    def _check_room(self) -> None:
+        """Refuse a window that does not fit, on every rank if on one; reserve what does."""
+        args, ranks = self._args, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        number = window_size(self._config, self._every, args.global_batch_size * args.seq_length)
+        assert number is not None, "the interval between keeps is known here"
+        needed, free = (number + 1) * self._wsm.nbytes * ranks, free_bytes(self._folder)
+        where = f"on the file system of {self._folder}" if self._folder else "of host memory"
+        _say(
+            "%d kept checkpoints, and one being kept, take %.3f GB a rank, %.3f GB for the %d "
+            "ranks of this host; %.3f GB %s are free",
+            *(number, needed / ranks / 1e9, needed / 1e9, ranks, free / 1e9, where),
+        )
+        error = None
+        if needed > free:
+            error = ValueError(
+                f"a window of {number} checkpoints needs {needed / 1e9:.3f} GB, and "
+                f"{free / 1e9:.3f} GB {where} are free: keep fewer (--wsm-merge-num), or use "
+                "--wsm-merge-store disk with a larger --wsm-merge-dir"
+            )
+        raise_together(error, "making room for the window")
+        if self._folder is None:
+            self._wsm.reserve(number + 1)
+
+    def _available(self) -> list[int]:
+        """The run's ordinary checkpoints that a restart may refill the window from."""
+        finished = scan_run(Path(self._args.load)).finished
+        every = self._config.interval or 1
+        return [i for i in finished if i % every == 0]
+
+    def _loader(self, scheduler: Any) -> Callable[[int], int]:
+        """Loads an ordinary checkpoint through Megatron's own ``load_checkpoint``.
+
+        The scheduler stays out of it: loading it twice would add its steps up.
+        """
+        args = self._args
+
+        def load(iteration: int) -> int:
+            samples = {
+                name: getattr(args, name)
+                for name in ("consumed_train_samples", "skipped_train_samples")
+            }
+            valid = args.consumed_valid_samples
+            with replaced(args, ckpt_step=iteration, consumed_valid_samples=valid, **samples):
+                self._megatron.checkpointing.load_checkpoint(self._model, self._optimizer, None)
+                tokens = self._tokens()
+            scheduler.step(increment=0)  # the LR of the parameter groups came from the checkpoint
+            return tokens
+
+        return load
+
+
+def _say(message: str, *values: Any) -> None:
+    if is_first_rank():
+        logger.info("wsm: " + message, *values)

@@ -1,0 +1,166 @@
+"""A merged checkpoint, saved by Megatron itself while the merged weights are in place."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from isal.isal_zlib import crc32
+
+import wsm_megatron
+from wsm_megatron.checkpoint.layout import METADATA_FILE
+from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.provenance import FORMAT, write_provenance
+from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together
+from wsm_megatron.plugin.replaced import replaced
+from wsm_megatron.plugin.ring import MergeRecipe
+
+logger = logging.getLogger(__name__)
+
+_STAGING = ".wsm-emit"  # Megatron's root while a merged checkpoint is not whole
+_PIECE = 1 << 24  # bytes read at a time for checksums
+
+
+def emit(
+    save: Callable[[], None],
+    checkpointing: Any,
+    args: Any,
+    root: Path,
+    recipe: MergeRecipe,
+    config: MergeConfig,
+) -> Path:
+    """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
+
+    Megatron saves below a hidden root, of which the finished checkpoint is moved out; ``root``'s
+    own tracker moves last.
+
+    Args:
+        save: calls Megatron's ``save_checkpoint`` for the newest iteration of ``recipe``.
+        checkpointing: the module ``megatron.training.checkpointing``.
+        args: Megatron's arguments; some are replaced while it saves.
+        config: the offline merge that this one equals, for the provenance.
+
+    Raises:
+        Whatever Megatron's save raises, on the ranks where it does; ``OSError`` and ``MergeError``
+        where the checkpoint cannot be published.
+    """
+    iteration = recipe.iterations[-1]
+    staging = root / f".iter_{iteration:07d}{_STAGING}"
+    _on_first_rank(lambda: _clean(root), f"preparing {root}")
+    provenance = describe(recipe, config, Path(args.save) if args.save else None)
+    overrides = {
+        "save": str(staging),
+        "async_save": False,
+        "save_retain_interval": None,
+        "no_save_optim": args.no_save_optim or config.optimizer_state == "drop",
+    }
+    generate = _generator(checkpointing.generate_state_dict, provenance, args)
+    with (
+        replaced(checkpointing, generate_state_dict=generate),
+        replaced(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
+        replaced(args, **overrides),
+    ):
+        save()
+    written = checkpoint_path(staging, iteration)
+    files = checksums(written)
+    _on_first_rank(lambda: write_provenance(written, provenance, files), f"describing {written}")
+    target = checkpoint_path(root, iteration)
+    _on_first_rank(lambda: _publish(written, target), f"publishing {target}")
+    return target
+
+
+def describe(recipe: MergeRecipe, config: MergeConfig, run: Path | None) -> dict[str, Any]:
+    """The provenance that an offline merge of the same checkpoints would leave."""
+    skipped = ("load", "save", "threads")
+    options = {name: value for name, value in asdict(config).items() if name not in skipped}
+    return {
+        "format": FORMAT,
+        "iteration": recipe.iterations[-1],
+        "sources": [_source(c.iteration, c.tokens, run) for c in recipe.sources],
+        "positions": list(recipe.positions),
+        "unit": recipe.unit,
+        "coefficients": list(recipe.coefficients),
+        "effective_lr": list(recipe.effective_lr),
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
+        "versions": {
+            "wsm_megatron": wsm_megatron.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, Any]:
+    """A kept checkpoint, and the run's ordinary one of that iteration where there is one."""
+    source: dict[str, Any] = {"iteration": iteration, "tokens": tokens}
+    if run is not None:
+        path = checkpoint_path(run, iteration)
+        if (path / METADATA_FILE).is_file():
+            source["path"] = str(path.resolve())
+    return source
+
+
+def checksums(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of every file, the files shared out among the ranks. Collective."""
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = {name: _size_and_crc(directory / name) for name in names[rank::size]}
+    return {name: found for part in gathered(mine) for name, found in part.items()}
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            size, crc = size + len(piece), crc32(piece, crc)
+    return size, crc
+
+
+def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:
+    """``generate_state_dict`` that adds the provenance, and the run's own arguments as they are."""
+    own = {name: getattr(args, name) for name in ("save", "async_save", "save_retain_interval")}
+
+    def generate_state_dict(*positional: Any, **keywords: Any) -> dict[str, Any]:
+        state = original(*positional, **keywords)
+        state["args"] = copy.copy(state["args"])
+        for name, value in own.items():
+            setattr(state["args"], name, value)
+        state["wsm_merge"] = provenance
+        return state
+
+    return generate_state_dict
+
+
+def _on_first_rank(action: Callable[[], None], what: str) -> None:
+    error: Exception | None = None
+    if is_first_rank():
+        try:
+            action()
+        except Exception as caught:  # raised below, on every rank
+            error = caught
+    raise_together(error, what)
+
+
+def _clean(root: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(f".iter_*{_STAGING}"):
+        shutil.rmtree(leftover)
+
+
+def _publish(written: Path, target: Path) -> None:
+    sync_directory(written)
+    os.rename(written, target)
+    sync_directory(target.parent)
+    write_tracker(target.parent, int(target.name.removeprefix("iter_")))
+    shutil.rmtree(written.parent)

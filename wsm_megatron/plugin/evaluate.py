@@ -1,0 +1,119 @@
+"""The paired evaluation: merged weights on the very batches that the trained ones were given."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from wsm_megatron.plugin.replaced import replaced
+
+
+class Recorder:
+    """A data iterator that remembers what it handed out.
+
+    A tensor that equals the one of the same name in the batch before (the causal mask, the position
+    ids) is remembered once.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._batches: list[Any] = []
+
+    def __iter__(self) -> Recorder:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._source)
+        self._batches.append(self._shared(batch))
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def replay(self) -> Iterator[Any]:
+        """The same batches once more."""
+        return iter(self._batches)
+
+    def _shared(self, batch: Any) -> Any:
+        last = self._batches[-1] if self._batches else None
+        if not isinstance(batch, dict) or not isinstance(last, dict):
+            return batch
+        return {key: _same_or_new(last.get(key), value) for key, value in batch.items()}
+
+
+def _same_or_new(old: Any, new: Any) -> Any:
+    tensors = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
+    return old if tensors and old.shape == new.shape and torch.equal(old, new) else new
+
+
+def record(data_iterator: Any) -> Any:
+    """Recorders in the shape that Megatron passes iterators: one, none, or a list of those."""
+    if data_iterator is None:
+        return None
+    if isinstance(data_iterator, list):
+        return [record(one) for one in data_iterator]
+    return Recorder(data_iterator)
+
+
+def replay(recorded: Any) -> Any:
+    """What :func:`record` remembered, as iterators in the same shape."""
+    if isinstance(recorded, list):
+        return [replay(one) for one in recorded]
+    return None if recorded is None else recorded.replay()
+
+
+class _Tagged:
+    """A TensorBoard or W&B writer under whose every name ``wsm`` is put first."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        self._writer.add_scalar(f"wsm {tag}", *args, **kwargs)
+
+    def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log({f"wsm {k}": v for k, v in values.items()}, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+@contextmanager
+def tagged_writers(training: Any) -> Iterator[None]:
+    """Within it, ``megatron.training.training`` gets writers that put ``wsm`` before every name."""
+
+    def tagged(original: Any) -> Any:
+        def get_writer() -> Any:
+            writer = original()
+            return _Tagged(writer) if writer else writer
+
+        return get_writer
+
+    names = ("get_tensorboard_writer", "get_wandb_writer")
+    with replaced(training, **{name: tagged(getattr(training, name)) for name in names}):
+        yield
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave every random generator as it was: Python's, NumPy's, torch's and Megatron's."""
+    import numpy as np
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    python, numpy_, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    tracked = tracker.get_states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_)
+        torch.set_rng_state(torch_)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        tracker.set_states(tracked)

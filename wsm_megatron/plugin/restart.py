@@ -1,0 +1,46 @@
+"""After a restart: which kept checkpoints are there, and belong to the run that was loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from wsm_megatron.plugin.agree import gathered, on_all_ranks
+from wsm_megatron.plugin.shards import Shard
+from wsm_megatron.plugin.store import Found, Store
+from wsm_megatron.window import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def take_stock(store: Store, iteration: int) -> tuple[dict[int, Checkpoint], set[int]]:
+    """What a store holds for a restart at ``iteration``. Collective.
+
+    Deletes what is newer (of a future that did not happen) and what some rank has not got.
+
+    Returns:
+        The checkpoints that every rank has, by iteration, and the iterations that some rank has
+        under another parallel layout.
+    """
+    found = store.found()
+    everywhere: list[Found] = gathered(found)
+    whole = set.intersection(*({c.iteration for c in f.checkpoints} for f in everywhere))
+    whole = {i for i in whole if i <= iteration}
+    for checkpoint in found.checkpoints:
+        if checkpoint.iteration not in whole:
+            store.drop(checkpoint.iteration)
+    misfits = set.union(*(set(f.misfits) for f in everywhere))
+    kept = {c.iteration: c for c in found.checkpoints if c.iteration in whole}
+    return kept, {i for i in misfits if i <= iteration}
+
+
+def is_live(store: Store, shards: Sequence[Shard], iteration: int) -> bool:
+    """Whether the kept main params and buffers equal the live ones on every rank. Collective."""
+    same = all(
+        torch.equal(store.get(iteration, index), shard.owned().float().cpu())
+        for index, shard in enumerate(shards)
+        if shard.name.startswith(("main.", "buffer."))
+    )
+    return on_all_ranks(same)

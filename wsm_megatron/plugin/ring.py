@@ -1,0 +1,122 @@
+"""Which kept checkpoints form the window, with which coefficients. Pure: no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wsm_megatron.decay import coefficients, effective_lr
+from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.window import Checkpoint, positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecipe:
+    """One merge: its sources, oldest first, and what each weighs."""
+
+    sources: tuple[Checkpoint, ...]
+    coefficients: tuple[float, ...]
+    effective_lr: tuple[float, ...]
+    positions: tuple[float, ...]
+    unit: str
+    """Unit of the positions that the decay used: ``tokens`` or ``iterations``."""
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        return tuple(c.iteration for c in self.sources)
+
+
+class Ring:
+    """The kept checkpoints of one run, oldest first; the same on every rank.
+
+    A checkpoint enters as pending, counts once confirmed, and leaves when the window has moved past
+    it. A pending one does not yet push another out: should it fail, nothing is lost.
+    """
+
+    def __init__(self, config: WSMConfig) -> None:
+        self._config = config
+        self._kept: dict[int, Checkpoint] = {}
+        self._pending: dict[int, Checkpoint] = {}
+
+    def __contains__(self, iteration: int) -> bool:
+        return iteration in self._kept or iteration in self._pending
+
+    @property
+    def kept(self) -> tuple[Checkpoint, ...]:
+        """The confirmed checkpoints of the window, oldest first."""
+        return tuple(self._kept[i] for i in sorted(self._kept))
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        return tuple(sorted(self._pending))
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Take in a new checkpoint as pending."""
+        assert checkpoint.iteration not in self, f"iteration {checkpoint.iteration} is kept already"
+        self._pending[checkpoint.iteration] = checkpoint
+
+    def confirm(self, iteration: int) -> tuple[int, ...]:
+        """Let a pending checkpoint count. Returns the iterations that left the window."""
+        self._kept[iteration] = self._pending.pop(iteration)
+        gone = tuple(c.iteration for c in self.kept if not self.in_window(c))
+        for old in gone:
+            del self._kept[old]
+        return gone
+
+    def discard(self, iteration: int) -> None:
+        """Forget a checkpoint, pending or kept."""
+        self._pending.pop(iteration, None)
+        self._kept.pop(iteration, None)
+
+    def in_window(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint belongs to the window that ends at the newest kept one.
+
+        As far as one can tell: before a checkpoint is loaded its tokens may be unknown."""
+        kept, config = self.kept, self._config
+        if checkpoint.iteration < config.start_iter:
+            return False
+        if config.num is not None:
+            return sum(c.iteration > checkpoint.iteration for c in kept) < config.num
+        if not kept:
+            return True
+        if config.window_iters is not None:
+            return checkpoint.iteration >= kept[-1].iteration - config.window_iters
+        assert config.window_tokens is not None
+        newest, own = kept[-1].tokens, checkpoint.tokens
+        assert newest is not None, "a keep always says its tokens"
+        return own is None or own >= newest - config.window_tokens
+
+    def recipe(self) -> MergeRecipe | None:
+        """The merge of what is kept, or None while fewer than two checkpoints are."""
+        sources = self.kept
+        if len(sources) < 2:
+            return None
+        where, unit = positions(sources)
+        weights = coefficients(where, self._config.decay, self._config.min_decay)
+        return MergeRecipe(
+            sources=sources,
+            coefficients=weights,
+            effective_lr=effective_lr(weights),
+            positions=where,
+            unit=unit,
+        )
+
+
+def window_size(
+    config: WSMConfig, every: int | None, tokens_per_iteration: int | None
+) -> int | None:
+    """How many checkpoints the full window holds, or None where that cannot be known beforehand.
+
+    Args:
+        every: iterations between keeps, where regular.
+        tokens_per_iteration: global batch size x sequence length, where constant.
+    """
+    if config.num is not None:
+        return config.num
+    if every is None:
+        return None
+    if config.window_iters is not None:
+        return config.window_iters // every + 1
+    if not tokens_per_iteration:
+        return None
+    assert config.window_tokens is not None
+    return config.window_tokens // (every * tokens_per_iteration) + 1

@@ -1,0 +1,262 @@
+"""Where kept shards live: in host memory, or as one safetensors file a rank and checkpoint.
+
+``put`` starts a copy, ``finish`` waits for it and says how it went, ``get`` reads one shard for a
+merge. Nothing here communicates: what counts is agreed on by the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from wsm_megatron.plugin.copying import ShardCopier
+from wsm_megatron.plugin.shards import Shard
+from wsm_megatron.window import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED = ".unfinished"
+_CHECKED = 1 << 20  # elements looked at in one go for NaN and Inf
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a store holds from an earlier run of this rank."""
+
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Complete, and in this same layout; oldest first."""
+    misfits: tuple[int, ...] = ()
+    """Iterations kept under another parallel layout."""
+
+
+class Store(ABC):
+    """Kept shards of one rank: per checkpoint, its shards end to end in one flat fp32 tensor."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        ends = list(accumulate(shard.size for shard in shards))
+        self._spans = list(zip([0, *ends], ends, strict=False))
+        self._numel = ends[-1] if ends else 0
+        self._shards = shards
+        self._copier = ShardCopier(shards)
+        self._free: list[torch.Tensor] = []
+        self._running: dict[int, Future[None]] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wsm-keep")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one kept checkpoint costs this rank."""
+        return 4 * self._numel
+
+    def reserve(self, number: int) -> None:
+        """Allocate (on CUDA machines: pin) room for ``number`` checkpoints now."""
+        self._free += [self._copier.allocate(self._numel) for _ in range(number)]
+
+    def guard(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Let the steps of these optimizers wait, on the device, for a copy under way."""
+        self._copier.guard(optimizers)
+
+    def put(self, checkpoint: Checkpoint) -> None:
+        """Start copying the live shards; they may change once the guarded optimizers step again.
+
+        Never raises: :meth:`finish` tells.
+        """
+        try:
+            flat = self._free.pop() if self._free else self._copier.allocate(self._numel)
+            copied = self._copier.start(flat)
+            running = self._worker.submit(self._complete, checkpoint, flat, copied)
+        except Exception as error:
+            running = Future()
+            running.set_exception(error)
+        self._running[checkpoint.iteration] = running
+
+    def finish(self, iteration: int) -> Exception | None:
+        """Wait until a ``put`` is complete on this rank. Returns what went wrong, or None."""
+        error = self._running.pop(iteration).exception()
+        assert error is None or isinstance(error, Exception)
+        return error
+
+    def _complete(self, checkpoint: Checkpoint, flat: torch.Tensor, copied: Any) -> None:
+        copied.synchronize()
+        try:
+            self._check_finite(flat)
+            self._hold(checkpoint, flat)
+        except Exception:
+            self._free.append(flat)
+            raise
+
+    def _check_finite(self, flat: torch.Tensor) -> None:
+        if all(bool(part.isfinite().all()) for part in flat.split(_CHECKED)):
+            return
+        names = [
+            shard.name
+            for shard, (start, stop) in zip(self._shards, self._spans, strict=True)
+            if not bool(flat[start:stop].isfinite().all())
+        ]
+        raise ValueError(f"NaN or Inf in {names[0]} ({len(names)} tensors of this rank)")
+
+    @abstractmethod
+    def _hold(self, checkpoint: Checkpoint, flat: torch.Tensor) -> None:
+        """Take over a filled flat tensor. Runs in the worker thread."""
+
+    @abstractmethod
+    def get(self, iteration: int, index: int) -> torch.Tensor:
+        """Shard number ``index`` of a kept checkpoint: flat fp32, on the CPU, not to be changed."""
+
+    @abstractmethod
+    def drop(self, iteration: int) -> None:
+        """Forget a checkpoint that was kept, failed or never was there."""
+
+    def found(self) -> Found:
+        """What an earlier run of this rank left behind."""
+        return Found()
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True)
+        self._copier.close()
+
+
+class MemoryStore(Store):
+    """Kept shards in host memory (pinned where they come from CUDA); slots are used again."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        super().__init__(shards)
+        self._slots: dict[int, torch.Tensor] = {}
+
+    def _hold(self, checkpoint: Checkpoint, flat: torch.Tensor) -> None:
+        self._slots[checkpoint.iteration] = flat
+
+    def get(self, iteration: int, index: int) -> torch.Tensor:
+        start, stop = self._spans[index]
+        return self._slots[iteration][start:stop]
+
+    def drop(self, iteration: int) -> None:
+        if (flat := self._slots.pop(iteration, None)) is not None:
+            self._free.append(flat)
+
+
+class DiskStore(Store):
+    """``DIR/iter_XXXXXXX/rank_XXXXX.safetensors``: one file a rank and checkpoint, or none.
+
+    A file is written under a temporary name, fsynced and renamed: one that has its name is whole.
+    Its header says which checkpoint, which rank of which layout, and which elements it holds.
+    """
+
+    def __init__(self, shards: Sequence[Shard], folder: Path, layout: dict[str, int]) -> None:
+        super().__init__(shards)
+        self._folder, self._layout = folder, layout
+        self._open: dict[int, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(f"iter_*/{self.path(0).with_suffix(_UNFINISHED).name}"):
+            unfinished.unlink()
+        for empty in folder.glob("iter_*"):
+            _remove_if_empty(empty)
+
+    def path(self, iteration: int) -> Path:
+        """The file of this rank."""
+        name = f"rank_{self._layout['rank']:05d}.safetensors"
+        return self._folder / f"iter_{iteration:07d}" / name
+
+    def _hold(self, checkpoint: Checkpoint, flat: torch.Tensor) -> None:
+        target = self.path(checkpoint.iteration)
+        unfinished = target.with_suffix(_UNFINISHED)
+        tensors = {
+            shard.name: flat[start:stop]
+            for shard, (start, stop) in zip(self._shards, self._spans, strict=True)
+        }
+        try:
+            target.parent.mkdir(exist_ok=True)
+            save_file(tensors, unfinished, metadata=self._header(checkpoint))
+            _fsync(unfinished)
+            os.replace(unfinished, target)
+            _fsync(target.parent)
+        except Exception:
+            unfinished.unlink(missing_ok=True)
+            raise
+        self._free.append(flat)
+
+    def _header(self, checkpoint: Checkpoint) -> dict[str, str]:
+        return {
+            "format": "wsm-shards-1",
+            "iteration": str(checkpoint.iteration),
+            "tokens": str(checkpoint.tokens),
+            "layout": json.dumps(self._layout),
+            "shards": json.dumps([shard.describe() for shard in self._shards]),
+        }
+
+    def get(self, iteration: int, index: int) -> torch.Tensor:
+        if iteration not in self._open:
+            self._open[iteration] = safe_open(self.path(iteration), framework="pt")
+        tensor = self._open[iteration].get_tensor(self._shards[index].name)
+        assert tensor.numel() == self._shards[index].size
+        return tensor
+
+    def drop(self, iteration: int) -> None:
+        self._open.pop(iteration, None)
+        target = self.path(iteration)
+        target.unlink(missing_ok=True)
+        _remove_if_empty(target.parent)
+
+    def found(self) -> Found:
+        checkpoints, misfits = [], []
+        for path in sorted(self._folder.glob(f"iter_*/{self.path(0).name}")):
+            try:
+                header = _read_header(path)
+                checkpoint = Checkpoint(int(header["iteration"]), int(header["tokens"]))
+            except (OSError, SafetensorError, KeyError) as error:
+                logger.warning("%s: not a file of kept shards, not used: %s", path, error)
+                continue
+            if self._fits(header):
+                checkpoints.append(checkpoint)
+            else:
+                misfits.append(checkpoint.iteration)
+        return Found(tuple(checkpoints), tuple(misfits))
+
+    def _fits(self, header: dict[str, str]) -> bool:
+        shards = [shard.describe() for shard in self._shards]
+        return (
+            json.loads(header["layout"]) == self._layout and json.loads(header["shards"]) == shards
+        )
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def free_bytes(folder: Path | None) -> int:
+    """Bytes available for a store: on the file system of ``folder``, or of host memory (None)."""
+    if folder is None:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Of the ranks that share a folder the last one succeeds."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

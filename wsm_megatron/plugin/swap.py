@@ -1,0 +1,149 @@
+"""Merged weights in place of the trained ones, and the trained ones back bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from wsm_megatron.kernels import weighted_sum
+from wsm_megatron.plugin.agree import raise_together
+from wsm_megatron.plugin.ring import MergeRecipe
+from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
+from wsm_megatron.plugin.store import Store
+
+logger = logging.getLogger(__name__)
+
+_TILE = 1 << 20  # elements that one thread sums at a time
+
+
+@contextmanager
+def swapped(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    shards: Sequence[Shard],
+    store: Store,
+    recipe: MergeRecipe,
+) -> Iterator[None]:
+    """Put the merge of ``recipe`` into main params, buffers and model weights; undo it on exit.
+
+    Every rank enters and leaves together. The sums go into the main params, Megatron's own copy and
+    param all-gather bring them into the model weights. What is overwritten is first copied to the
+    host, and put back from there without any communication, also after an exception.
+
+    Raises ``MergeError`` on every rank where one rank failed to merge, or left the block with an
+    exception; the rank itself raises its own exception. Collective over all ranks.
+    """
+    drain_param_sync(chunks)
+    stash: list[tuple[torch.Tensor, torch.Tensor]] = []
+    error: BaseException | None = None
+    try:
+        _attempt(lambda: _merge_owned(stash, chunks, shards, store, recipe), "the merge")
+        _attempt(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
+        yield
+    except BaseException as caught:
+        error = caught
+    for live, saved in stash:
+        live.copy_(saved)
+    forget_cached_weights(chunks)
+    raise_together(error, "work on the merged weights")
+
+
+def _attempt(action: Any, what: str) -> None:
+    error = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    raise_together(error, what)
+
+
+def _merge_owned(
+    stash: list[tuple[torch.Tensor, torch.Tensor]],
+    chunks: Sequence[torch.nn.Module],
+    shards: Sequence[Shard],
+    store: Store,
+    recipe: MergeRecipe,
+) -> None:
+    """Stash everything, then write this rank's sums into its own shards. No communication."""
+    live = [shard.live().detach() for shard in shards]
+    live += [param.detach() for chunk in chunks for param in chunk.parameters()]
+    stash += [(tensor, tensor.to("cpu", copy=True)) for tensor in live]
+    with ThreadPoolExecutor(max_workers=_threads()) as threads:
+        for index, shard in enumerate(shards):
+            sources = [store.get(iteration, index) for iteration in recipe.iterations]
+            merged = torch.empty(shard.size, dtype=shard.live().dtype)
+            if not _sum_tiles(threads, sources, recipe.coefficients, merged):
+                raise ValueError(f"the merge of {shard.name} overflows {merged.dtype}")
+            shard.owned().copy_(merged)
+
+
+def _sum_tiles(
+    threads: ThreadPoolExecutor,
+    sources: Sequence[torch.Tensor],
+    coefficients: Sequence[float],
+    merged: torch.Tensor,
+) -> bool:
+    """The exact weighted sum, tile by tile; whether all of it is finite."""
+
+    def tile(start: int) -> bool:
+        span = slice(start, start + _TILE)
+        return weighted_sum([s[span] for s in sources], [list(coefficients)], [merged[span]])
+
+    return all(threads.map(tile, range(0, merged.numel(), _TILE)))
+
+
+def _threads() -> int:
+    """This rank's part of the host's cores."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _spread(chunks: Sequence[torch.nn.Module], optimizer: Any, shards: Sequence[Shard]) -> None:
+    """Bring every rank's sums to all main params and model weights."""
+    for shard in shards:
+        if shard.group is not None:
+            _gather(shard, shard.group)
+    for part in parts(optimizer):
+        if hasattr(part, "_copy_main_params_to_model_params"):
+            part._copy_main_params_to_model_params()
+    if any(is_distributed(part) for part in parts(optimizer)):
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+    forget_cached_weights(chunks)
+
+
+def _gather(shard: Shard, group: dist.ProcessGroup) -> None:
+    """Replace a live tensor by the slices that the ranks of ``group`` own."""
+    live = shard.live().detach().view(-1)
+    part = slice_length(shard.numel, group)
+    own = live.new_zeros(part)
+    own[: shard.size] = shard.owned()
+    whole = live.new_empty(part * dist.get_world_size(group))
+    dist.all_gather_into_tensor(whole, own, group=group)
+    live.copy_(whole[: shard.numel])
+
+
+def drain_param_sync(chunks: Sequence[torch.nn.Module]) -> None:
+    """Complete a param all-gather that overlaps with training, so that model weights are current.
+
+    Megatron does the same before it evaluates or saves. Collective over the data-parallel groups.
+    """
+    for chunk in chunks:
+        config = getattr(chunk, "ddp_config", None)
+        if getattr(config, "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
+def forget_cached_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Make Transformer Engine quantise the weights anew: it caches FP8 weights for a step."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "is_first_microbatch"):
+                module.is_first_microbatch = True  # type: ignore[assignment]
