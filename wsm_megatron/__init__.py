@@ -7,14 +7,19 @@ from wsm_megatron.decay import coefficients, effective_lr
 from wsm_megatron.engine.merge import MergeReport, merge
 from wsm_megatron.engine.verify import VerifyReport, verify
 from wsm_megatron.errors import MergeError
+from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
 
 __all__ = [
+    "WSM",
+    "WSMConfig",
     "MergeConfig",
     "MergeError",
     "MergeReport",
     "VerifyReport",
     "coefficients",
     "effective_lr",
+    "install",
     "merge",
+    "uninstall",
     "verify",
 ]
