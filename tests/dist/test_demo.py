@@ -1,0 +1,28 @@
+"""The demo, much shortened: it trains, merges through the command line, loads and reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+
+def test_demo_reports_trained_and_merged_losses(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "examples.demo", "--out", out, "--steps", "4"]
+    done = subprocess.run(
+        [*command, "--save-interval", "1"], capture_output=True, text=True, timeout=600, check=True
+    )
+
+    losses = json.loads((out / "losses.json").read_text())
+    assert list(losses["trained"]) == ["1", "2", "3", "4"]
+    assert [merge["decay"] for merge in losses["merged"]] == ["mean", "1-sqrt"]  # ema needs 6
+    for loss in [*losses["trained"].values(), *(merge["loss"] for merge in losses["merged"])]:
+        assert 4 < loss < 7, "an untrained model of bytes is near ln 256"
+    assert "merged, mean over 4" in done.stdout
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
