@@ -1,0 +1,138 @@
+"""A Megatron-LM checkout that runs here, and launches of its pretrain_gpt.py."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SITE = Path(__file__).resolve().parent / "site"
+
+MODEL = shlex.split("""
+    --distributed-backend gloo --use-cpu-initialization --transformer-impl local
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
+    --seq-length 16 --max-position-embeddings 16 --position-embedding-type rope
+    --normalization RMSNorm --disable-bias-linear --swiglu
+    --micro-batch-size 2 --global-batch-size 8 --bf16 --attention-softmax-in-fp32
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --split 80,10,10 --num-workers 0
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --disable-jit-fuser
+    --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --lr-warmup-iters 2
+    --log-interval 1 --ckpt-format torch_dist
+""")
+
+
+def prepare(checkout: Path, folder: Path) -> Path:
+    """A tree of links to ``checkout`` with the compiled dataset helpers that it lacks."""
+    inside = Path("megatron") / "core" / "datasets"
+    for level in (Path(), *reversed(inside.parents[:-1])):
+        (folder / level).mkdir(parents=True, exist_ok=True)
+        for child in (checkout / level).iterdir():
+            if child.suffix == ".py":
+                shutil.copy(
+                    child, folder / level
+                )  # Python looks for modules beside the real script
+            elif not inside.is_relative_to(level / child.name):
+                (folder / level / child.name).symlink_to(child)
+    shutil.copytree(checkout / inside, folder / inside)
+    (folder / inside / "Makefile").write_text("default:\n")  # Megatron runs make at start
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None and spec.origin is not None
+    for compiled in (Path(spec.origin).parent / "datasets").glob("helpers_cpp*.so"):
+        shutil.copy(compiled, folder / inside)
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished launch."""
+
+    returncode: int
+    log: str
+
+    @property
+    def losses(self) -> list[str]:
+        """Iteration and loss of every training step and every evaluation, as printed."""
+        training = r"iteration +(\d+)/.*?(lm loss: \S+)"
+        evaluation = r"validation loss at (iteration [^|]+\|) (lm loss value: \S+)"
+        found = re.findall(f"{training}|{evaluation}", self.log)
+        return [" ".join(filter(None, parts)) for parts in found]
+
+    @property
+    def merged_losses(self) -> list[str]:
+        """The evaluations of merged weights, as printed."""
+        return re.findall(r"validation loss at (wsm iteration [^|]+)\|", self.log)
+
+
+def pretrain(
+    megatron: Path, flags: str, *, plugin: bool = True, nproc: int = 2, timeout: float = 300
+) -> Outcome:
+    """Run ``pretrain_gpt.py`` on gloo ranks to its end; with ``plugin`` through the launcher."""
+    process = start(megatron, flags, plugin=plugin, nproc=nproc)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        stop(process)
+    return Outcome(process.returncode, output)
+
+
+def start(
+    megatron: Path,
+    flags: str,
+    *,
+    plugin: bool = True,
+    nproc: int = 2,
+    env: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Start a launch in a session of its own; :func:`stop` ends all of it."""
+    script = ["-m", "wsm_megatron.launch"] if plugin else []
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command += ["--master-port", str(_free_port()), *script, str(megatron / "pretrain_gpt.py")]
+    paths = [SITE, REPOSITORY, megatron, os.environ.get("PYTHONPATH", "")]
+    environment = (
+        os.environ
+        | (env or {})
+        | {
+            "MEGATRON_LM_ON_CPU": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "PYTHONWARNINGS": "ignore",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    )
+    return subprocess.Popen(
+        [*command, *MODEL, *flags.split()],
+        env=environment,
+        cwd=megatron,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of a launch, ranks and checkpoint writers included."""
+    if process.poll() is None:
+        process.terminate()  # torchrun ends its ranks, which have sessions of their own
+        process.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

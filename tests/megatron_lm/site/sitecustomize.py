@@ -1,0 +1,8 @@
+"""First on PYTHONPATH: every rank, and every process that a rank spawns, gets the stand-in."""
+
+import os
+
+if "MEGATRON_LM_ON_CPU" in os.environ and "RANK" in os.environ:
+    from tests.megatron_lm import standin
+
+    standin.install()
