@@ -83,7 +83,7 @@ def _root(out: Path, merge: Merge) -> Path:
 
 def _merge(out: Path, merge: Merge) -> None:
     which = ["--last", str(merge.num), "--to", str(merge.iteration)]
-    command = ["wsm", "merge", "--load", out / "run", "--save", _root(out, merge)]
+    command: list[str | Path] = ["wsm", "merge", "--load", out / "run", "--save", _root(out, merge)]
     command += [*which, "--decay", merge.decay]
     print("$", *command, flush=True)
     console_script = Path(sys.executable).with_name("wsm")
