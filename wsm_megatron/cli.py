@@ -1,4 +1,4 @@
-"""``wsm merge | plan | coefficients | inspect | verify``: parse, build the config, call."""
+"""``wsm merge | plan | coefficients | inspect | verify | resume-check``: parse, build, call."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from wsm_megatron.distributed import job_ranks
 from wsm_megatron.engine.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.engine.job import prepare_job
 from wsm_megatron.engine.merge import merge
+from wsm_megatron.engine.resume import check_resume
 from wsm_megatron.engine.sources import Decay, decay_over, select_checkpoints
 from wsm_megatron.engine.verify import verify
 from wsm_megatron.errors import MergeError
@@ -27,6 +28,8 @@ EXIT_FAILED = 1
 """A merge or a check failed: a damaged checkpoint, no space, a rank lost."""
 EXIT_USAGE = 2
 """The options are wrong, or do not fit the run."""
+EXIT_DOES_NOT_RESUME = 3
+"""``resume-check``: plain ``--load`` does not resume from a checkpoint that is otherwise sound."""
 
 _GROUPS = {"run": "run", "which": "which checkpoints", "how": "how they are merged", "job": "job"}
 
@@ -39,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.INFO if arguments.verbose else logging.WARNING
     )
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except ValueError as error:
         print(f"wsm {arguments.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
     except MergeError as error:
         print(f"wsm {arguments.command}: {error}", file=sys.stderr)
         return EXIT_FAILED
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,11 +69,16 @@ def _parser() -> argparse.ArgumentParser:
         "--sources", action="store_true", help="recompute samples from the sources, bit for bit"
     )
     command.add_argument("--allow-nonfinite", action="store_true", help="let NaN and Inf pass")
+    command = _add(commands, "resume-check", _resume_check, "say whether and how Megatron resumes")
+    command.add_argument("directory", type=Path, help="a checkpoint, or a root with a tracker")
+    command.add_argument(
+        "--against", type=Path, help="a run or checkpoint whose launch line is to resume from it"
+    )
     return parser
 
 
 def _add(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help, description=help)
     command.add_argument("--json", action="store_true", help="last line of output: a JSON object")
@@ -80,7 +88,7 @@ def _add(
 
 
 def _add_merge(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
 ) -> None:
     command = _add(commands, name, run, help)
     groups = {key: command.add_argument_group(title) for key, title in _GROUPS.items()}
@@ -241,3 +249,12 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data), flush=True)
+def _resume_check(arguments: argparse.Namespace) -> int:
+    found = check_resume(arguments.directory, arguments.against)
+    for line in report.resume(found):
+        print(line)
+    if arguments.json:
+        _print_json(report.resume_data(found))
+    return 0 if found.resumes else EXIT_DOES_NOT_RESUME
+
+

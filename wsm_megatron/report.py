@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from wsm_megatron.engine.inspect import CheckpointContents, RunContents
+from wsm_megatron.engine.flags import GOALS, Launch, as_data
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.merge import MergeReport
 from wsm_megatron.engine.plan import Recipe
 from wsm_megatron.engine.sources import Decay
+from wsm_megatron.engine.resume import ResumeReport
 from wsm_megatron.engine.verify import VerifyReport
 
 
@@ -153,6 +155,67 @@ def _coefficient_lines(
 def _source_lines(job: Job, decay: Decay) -> Iterator[str]:
     iterations = [source.iteration for source in job.sources]
     yield from _coefficient_lines(iterations, decay.coefficients, decay.effective_lr, "iteration")
+def resume(found: ResumeReport) -> Iterator[str]:
+    kind = "merged checkpoint" if found.merged else "checkpoint"
+    yield f"{found.path}: {kind}, iteration {found.iteration}, tokens {_known(found.tokens)}"
+    sizes = ", ".join(f"{name}{size}" for name, size in found.sizes.items()) or "unknown"
+    yield f"  saved with           {sizes}; common state in {found.container}"
+    yield f"  read by              {found.readers}"
+    yield f"  optimizer state      {_optimizer(found)}"
+    yield f"  LR scheduler         {_scheduler(found.scheduler)}"
+    yield f"  RNG states           {found.rng or 'none'}"
+    for note in found.notes:
+        yield f"  note: {note}"
+    for problem in found.problems:
+        yield f"  PROBLEM: {problem}"
+    yield "plain --load resumes" if found.resumes else "plain --load does not resume"
+    yield from launch_lines(found.launches, str(found.path.parent))
+
+
+def resume_data(found: ResumeReport) -> dict[str, Any]:
+    return {
+        "path": str(found.path),
+        "resumes": found.resumes,
+        "iteration": found.iteration,
+        "tokens": found.tokens,
+        "merged": found.merged,
+        "optimizer": found.optimizer,
+        "any_sizes": found.any_sizes,
+        "sizes": found.sizes,
+        "readers": found.readers,
+        "wrong_mains": list(found.mains.wrong),
+        "problems": list(found.problems),
+        "notes": list(found.notes),
+        "launches": as_data(found.launches),
+    }
+
+
+def launch_lines(launches: Iterable[Launch], root: str) -> Iterator[str]:
+    """The flags of every goal, each with what happens then."""
+    yield "launch Megatron with the run's own flags and these:"
+    for one in launches:
+        yield f"  {GOALS[one.goal] + ':':30} {' '.join(('--load', root, *one.flags))}"
+        yield f"  {'':30} ({one.effect})"
+
+
+def _optimizer(found: ResumeReport) -> str:
+    if found.optimizer is None:
+        return "none"
+    sizes = "any TP and PP" if found.any_sizes else "the same TP, PP and EP"
+    how_many = f"{found.mains.keyed} main params" if found.mains.keyed else "main params"
+    if found.mains.buckets:
+        how_many = f"main params in {found.mains.buckets} flat buckets"
+    state = "NOT those of the model" if found.mains.wrong else "consistent with the model"
+    return f"{found.optimizer} ({sizes}): {how_many}, {state}; {found.moments} moments"
+
+
+def _scheduler(scheduler: dict[str, Any] | None) -> str:
+    if scheduler is None:
+        return "none"
+    wanted = ("lr_decay_style", "max_lr", "min_lr", "num_steps", "lr_decay_steps")
+    return ", ".join(f"{key} {scheduler[key]}" for key in wanted if key in scheduler)
+
+
     yield f"positions in {decay.unit}"
 
 

@@ -71,7 +71,7 @@ def dump_common(state: Mapping[str, Any], *, in_distcp: bool = False) -> bytes:
 
 def summarize(state: Mapping[str, Any]) -> CommonSummary:
     """Where in training the checkpoint of this common state was taken."""
-    args = _attributes(state.get("args"))
+    args = attributes(state.get("args"))
     # `total_iters` is what Megatron called `iteration` before (`load_checkpoint` takes both).
     return CommonSummary(
         iteration=_integer(state.get("iteration", state.get("total_iters"))),
@@ -116,7 +116,8 @@ def prepare(
     return merged
 
 
-def _attributes(args: Any) -> dict[str, Any]:
+def attributes(args: Any) -> dict[str, Any]:
+    """The values in a checkpoint's ``args``; empty where there are none."""
     if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
         return vars(args)
     if isinstance(args, Inert) and isinstance(args.state, dict):
@@ -125,11 +126,11 @@ def _attributes(args: Any) -> dict[str, Any]:
 
 
 def _with_attributes(args: Any, changes: Mapping[str, Any]) -> Any:
-    attributes = _attributes(args) | dict(changes)
+    values = attributes(args) | dict(changes)
     if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
-        return type(args)(**attributes)
+        return type(args)(**values)
     if isinstance(args, Inert) and isinstance(args.state, dict):
-        return replace(args, state=attributes)
+        return replace(args, state=values)
     raise MergeError(
         f"the common state's args are of type {type(args).__name__}: cannot set "
         f"{', '.join(changes)} in them"
