@@ -75,10 +75,16 @@ class Outcome:
 
 
 def pretrain(
-    megatron: Path, flags: str, *, plugin: bool = True, nproc: int = 2, timeout: float = 300
+    megatron: Path,
+    flags: str,
+    *,
+    plugin: bool = True,
+    nproc: int = 2,
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run ``pretrain_gpt.py`` on gloo ranks to its end; with ``plugin`` through the launcher."""
-    process = start(megatron, flags, plugin=plugin, nproc=nproc)
+    process = start(megatron, flags, plugin=plugin, nproc=nproc, env=env)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

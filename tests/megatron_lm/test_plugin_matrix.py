@@ -61,8 +61,8 @@ def test_a_run_with_the_plugin(megatron: Path, tmp_path: Path, name: str) -> Non
         "iter_0000004",
         "iter_0000008",
     ]
-    _assert_is_merge(run, (2, 4))
-    _assert_is_merge(run, (4, 6, 8))
+    assert_is_merge(run, (2, 4))
+    assert_is_merge(run, (4, 6, 8))
     verify(run / "wsm" / "iter_0000008", allow_nonfinite=True)
     if "fully_reshardable" in name or name in ("dp2-replicated", "tp2", "pp2"):
         _assert_is_offline_merge(run, tmp_path / "offline")
@@ -75,10 +75,10 @@ def _assert_same_losses(merged: Outcome, plain: Outcome) -> None:
     assert merged.losses == plain.losses
 
 
-def _assert_is_merge(run: Path, iterations: tuple[int, ...]) -> None:
+def assert_is_merge(run: Path, iterations: tuple[int, ...], decay: str = "1-sqrt") -> None:
     """Main params, weights and buffers against a float64 reference over the run's checkpoints."""
     folder = f"iter_{iterations[-1]:07d}"
-    weights = coefficients([float(i) for i in iterations], "1-sqrt")
+    weights = coefficients([float(i) for i in iterations], decay)
     sources = [load_tensors(run / f"iter_{i:07d}") for i in iterations]
     actual = load_tensors(run / "wsm" / folder)
     entries = read_layout(run / folder).tensors

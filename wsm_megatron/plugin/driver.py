@@ -18,7 +18,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.plugin import arguments
 from wsm_megatron.plugin.agree import is_first_rank, on_any_rank, raise_together
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.plugin.emit import emit
+from wsm_megatron.plugin.emit import emit, recover
 from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
 from wsm_megatron.plugin.replaced import replaced
 from wsm_megatron.plugin.ring import MergeRecipe, window_size
@@ -78,10 +78,14 @@ class Driver:
         self._wsm = WSM(model, optimizer, self._config, self._folder)
         self._check_room()
         signal.signal(signal.SIGUSR2, self._request)
+        if self._root is not None:
+            recover(self._root)
         if args.iteration and not (args.finetune or args.no_load_optim):
             load = self._loader(scheduler)
             self._wsm.resume(args.iteration, self._tokens(), self._available(), load)
-            _say("window taken up with iterations %s", [c.iteration for c in self._wsm.kept])
+        else:
+            self._wsm.resume(args.iteration, self._tokens())
+        _say("window begins with iterations %s", [c.iteration for c in self._wsm.kept])
 
     def evaluated(
         self, iteration: int, data: Any, evaluate: Callable[[str, Any, bool], Any]

@@ -18,7 +18,13 @@ from isal.isal_zlib import crc32
 
 import wsm_megatron
 from wsm_megatron.checkpoint.layout import METADATA_FILE
-from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
+from wsm_megatron.checkpoint.run import (
+    checkpoint_path,
+    read_tracker,
+    scan_run,
+    sync_directory,
+    write_tracker,
+)
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.provenance import FORMAT, write_provenance
 from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together
@@ -56,7 +62,7 @@ def emit(
     """
     iteration = recipe.iterations[-1]
     staging = root / f".iter_{iteration:07d}{_STAGING}"
-    _on_first_rank(lambda: _clean(root), f"preparing {root}")
+    _on_first_rank(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
     provenance = describe(recipe, config, Path(args.save) if args.save else None)
     overrides = {
         "save": str(staging),
@@ -65,17 +71,21 @@ def emit(
         "no_save_optim": args.no_save_optim or config.optimizer_state == "drop",
     }
     generate = _generator(checkpointing.generate_state_dict, provenance, args)
-    with (
-        replaced(checkpointing, generate_state_dict=generate),
-        replaced(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
-        replaced(args, **overrides),
-    ):
-        save()
-    written = checkpoint_path(staging, iteration)
-    files = checksums(written)
-    _on_first_rank(lambda: write_provenance(written, provenance, files), f"describing {written}")
-    target = checkpoint_path(root, iteration)
-    _on_first_rank(lambda: _publish(written, target), f"publishing {target}")
+    written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
+    try:
+        with (
+            replaced(checkpointing, generate_state_dict=generate),
+            replaced(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
+            replaced(args, **overrides),
+        ):
+            save()
+        files = checksums(written)
+        _on_first_rank(lambda: write_provenance(written, provenance, files), f"{written}")
+        _on_first_rank(lambda: _publish(written, target), f"publishing {target}")
+    except BaseException:
+        if is_first_rank():
+            shutil.rmtree(staging, ignore_errors=True)  # the run needs the space
+        raise
     return target
 
 
@@ -151,11 +161,21 @@ def _on_first_rank(action: Callable[[], None], what: str) -> None:
     raise_together(error, what)
 
 
-def _clean(root: Path) -> None:
-    """Remove what a killed run left unfinished."""
-    root.mkdir(parents=True, exist_ok=True)
+def recover(root: Path) -> None:
+    """After a restart: remove what a killed run left unfinished, and let the tracker catch up.
+
+    It lags where the run died between publishing a merged checkpoint and moving it. Collective.
+    """
+    _on_first_rank(lambda: _recover(root), f"cleaning up {root}")
+
+
+def _recover(root: Path) -> None:
     for leftover in root.glob(f".iter_*{_STAGING}"):
         shutil.rmtree(leftover)
+    if any(root.glob("iter_*")):
+        newest, tracked = scan_run(root).finished[-1], read_tracker(root)
+        if tracked is None or int(tracked) < newest:
+            write_tracker(root, newest)
 
 
 def _publish(written: Path, target: Path) -> None:

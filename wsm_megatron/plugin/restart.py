@@ -31,6 +31,9 @@ def take_stock(store: Store, iteration: int) -> tuple[dict[int, Checkpoint], set
     for checkpoint in found.checkpoints:
         if checkpoint.iteration not in whole:
             store.drop(checkpoint.iteration)
+    for misfit in found.misfits:
+        if misfit > iteration:
+            store.drop(misfit)
     misfits = set.union(*(set(f.misfits) for f in everywhere))
     kept = {c.iteration: c for c in found.checkpoints if c.iteration in whole}
     return kept, {i for i in misfits if i <= iteration}

@@ -112,12 +112,13 @@ class WSM:
         """
         began = time.perf_counter()
         self.settle()
-        checkpoint = Checkpoint(iteration, tokens)
-        self._ring.add(checkpoint)
-        self._copying.append(iteration)
+        if any(iteration <= checkpoint.iteration for checkpoint in self.kept):
+            raise ValueError(
+                f"keep({iteration}): iteration {self.kept[-1].iteration} is kept already"
+            )
+        self._put(Checkpoint(iteration, tokens))
         if not durable:
             self._awaited.add(iteration)
-        self._store.put(checkpoint)
         return time.perf_counter() - began
 
     def confirm(self, iteration: int) -> None:
@@ -196,10 +197,10 @@ class WSM:
             if wanted in on_disk:
                 self._ring.add(on_disk.pop(wanted))
             elif wanted == iteration:
-                self.keep(iteration, tokens)
+                self._put(Checkpoint(iteration, tokens))
             elif load is not None:
                 loaded = wanted
-                self.keep(wanted, load(wanted))
+                self._put(Checkpoint(wanted, load(wanted)))
             self.settle()
         if load is not None and loaded != iteration:
             load(iteration)
@@ -223,6 +224,11 @@ class WSM:
     def close(self) -> None:
         """Stop the worker thread and forget the hooks on the optimizer; kept files stay."""
         self._store.close()
+
+    def _put(self, checkpoint: Checkpoint) -> None:
+        self._ring.add(checkpoint)
+        self._copying.append(checkpoint.iteration)
+        self._store.put(checkpoint)
 
     def _forget(self, iteration: int) -> None:
         self._ring.discard(iteration)

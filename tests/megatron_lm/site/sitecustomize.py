@@ -6,3 +6,7 @@ if "MEGATRON_LM_ON_CPU" in os.environ and "RANK" in os.environ:
     from tests.megatron_lm import standin
 
     standin.install()
+    if "FAULT" in os.environ:
+        from tests.megatron_lm import faults
+
+        faults.install(os.environ["FAULT"])

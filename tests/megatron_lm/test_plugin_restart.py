@@ -1,0 +1,90 @@
+"""Runs that are killed, signalled or out of space, and what the next start makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.megatron_lm.checkout import pretrain
+from tests.megatron_lm.test_plugin_matrix import SHARDED, TRAIN, WSM, assert_is_merge
+from wsm_megatron import verify
+
+FLAGS = f"{SHARDED} {TRAIN}"
+
+
+@pytest.fixture(scope="module")
+def plain_losses(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of the same run, never interrupted, without the plugin."""
+    folder = tmp_path_factory.mktemp("plain")
+    return pretrain(megatron, f"{FLAGS} --save {folder}", plugin=False).losses
+
+
+@pytest.mark.parametrize(
+    ("fault", "store"),
+    [
+        ("1 SIGKILL store save_file 2", "disk"),  # iteration 4 half kept, not yet saved
+        ("0 SIGKILL emit emit 1", "memory"),
+        ("1 SIGKILL emit checksums 1", "memory"),  # merged checkpoint whole, not yet published
+        ("0 SIGKILL emit write_tracker 1", "disk"),  # published, tracker not yet moved
+        ("0 SIGKILL emit emit 2", "memory"),  # at the end of training
+    ],
+)
+def test_a_killed_run_continues(
+    megatron: Path, tmp_path: Path, plain_losses: list[str], fault: str, store: str
+) -> None:
+    run = tmp_path / "run"
+    flags = f"{FLAGS} --save {run} --load {run} {WSM} --wsm-merge-store {store}"
+    first = pretrain(megatron, flags, env={"FAULT": fault})
+    assert first.returncode != 0 and "SIGKILL" in first.log, first.log[-8000:]
+    published = list((run / "wsm").glob("iter_*"))
+    for checkpoint in published:
+        verify(checkpoint, allow_nonfinite=True)
+    assert len(published) == ("write_tracker" in fault or fault.endswith("2"))
+    second = pretrain(megatron, flags)
+    assert second.returncode == 0, second.log[-8000:]
+    assert_is_merge(run, (4, 6, 8))
+    assert (run / "wsm" / "latest_checkpointed_iteration.txt").read_text() == "8"
+    assert not list((run / "wsm").glob(".*"))
+    training = [loss for loss in second.losses if "lm loss:" in loss]
+    assert training == [loss for loss in plain_losses if "lm loss:" in loss][8 - len(training) :]
+
+
+def test_sigusr2_asks_for_a_merged_checkpoint(megatron: Path, tmp_path: Path) -> None:
+    """One rank gets it after iteration 3; the merge comes with the keep of iteration 4."""
+    run = tmp_path / "run"
+    flags = f"{FLAGS} --save {run} --wsm-merge --wsm-merge-num 2"
+    outcome = pretrain(megatron, flags, env={"FAULT": "1 SIGUSR2 driver Driver.stepped 3"})
+    assert outcome.returncode == 0, outcome.log[-8000:]
+    merged = sorted(p.name for p in (run / "wsm").glob("iter_*"))
+    assert merged == ["iter_0000004", "iter_0000008"]
+    assert_is_merge(run, (2, 4), "linear")
+
+
+def test_keeps_may_come_between_saves(megatron: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = f"{FLAGS} --save {run} --wsm-merge --wsm-merge-window-iters 4 --wsm-merge-interval 1"
+    outcome = pretrain(megatron, f"{flags} --wsm-merge-start-iter 6 --wsm-merge-store disk")
+    assert outcome.returncode == 0, outcome.log[-8000:]
+    assert "merged [6, 7, 8] into" in outcome.log
+    assert sorted(p.name for p in (run / "wsm_shards").iterdir()) == [
+        "iter_0000006",
+        "iter_0000007",
+        "iter_0000008",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--wsm-merge-num 3", "without effect: --wsm-merge is not given"),
+        ("--wsm-merge --wsm-merge-num 3 --lr-decay-style cosine", "cosine decays the LR"),
+        ("--wsm-merge --wsm-merge-num 99999999", "checkpoints needs"),
+    ],
+)
+def test_wrong_flags_are_refused_before_training(
+    megatron: Path, tmp_path: Path, flags: str, message: str
+) -> None:
+    outcome = pretrain(megatron, f"{FLAGS} --save {tmp_path / 'run'} {flags}")
+    assert outcome.returncode != 0 and outcome.losses == []
+    assert message in outcome.log
