@@ -170,7 +170,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     for line in report.merged(done):
         print(line)
     if arguments.json:
-        _print_json({**asdict(done), "output": str(done.output)})
+        _print_json(report.merged_data(done))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -199,7 +199,9 @@ def _decay(arguments: argparse.Namespace) -> Decay:
             raise ValueError(f"{flag(chosen[0])} selects checkpoints of a run: give --load")
         checkpoints = _numbered(arguments)
     else:
-        checkpoints = select_checkpoints(root, config.window)
+        (checkpoints,) = select_checkpoints(root, config.windows[0])
+    if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
+        raise ValueError("coefficients shows one decay over one window at a time")
     return decay_over(
         checkpoints, config.decay, config.min_decay, config.weights, config.allow_unnormalized
     )
@@ -249,6 +251,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data), flush=True)
+
+
 def _resume_check(arguments: argparse.Namespace) -> int:
     found = check_resume(arguments.directory, arguments.against)
     for line in report.resume(found):
@@ -256,5 +260,3 @@ def _resume_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(report.resume_data(found))
     return 0 if found.resumes else EXIT_DOES_NOT_RESUME
-
-

@@ -37,19 +37,33 @@ class MergeConfig:
         None, "newest iteration, included (default: the run's newest)", group="which"
     )
     last: int | None = _option(None, "the N newest, up to --to", group="which", metavar="N")
-    window_iterations: int | None = _option(
-        None, "the last I iterations up to --to, both ends included", group="which", metavar="I"
+    window_iterations: tuple[int, ...] | None = _option(
+        None,
+        "the last I iterations up to --to, both ends included; several make several merges",
+        group="which",
+        metavar="I,...",
     )
-    window_tokens: int | None = _option(
-        None, "the last T tokens up to --to, both ends included", group="which", metavar="T"
+    window_tokens: tuple[int, ...] | None = _option(
+        None,
+        "the last T tokens up to --to, both ends included; several make several merges",
+        group="which",
+        metavar="T,...",
     )
     every: int | None = _option(
         None, "of those, only multiples of I iterations back from the newest", group="which"
     )
 
+    sliding_every: int | None = _option(
+        None,
+        "also merge the windows that end S, 2S, ... iterations before --to, while whole",
+        group="which",
+        metavar="S",
+    )
+
     decay: str = _option(
         "linear",
-        f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s",
+        f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s; several, separated by commas, "
+        "make several merges",
         group="how",
     )
     min_decay: float = _option(
@@ -99,25 +113,51 @@ class MergeConfig:
             value = getattr(self, option.name)
             if choices and value not in choices:
                 raise ValueError(f"{flag(option.name)} is {value!r}, not one of {choices}")
-        self.window  # noqa: B018  contradictions between the window's options raise here
+        for name in ("window_iterations", "window_tokens"):
+            if isinstance(value := getattr(self, name), int):
+                object.__setattr__(self, name, (value,))
+        self._check_which()
         self._check_how()
 
     @property
-    def window(self) -> Window:
-        """The selection of source checkpoints."""
-        return Window(
-            iterations=self.iterations,
-            from_=self.from_,
-            to=self.to,
-            last=self.last,
-            window_iterations=self.window_iterations,
-            window_tokens=self.window_tokens,
-            every=self.every,
+    def windows(self) -> tuple[Window, ...]:
+        """The selections of source checkpoints, all ending at ``to``."""
+        iterations = self.window_iterations or (None,)
+        tokens = self.window_tokens or (None,)
+        return tuple(
+            Window(
+                iterations=self.iterations,
+                from_=self.from_,
+                to=self.to,
+                last=self.last,
+                window_iterations=i,
+                window_tokens=t,
+                every=self.every,
+            )
+            for i in iterations
+            for t in tokens
         )
+
+    @property
+    def decays(self) -> tuple[str, ...]:
+        return tuple(self.decay.split(","))
 
     @property
     def keeps_optimizer(self) -> bool:
         return self.optimizer_state != "drop"
+
+    def _check_which(self) -> None:
+        windows = self.windows  # contradictions between the window's options raise here
+        if len(set(windows)) < len(windows) or len(set(self.decays)) < len(self.decays):
+            raise ValueError("the same window or decay is named twice")
+        if self.sliding_every is None:
+            return
+        if self.sliding_every < 1:
+            raise ValueError(f"--sliding-every {self.sliding_every} must be at least 1")
+        if self.last is None and self.window_iterations is None:
+            raise ValueError("--sliding-every needs --last or --window-iterations to slide")
+        if self.output_iteration is not None:
+            raise ValueError("--sliding-every names each merge by its end: no --output-iteration")
 
     def _check_how(self) -> None:
         if not 0.0 <= self.min_decay <= 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from wsm_megatron.engine.inspect import CheckpointContents, RunContents
@@ -26,18 +27,31 @@ def size(nbytes: float) -> str:
 
 def merged(done: MergeReport) -> Iterator[str]:
     moved = done.bytes_read + done.bytes_written
-    yield from _coefficient_lines(
-        done.iterations, done.coefficients, done.effective_lr, "iteration"
-    )
+    for one in done.merged:
+        yield from _coefficient_lines(
+            one.iterations, one.coefficients, one.effective_lr, "iteration"
+        )
     yield f"read {size(done.bytes_read)}, wrote {size(done.bytes_written)}"
     yield f"{done.seconds:.2f} s, {size(moved / max(done.seconds, 1e-9))}/s"
-    yield f"merged checkpoint: {done.output}"
+    for one in done.merged:
+        yield f"merged checkpoint: {one.output}"
+
+
+def merged_data(done: MergeReport) -> dict[str, Any]:
+    checkpoints = [{**asdict(one), "output": str(one.output)} for one in done.merged]
+    return {
+        **checkpoints[-1],
+        "bytes_read": done.bytes_read,
+        "bytes_written": done.bytes_written,
+        "seconds": done.seconds,
+        "merged": checkpoints,
+    }
 
 
 def planned(job: Job) -> Iterator[str]:
     for product in job.products:
         yield f"would write {product.path}"
-        yield from _source_lines(job, product.decay)
+        yield from _source_lines(job.iterations(product), product.decay)
     yield from _recipe_lines(job.plan.recipes)
     for key in sorted(job.products[0].objects):
         yield f"  copied as it is      {key}"
@@ -48,10 +62,11 @@ def planned(job: Job) -> Iterator[str]:
 
 
 def plan_data(job: Job) -> dict[str, Any]:
-    product = job.products[0]
+    product = job.products[-1]
     return {
         "output": str(product.path),
-        "iterations": [source.iteration for source in job.sources],
+        "outputs": [str(product.path) for product in job.products],
+        "iterations": list(job.iterations(product)),
         **decay_data(product.decay),
         "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
         "bytes_to_write": job.bytes_to_write(),
@@ -152,9 +167,10 @@ def _coefficient_lines(
         yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}"
 
 
-def _source_lines(job: Job, decay: Decay) -> Iterator[str]:
-    iterations = [source.iteration for source in job.sources]
+def _source_lines(iterations: Iterable[int], decay: Decay) -> Iterator[str]:
     yield from _coefficient_lines(iterations, decay.coefficients, decay.effective_lr, "iteration")
+
+
 def resume(found: ResumeReport) -> Iterator[str]:
     kind = "merged checkpoint" if found.merged else "checkpoint"
     yield f"{found.path}: {kind}, iteration {found.iteration}, tokens {_known(found.tokens)}"
@@ -214,7 +230,6 @@ def _scheduler(scheduler: dict[str, Any] | None) -> str:
         return "none"
     wanted = ("lr_decay_style", "max_lr", "min_lr", "num_steps", "lr_decay_steps")
     return ", ".join(f"{key} {scheduler[key]}" for key in wanted if key in scheduler)
-
 
     yield f"positions in {decay.unit}"
 

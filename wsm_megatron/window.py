@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 
@@ -105,6 +105,32 @@ def select(available: Sequence[Checkpoint], window: Window) -> tuple[Checkpoint,
         )
         raise ValueError(f"a merge needs at least two checkpoints: {only}; {_existing(run)}")
     return tuple(selected)
+
+
+def slide(
+    available: Sequence[Checkpoint], window: Window, every: int
+) -> tuple[tuple[Checkpoint, ...], ...]:
+    """The window at its end, and at ends ``every``, ``2 * every``, ... iterations before it.
+
+    Ends without a checkpoint are passed over, and so are windows that would reach back beyond the
+    run's first checkpoint. Oldest end first.
+    """
+    run = sorted(available, key=lambda c: c.iteration)
+    newest = select(run, window)[-1]
+    ends = [c for c in run if c.iteration <= newest.iteration]
+    ends = [c for c in ends if (newest.iteration - c.iteration) % every == 0]
+    return tuple(
+        select(run, replace(window, to=end.iteration))
+        for end in ends
+        if _is_whole(run, window, end)
+    )
+
+
+def _is_whole(run: list[Checkpoint], window: Window, end: Checkpoint) -> bool:
+    if window.last is not None:
+        return sum(c.iteration <= end.iteration for c in run) >= window.last
+    assert window.window_iterations is not None
+    return run[0].iteration <= end.iteration - window.window_iterations
 
 
 def positions(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[int, ...], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,17 @@ from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.plan import MergePlan, Task, kept_objects, make_plan
+from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe
 from wsm_megatron.engine.run import Merge
-from wsm_megatron.engine.sources import Decay, Source, decay_over, open_sources, read_common
+from wsm_megatron.engine.sources import (
+    Decay,
+    Source,
+    decay_over,
+    open_source,
+    read_common,
+    select_checkpoints,
+)
 from wsm_megatron.window import Checkpoint
 
 
@@ -55,6 +62,9 @@ class Job:
     sources: tuple[Source, ...]
     products: tuple[Product, ...]
     plan: MergePlan
+
+    def iterations(self, product: Product) -> tuple[int, ...]:
+        return tuple(self.sources[j].iteration for j in product.members)
 
     def newest(self, product: Product) -> Layout:
         return self.sources[product.members[-1]].layout
@@ -98,17 +108,72 @@ def prepare_job(config: MergeConfig) -> Job:
     Raises:
         ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
-    sources = open_sources(config.load, config.window)
-    checkpoints = tuple(Checkpoint(source.iteration, source.tokens) for source in sources)
-    decay = decay_over(
-        checkpoints, config.decay, config.min_decay, config.weights, config.allow_unnormalized
-    )
+    wanted = [
+        (one, chosen) for one in _single_merges(config) for chosen in _selections(config, one)
+    ]
+    checkpoints = {c.iteration: c for _, chosen in wanted for c in chosen}
+    sources = tuple(open_source(config.load, checkpoints[i]) for i in sorted(checkpoints))
     plan = make_plan([source.layout for source in sources], config)
-    product = _product(config, sources, decay)
-    return Job(config, sources, (product,), plan)
+    products = tuple(_product(config, one, chosen, sources) for one, chosen in wanted)
+    job = Job(config, sources, products, plan)
+    _check_copied(job)
+    return job
 
 
-def _product(config: MergeConfig, sources: tuple[Source, ...], decay: Decay) -> Product:
+def _check_copied(job: Job) -> None:
+    """Every product's own newest source has what is copied from it."""
+    copied = [recipe for recipe in job.plan.recipes if recipe.rule is Rule.COPY]
+    for product in job.products:
+        layout = job.newest(product)
+        for recipe in copied:
+            check_entry(layout, job.sources[-1].layout, recipe.key)
+
+
+def _single_merges(config: MergeConfig) -> list[MergeConfig]:
+    """A config for every window and decay, without sliding."""
+    lengths = [
+        {"window_iterations": i, "window_tokens": t}
+        for i in _each(config.window_iterations)
+        for t in _each(config.window_tokens)
+    ]
+    return [
+        replace(config, decay=decay, sliding_every=None, **length)
+        for length in lengths
+        for decay in config.decays
+    ]
+
+
+def _each(values: tuple[int, ...] | None) -> list[Any]:
+    return [None] if values is None else [(value,) for value in values]
+
+
+def _selections(config: MergeConfig, one: MergeConfig) -> tuple[tuple[Checkpoint, ...], ...]:
+    return select_checkpoints(config.load, one.windows[0], config.sliding_every)
+
+
+def _root(config: MergeConfig, one: MergeConfig) -> Path:
+    """``--save``; where it gets merges of several decays or windows, a folder for each."""
+    names = []
+    if len(config.decays) > 1:
+        names.append(Path(one.decay).stem)
+    if len(config.windows) > 1:
+        for length, unit in ((one.window_iterations, "iterations"), (one.window_tokens, "tokens")):
+            names += [f"{n}-{unit}" for n in length or ()]
+    return config.save / "-".join(names) if names else config.save
+
+
+def _product(
+    whole: MergeConfig,
+    config: MergeConfig,
+    chosen: tuple[Checkpoint, ...],
+    opened: tuple[Source, ...],
+) -> Product:
+    decay = decay_over(
+        chosen, config.decay, config.min_decay, config.weights, config.allow_unnormalized
+    )
+    index = {source.iteration: j for j, source in enumerate(opened)}
+    members = tuple(index[checkpoint.iteration] for checkpoint in chosen)
+    sources = tuple(opened[j] for j in members)
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
     provenance = describe(sources, decay, config, iteration)
@@ -119,9 +184,9 @@ def _product(config: MergeConfig, sources: tuple[Source, ...], decay: Decay) -> 
         provenance=provenance,
     )
     return Product(
-        root=config.save,
+        root=_root(whole, config),
         iteration=iteration,
-        members=tuple(range(len(sources))),
+        members=members,
         decay=decay,
         objects=kept_objects(newest.layout, config),
         common=dump_common(state, in_distcp=newest.layout.common_entry is not None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -38,16 +39,40 @@ Files = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. Bytes are those of tensors and objects, over all ranks."""
+class MergedCheckpoint:
+    """One published checkpoint: its directory, and its sources' iterations and coefficients."""
 
     output: Path
     iterations: tuple[int, ...]
     coefficients: tuple[float, ...]
     effective_lr: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Bytes are those of tensors and objects, over all ranks."""
+
+    merged: tuple[MergedCheckpoint, ...]
     bytes_read: int
     bytes_written: int
     seconds: float
+
+    @property
+    def output(self) -> Path:
+        """The merged checkpoint; of several, the last one published."""
+        return self.merged[-1].output
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        return self.merged[-1].iterations
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return self.merged[-1].coefficients
+
+    @property
+    def effective_lr(self) -> tuple[float, ...]:
+        return self.merged[-1].effective_lr
 
 
 @dataclass
@@ -91,12 +116,8 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
                 for one in staging:
                     one.discard()
             raise
-    product = job.products[0]
     return MergeReport(
-        output=product.path,
-        iterations=tuple(source.iteration for source in job.sources),
-        coefficients=product.decay.coefficients,
-        effective_lr=product.decay.effective_lr,
+        merged=tuple(_merged(job, product) for product in job.products),
         bytes_read=sum(result.bytes_read for result in results),
         bytes_written=sum(result.bytes_written for result in results),
         seconds=time.monotonic() - started,
@@ -108,14 +129,31 @@ def default_threads() -> int:
     return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
+def _merged(job: Job, product: Product) -> MergedCheckpoint:
+    return MergedCheckpoint(
+        output=product.path,
+        iterations=job.iterations(product),
+        coefficients=product.decay.coefficients,
+        effective_lr=product.decay.effective_lr,
+    )
+
+
 def _create(staging: list[Staging], job: Job) -> list[Path]:
     share = job.bytes_to_write() // len(staging)
     return [one.create(share) for one in staging]
 
 
+def _allow_many_files() -> None:
+    """Many sources times many files each can pass the usual soft limit of 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _run_share(
     job: Job, ranks: Ranks, directories: list[Path], progress: ProgressFactory | None
 ) -> _RankResult:
+    _allow_many_files()
     tasks = job.share(ranks.rank, ranks.size)
     result = _RankResult()
     with ExitStack() as stack:

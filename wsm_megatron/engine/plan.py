@@ -289,10 +289,13 @@ def _check_inputs(layouts: Sequence[Layout], recipes: Iterable[Recipe]) -> None:
             continue
         for key in recipe.inputs:
             for layout in layouts[:-1]:
-                _check_entry(layout, newest, key)
+                check_entry(layout, newest, key)
 
 
-def _check_entry(layout: Layout, newest: Layout, key: str) -> None:
+def check_entry(layout: Layout, newest: Layout, key: str) -> None:
+    """Raise ``ValueError`` unless a tensor has the newest source's shape and dtype."""
+    if key not in layout.tensors:
+        raise ValueError(f"{layout.path}: no {key}, which {newest.path} has")
     entry, expected = layout.tensors[key], newest.tensors[key]
     if entry.shape != expected.shape:
         raise ValueError(

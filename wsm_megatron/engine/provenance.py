@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from isal.isal_zlib import crc32
 
 import wsm_megatron
-from wsm_megatron.checkpoint.layout import METADATA_FILE
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
@@ -35,7 +33,7 @@ def describe(
                 "path": str(source.path.resolve()),
                 "iteration": source.iteration,
                 "tokens": source.tokens,
-                "metadata_crc32": f"{crc32(read_file(source.path / METADATA_FILE)):08x}",
+                "metadata_crc32": f"{source.metadata_crc:08x}",
             }
             for source in sources
         ],

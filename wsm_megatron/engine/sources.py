@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from isal.isal_zlib import crc32
+
 from wsm_megatron.checkpoint.common import load_common, summarize
-from wsm_megatron.checkpoint.layout import COMMON_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
 from wsm_megatron.errors import MergeError
-from wsm_megatron.window import Checkpoint, Window, positions, select
+from wsm_megatron.window import Checkpoint, Window, positions, select, slide
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class Source:
 
     Attributes:
         tokens: consumed samples x sequence length; None where the checkpoint does not say.
+        metadata_crc: CRC-32 of its ``.metadata``, which tells one save from another.
         fingerprint: name, size and modification time (ns) of its files when it was opened.
     """
 
@@ -32,6 +35,7 @@ class Source:
     iteration: int
     tokens: int | None
     layout: Layout
+    metadata_crc: int
     fingerprint: Fingerprint
 
     def check_unchanged(self) -> None:
@@ -66,34 +70,39 @@ def fingerprint(path: Path) -> Fingerprint:
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
 
 
-def select_checkpoints(root: Path, window: Window) -> tuple[Checkpoint, ...]:
-    """Checkpoints of a run that a window selects, with their tokens, oldest first.
+def select_checkpoints(
+    root: Path, window: Window, sliding_every: int | None = None
+) -> tuple[tuple[Checkpoint, ...], ...]:
+    """Selections of a run's checkpoints, with their tokens, oldest first: one, or all that slide.
 
     Warns about unfinished ones; raises ``ValueError`` where one is named explicitly.
     """
     run = scan_run(root)
     _report_unfinished(run, window)
+    known: dict[int, Checkpoint] = {}
+
+    def with_tokens(iteration: int) -> Checkpoint:
+        if iteration not in known:
+            tokens = read_tokens(run.checkpoint(iteration))
+            known[iteration] = Checkpoint(iteration, tokens)
+        return known[iteration]
+
     needs_all = window.window_tokens is not None
-    available = [
-        Checkpoint(iteration, read_tokens(run.checkpoint(iteration)) if needs_all else None)
-        for iteration in run.finished
-    ]
-    chosen = select(available, window)
-    if needs_all:
-        return chosen
-    return tuple(replace(c, tokens=read_tokens(run.checkpoint(c.iteration))) for c in chosen)
-
-
-def open_sources(root: Path, window: Window) -> tuple[Source, ...]:
-    """Select and open the sources of a merge."""
-    return tuple(open_source(root, c) for c in select_checkpoints(root, window))
+    available = [with_tokens(i) if needs_all else Checkpoint(i) for i in run.finished]
+    if sliding_every is None:
+        selections: tuple[tuple[Checkpoint, ...], ...] = (select(available, window),)
+    else:
+        selections = slide(available, window, sliding_every)
+    return tuple(tuple(with_tokens(c.iteration) for c in chosen) for chosen in selections)
 
 
 def open_source(root: Path, checkpoint: Checkpoint) -> Source:
     """Open one selected checkpoint: its layout, and what tells later that it changed."""
     path = checkpoint_path(root, checkpoint.iteration)
     before = fingerprint(path)
-    return Source(path, checkpoint.iteration, checkpoint.tokens, read_layout(path), before)
+    layout = read_layout(path)
+    metadata_crc = crc32(read_file(path / METADATA_FILE))
+    return Source(path, checkpoint.iteration, checkpoint.tokens, layout, metadata_crc, before)
 
 
 def decay_over(
