@@ -1,7 +1,7 @@
-"""Weighted sums of tensors with one rounding: the arithmetic of every merge, offline and in training.
+"""Weighted sums of tensors with one rounding: the arithmetic of every merge.
 
-Three paths give the same bits: ``native`` (the compiled extension, CPU), ``triton`` (CUDA) and ``eager``
-(torch operations, wherever the others are not available).
+Three paths give the same bits: ``native`` (the compiled extension, CPU), ``triton`` (CUDA) and
+``eager`` (torch operations, wherever the others are not available).
 """
 
 from __future__ import annotations
@@ -26,21 +26,24 @@ _Path = Callable[[Sequence[Tensor], Sequence[Sequence[float]], Sequence[Tensor]]
 def weighted_sum(
     sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
 ) -> bool:
-    """Writes ``outputs[k][e] = round(c[k][0] * x[0][e] + c[k][1] * x[1][e] + ...)`` for every k and e.
+    """Writes ``outputs[k][e] = round(c[k][0] * x[0][e] + c[k][1] * x[1][e] + ...)`` for all k, e.
 
-    Each product and each sum is rounded in float64, in the order of the sources, starting from the first
-    product and without fused multiply-add; the result is rounded once, to nearest even, to the output's dtype.
-    The bits do not depend on the path, the device, or how a tensor is cut into calls. Only the bits of a NaN do.
+    Each product and each sum is rounded in float64, in the order of the sources, starting from the
+    first product and without fused multiply-add; the result is rounded once, to nearest even, to
+    the output's dtype. The bits do not depend on the path, the device, or how a tensor is cut into
+    calls; only those of a NaN may.
 
-    On a CPU the call works on the calling thread alone and releases the GIL, so callers may share out tensors
-    over threads. On CUDA it uses the current stream and waits for the result. Each rank calls it for itself.
+    On a CPU the call works on the calling thread alone and releases the GIL, so callers may share
+    out tensors over threads. On CUDA it uses the current stream and waits for the result. It is
+    not collective: each rank calls it for itself.
 
     Args:
-        sources: n one-dimensional contiguous tensors of one size on one device, any mix of bfloat16, float16,
-            float32 and float64. n >= 1.
+        sources: n one-dimensional contiguous tensors of one size on one device, any mix of
+            bfloat16, float16, float32 and float64. n >= 1.
         coefficients: m rows of n finite numbers.
-        outputs: m tensors of the same size and device, of any of these dtypes, that share no memory with a
-            source. m >= 1. More outputs cost arithmetic but read the sources once.
+        outputs: m tensors of the same size and device, of any of these dtypes, that share no
+            memory with a source or each other. m >= 1. The sources are read once for all of them
+            (on CUDA once for every 4).
 
     Returns:
         True when every value written is finite.
@@ -79,7 +82,11 @@ def _native() -> tuple[_Path, str]:
 
 
 def _triton() -> tuple[_Path, str]:
-    return reference.weighted_sum, "eager: no Triton"
+    try:
+        from wsm_megatron.kernels import triton_kernel
+    except ImportError as error:
+        return reference.weighted_sum, f"eager: Triton is not installed ({error})"
+    return triton_kernel.weighted_sum, "triton: the fused CUDA kernel"
 
 
 def _check(

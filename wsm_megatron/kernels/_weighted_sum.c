@@ -30,9 +30,11 @@
 enum dtype { BF16, FP16, FP32, FP64, DTYPES };
 static const size_t ITEM_SIZE[DTYPES] = {2, 2, 4, 8};
 
-#define BLOCK 512 /* elements a block at most */
-#define ACCUMULATORS 2048 /* doubles of all accumulators together: half of a 32 KiB L1 cache */
+/* Elements of a block, and doubles of all its buffers together: they fill two thirds of a 32 KiB L1 cache, and
+ * their distance is not 4096 bytes, which would put them all in the same cache sets. */
+#define LARGEST_BLOCK 448
 #define SMALLEST_BLOCK 64
+#define SCRATCH 2624
 #define GROUP 4 /* sources in one pass over the accumulators */
 
 /* Elements of a checkpoint file may lie at any address. */
@@ -63,24 +65,24 @@ INLINE float float_from(uint32_t bits) {
 INLINE double from_bf16(uint16_t bits) { return float_from((uint32_t)bits << 16); }
 
 INLINE double from_fp16(uint16_t bits) {
-    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7fff, shifted = magnitude << 13;
-    uint32_t subnormal = float_bits((float)(int32_t)magnitude * 0x1p-24f);
-    uint32_t wide = magnitude < 0x0400 ? subnormal : shifted + ((127 - 15) << 23);
-    wide = magnitude >= 0x7c00 ? shifted | 0x7f800000 : wide; /* infinite or NaN */
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = (uint32_t)(bits & 0x7fff) << 13;
+    uint32_t normal = magnitude + ((127 - 15) << 23), infinite_or_nan = magnitude | 0x7f800000;
+    uint32_t subnormal = float_bits(float_from(magnitude + ((127 - 14) << 23)) - 0x1p-14f);
+    uint32_t wide = magnitude < (1 << 23) ? subnormal : magnitude < (31 << 23) ? normal : infinite_or_nan;
     return float_from(sign | wide);
 }
 
-/* Rounds to float32, inexact values to the neighbour with an odd last bit. float32 has at least two
- * bits more than bf16 and fp16, so rounding this once more to nearest-even gives what a single rounding
- * of the double gives (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). */
+/* Rounds to 14 significant bits and to odd: an inexact value gets a last bit of 1, which keeps it off every
+ * tie of bf16 (8 bits) and fp16 (11). So rounding the result to nearest gives what one rounding of the double
+ * gives (Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums", 2008). float32 holds it exactly,
+ * but for what is below half of the smallest bf16 or beyond the largest. */
 INLINE uint32_t round_to_odd(double value) {
-    float nearest = (float)value;
-    int64_t wanted, got;
-    double back = nearest;
-    memcpy(&wanted, &value, sizeof wanted);
-    memcpy(&got, &back, sizeof got);
-    uint32_t away_from_zero = (got & INT64_MAX) > (wanted & INT64_MAX);
-    return (float_bits(nearest) - away_from_zero) | (got != wanted);
+    const uint64_t low = ((uint64_t)1 << 39) - 1;
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits = (bits | ((bits & low) + low)) & ~low;
+    memcpy(&value, &bits, sizeof bits);
+    return float_bits((float)value);
 }
 
 INLINE uint16_t to_bf16(double value) {
@@ -188,8 +190,8 @@ INLINE int store(void *output, int dtype, const double *restrict acc, size_t cou
 }
 
 static Py_ssize_t block_size(Py_ssize_t m) {
-    Py_ssize_t block = ACCUMULATORS / m / SMALLEST_BLOCK * SMALLEST_BLOCK;
-    return block < SMALLEST_BLOCK ? SMALLEST_BLOCK : block > BLOCK ? BLOCK : block;
+    Py_ssize_t block = SCRATCH / (m + GROUP) / SMALLEST_BLOCK * SMALLEST_BLOCK;
+    return block < SMALLEST_BLOCK ? SMALLEST_BLOCK : block > LARGEST_BLOCK ? LARGEST_BLOCK : block;
 }
 
 /* The next sources of one type, at most GROUP. */

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from wsm_megatron.kernels import _weighted_sum
+from wsm_megatron.kernels._weighted_sum import run
 
 _CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 
@@ -17,7 +17,7 @@ def weighted_sum(
     sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
 ) -> bool:
     """See :func:`wsm_megatron.kernels.weighted_sum`; arguments are taken as checked."""
-    return _weighted_sum.run(
+    return run(
         outputs[0].numel(),
         *_addresses(sources),
         tuple(chain.from_iterable(coefficients)),

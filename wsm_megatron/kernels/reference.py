@@ -1,5 +1,7 @@
-"""The weighted sum in plain torch operations, block by block: needs no compiler, runs on any device with
-float64, and is what the faster paths must agree with, bit for bit."""
+"""The weighted sum in plain torch operations, block by block.
+
+Needs no compiler, runs on CPU and CUDA, and is what the faster paths must agree with, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Elements of a block. On a CPU the float64 accumulator and the scratch (128 KiB each) stay in an L2 cache,
-#: and torch runs blocks of this size on the calling thread alone.
+#: Elements of a block. On a CPU the float64 accumulator and the scratch (128 KiB each) stay in an
+#: L2 cache, and torch works on so few elements in the calling thread alone.
 CPU_BLOCK = 1 << 14
 CUDA_BLOCK = 1 << 24
+
+#: The bits of a float64 below its 14 most significant ones.
+LOW_BITS = (1 << 39) - 1
 
 
 @torch.no_grad()
@@ -42,18 +47,15 @@ def _sum_block(sources: Sequence[Tensor], row: Sequence[float], acc: Tensor, ter
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 ``values`` in ``dtype``, with a single rounding to nearest, ties to even.
 
-    torch converts float64 to bfloat16 and float16 through float32 and so may round twice. Here the step to
-    float32 rounds to odd instead: an inexact value becomes the neighbour whose last bit is 1, which keeps it off
-    every tie of the narrower format, so that the second conversion decides as if it saw the float64 value
-    (Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums", IEEE Trans. Computers, 2008).
+    torch converts float64 to bfloat16 and float16 through float32 and so may round twice. Here
+    the value is first rounded to 14 significant bits and to odd: an inexact one gets a last bit of
+    1, which keeps it off every tie of the narrower format. float32 holds that exactly, and the
+    last conversion decides as if it saw the float64 value (Boldo and Melquiond, "Emulation of a
+    FMA and Correctly Rounded Sums", IEEE Trans. Computers, 2008).
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
-    nearest = values.to(torch.float32)
-    back = nearest.to(torch.float64)
-    bits = nearest.view(torch.int32)
-    bits -= (
-        back.abs() > values.abs()
-    ).int()  # towards zero where the first rounding went away from it
-    bits |= (back != values).int()
-    return nearest.to(dtype)
+    bits = values.view(torch.int64)
+    odd = bits.bitwise_and(LOW_BITS).add_(LOW_BITS)  # carries into bit 39 unless the value is exact
+    odd.bitwise_or_(bits).bitwise_and_(~LOW_BITS)
+    return odd.view(torch.float64).to(torch.float32).to(dtype)
