@@ -69,18 +69,18 @@ class Job:
     def newest(self, product: Product) -> Layout:
         return self.sources[product.members[-1]].layout
 
-    def share(self, rank: int, ranks: int) -> tuple[Task, ...]:
-        """The tasks of one rank."""
-        return self.plan.share(rank, ranks, len(self.sources), len(self.products))
+    def shares(self, ranks: int) -> tuple[tuple[Task, ...], ...]:
+        """The tasks of every rank."""
+        return self.plan.shares(ranks, len(self.sources), len(self.products))
 
     def cost(self, tasks: Sequence[Task]) -> int:
         """Bytes read and written by tasks."""
         sources, products = len(self.sources), len(self.products)
         return sum(task.box.numel * task.recipe.cost(sources, products) for task in tasks)
 
-    def placed(self, product: Product, rank: int, ranks: int) -> list[Placed]:
+    def placed(self, product: Product, rank: int, tasks: Sequence[Task]) -> list[Placed]:
         """Everything that one rank stores for a product, in the order of its file."""
-        return place([*self._objects(product, rank), *_chunks(self.share(rank, ranks))], rank)
+        return place([*self._objects(product, rank), *chunks_of(tasks)], rank)
 
     def bytes_to_write(self) -> int:
         """Bytes of all products' tensors and objects."""
@@ -194,7 +194,8 @@ def _product(
     )
 
 
-def _chunks(tasks: Sequence[Task]) -> list[Item]:
+def chunks_of(tasks: Sequence[Task]) -> list[Item]:
+    """What tasks write, in order."""
     return [
         Item(output.key, task.box, output.dtype, output.shape)
         for task in tasks

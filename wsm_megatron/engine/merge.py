@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from wsm_megatron.checkpoint.writer import (
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.job import Job, Product, places, prepare_job
+from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.run import Progress, Share, Target
@@ -36,6 +37,10 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 
 Files = dict[str, tuple[int, int]]
 """Size and CRC-32 of files, by name."""
+
+
+Shares = Sequence[Sequence[Task]]
+"""Every rank's tasks."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,12 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
         try:
             directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
             with ranks.together("merging"):
-                result = _run_share(job, ranks, directories, progress)
+                shares = job.shares(ranks.size)
+                result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
             results = ranks.gather(result)
             with ranks.together("publishing"):
                 if ranks.rank == 0:
-                    _publish(job, ranks.size, staging, results)
+                    _publish(job, shares, staging, results)
         except BaseException:
             if ranks.rank == 0:
                 for one in staging:
@@ -151,17 +157,20 @@ def _allow_many_files() -> None:
 
 
 def _run_share(
-    job: Job, ranks: Ranks, directories: list[Path], progress: ProgressFactory | None
+    job: Job,
+    ranks: Ranks,
+    tasks: Sequence[Task],
+    directories: list[Path],
+    progress: ProgressFactory | None,
 ) -> _RankResult:
     _allow_many_files()
-    tasks = job.share(ranks.rank, ranks.size)
     result = _RankResult()
     with ExitStack() as stack:
         readers = [CheckpointReader(source.layout) for source in job.sources]
         for reader in readers:
             stack.callback(reader.close)
         targets = [
-            _open_target(job, product, ranks, directory, readers)
+            _open_target(job, product, ranks.rank, tasks, directory, readers)
             for product, directory in zip(job.products, directories, strict=True)
         ]
         bar = progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
@@ -187,10 +196,15 @@ def _run_share(
 
 
 def _open_target(
-    job: Job, product: Product, ranks: Ranks, directory: Path, readers: list[CheckpointReader]
+    job: Job,
+    product: Product,
+    rank: int,
+    tasks: Sequence[Task],
+    directory: Path,
+    readers: list[CheckpointReader],
 ) -> Target:
-    placed = job.placed(product, ranks.rank, ranks.size)
-    file = CheckpointFile(directory / file_name(ranks.rank))
+    placed = job.placed(product, rank, tasks)
+    file = CheckpointFile(directory / file_name(rank))
     reader = readers[product.members[-1]]
     for one in placed:
         if one.item.box is None:
@@ -200,7 +214,7 @@ def _open_target(
     return Target(file, places(placed))
 
 
-def _publish(job: Job, ranks: int, staging: list[Staging], results: list[_RankResult]) -> None:
+def _publish(job: Job, shares: Shares, staging: list[Staging], results: list[_RankResult]) -> None:
     """Check what was read, complete every product's directory, give it its name. On rank 0."""
     for j, source in enumerate(job.sources):
         reader = CheckpointReader(source.layout)
@@ -213,14 +227,14 @@ def _publish(job: Job, ranks: int, staging: list[Staging], results: list[_RankRe
         files: Files = {}
         for result in results:
             files.update(result.files[k])
-        _complete(job, product, ranks, stage.path, files)
+        _complete(job, product, shares, stage.path, files)
         path = stage.commit()
         logger.info("published %s", path)
 
 
-def _complete(job: Job, product: Product, ranks: int, directory: Path, files: Files) -> None:
+def _complete(job: Job, product: Product, shares: Shares, directory: Path, files: Files) -> None:
     newest = job.newest(product)
-    placed = [one for rank in range(ranks) for one in job.placed(product, rank, ranks)]
+    placed = [one for rank, tasks in enumerate(shares) for one in job.placed(product, rank, tasks)]
     files[METADATA_FILE] = write_metadata(directory, placed, newest.mcore_data)
     if job.common_key(product) is None:
         files[COMMON_FILE] = write_file(directory / COMMON_FILE, product.common)

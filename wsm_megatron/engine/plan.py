@@ -97,16 +97,15 @@ class MergePlan:
             for task in self.tasks
         )
 
-    def share(self, rank: int, ranks: int, sources: int, merges: int) -> tuple[Task, ...]:
-        """This rank's tasks: consecutive in the files, equal in bytes within one task."""
+    def shares(self, ranks: int, sources: int, merges: int) -> tuple[tuple[Task, ...], ...]:
+        """Every rank's tasks: consecutive in the files, equal in bytes within one task."""
         costs = [task.box.numel * task.recipe.cost(sources, merges) for task in self.tasks]
-        total, done, mine = sum(costs), 0, []
+        total, done = max(sum(costs), 1), 0
+        shares: list[list[Task]] = [[] for _ in range(ranks)]
         for task, cost in zip(self.tasks, costs, strict=True):
-            owner = min(ranks - 1, (done + cost // 2) * ranks // max(total, 1))
-            if owner == rank:
-                mine.append(task)
+            shares[min(ranks - 1, (done + cost // 2) * ranks // total)].append(task)
             done += cost
-        return tuple(mine)
+        return tuple(map(tuple, shares))
 
 
 def make_plan(layouts: Sequence[Layout], config: MergeConfig) -> MergePlan:
