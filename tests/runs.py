@@ -45,8 +45,9 @@ def rewrite(
     change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     grid: Callable[[str, tuple[int, ...]], list[Box]] | None = None,
     reverse: bool = False,
+    rename: Callable[[str], str] = str,
 ) -> None:
-    """Write a checkpoint's tensors anew: other values, another grid of chunks, another order."""
+    """Write a checkpoint's tensors anew: other values, another grid, another order, other keys."""
     layout, tensors = read_layout(path), load_tensors(path)
     reader = CheckpointReader(layout)
     blobs = {key: reader.read_object(entry) for key, entry in layout.objects.items()}
@@ -57,7 +58,8 @@ def rewrite(
     for key, tensor in tensors.items():
         boxes = [Box(c.offsets, c.sizes) for c in layout.tensors[key].chunks]
         boxes = grid(key, tuple(tensor.shape)) if grid else boxes
-        items += [Item(key, box, tensor.dtype, tuple(tensor.shape)) for box in boxes]
+        items += [Item(rename(key), box, tensor.dtype, tuple(tensor.shape)) for box in boxes]
+    tensors = {rename(key): tensor for key, tensor in tensors.items()}
     if reverse:
         items.reverse()
     for old in path.glob("*.distcp"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 
@@ -81,6 +81,8 @@ class MergePlan:
     recipes: tuple[Recipe, ...]
     tasks: tuple[Task, ...]
     left_out: tuple[str, ...]
+    rebuilds_mains: bool = False
+    """Main params are the merged model's, not merged themselves."""
 
     def bytes_to_read(self, sources: int, merges: int = 1) -> int:
         return sum(
@@ -121,7 +123,8 @@ def make_plan(layouts: Sequence[Layout], config: MergeConfig) -> MergePlan:
     _check_same_model(layouts, config)
     if config.keeps_optimizer:
         _check_optimizer(layouts, config)
-    recipes = _recipes(newest, config, left_out)
+    rebuilds = _rebuilds_mains(layouts, config)
+    recipes = _recipes(newest, replace(config, mains_from_model=rebuilds), left_out)
     if all(recipe.rule is Rule.COPY for recipe in recipes):
         raise ValueError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     _check_inputs(layouts, recipes)
@@ -132,7 +135,7 @@ def make_plan(layouts: Sequence[Layout], config: MergeConfig) -> MergePlan:
     ]
     placed.sort(key=lambda pair: pair[0])
     tasks = [task for _, task in placed]
-    return MergePlan(tuple(recipes), tuple(tasks), tuple(sorted(left_out)))
+    return MergePlan(tuple(recipes), tuple(tasks), tuple(sorted(left_out)), rebuilds)
 
 
 def kept_objects(layout: Layout, config: MergeConfig) -> tuple[str, ...]:
@@ -198,7 +201,7 @@ def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
 
 def _check_optimizer(layouts: Sequence[Layout], config: MergeConfig) -> None:
     newest = layouts[-1]
-    needed = _optimizer_keys(newest, config)
+    needed = _keys_of(Role.MAIN, newest, config)
     if not needed:
         raise ValueError(
             f"{newest.path}: no optimizer state to keep (saved with --no-save-optim?); use "
@@ -209,22 +212,43 @@ def _check_optimizer(layouts: Sequence[Layout], config: MergeConfig) -> None:
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
             "each; --mains-from-model cannot rebuild them; use --optimizer-state drop"
         )
-    if config.mains_from_model and config.optimizer_state == "last":
-        return
     for layout in layouts[:-1]:
-        if differing := sorted(needed ^ _optimizer_keys(layout, config)):
-            raise ValueError(
-                f"{layout.path} and {newest.path} keep their optimizer state differently: only one "
-                f"has {_some(differing)}; use --optimizer-state drop"
-            )
+        _check_same_optimizer(layout, newest, config)
 
 
-def _optimizer_keys(layout: Layout, config: MergeConfig) -> set[str]:
-    needed = {Role.MAIN, Role.MOMENT} if config.optimizer_state == "merge" else {Role.MAIN}
+def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -> None:
+    """What is merged of the optimizer state is there; keyed main params can do without."""
+    mains = _keys_of(Role.MAIN, newest, config)
+    if any(map(is_flat_bucket, mains)) and mains != _keys_of(Role.MAIN, layout, config):
+        raise ValueError(
+            f"{newest.path} keeps its main params in flat buckets (dp_reshardable), {layout.path} "
+            "does not keep the same ones: they can neither be merged nor be rebuilt from the "
+            "merged model; use --optimizer-state drop, or end the window (--to) at one saved "
+            "with --dist-ckpt-optim-fully-reshardable or without the distributed optimizer"
+        )
+    if config.optimizer_state != "merge":
+        return
+    moments = _keys_of(Role.MOMENT, newest, config)
+    if differing := sorted(moments ^ _keys_of(Role.MOMENT, layout, config)):
+        raise ValueError(
+            f"{layout.path} and {newest.path} keep their moments differently: only one has "
+            f"{_some(differing)}; use --optimizer-state last (moments of {newest.path}) or drop"
+        )
+
+
+def _rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
+    """Main params come from the merged model: asked for, or not all sources have the newest's."""
+    if not config.keeps_optimizer:
+        return False
+    mains = [_keys_of(Role.MAIN, layout, config) for layout in layouts]
+    return config.mains_from_model or any(keys != mains[-1] for keys in mains)
+
+
+def _keys_of(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
     return {
         key
         for key, entry in layout.tensors.items()
-        if entry.role in needed and not _matches(key, config.drop)
+        if entry.role is role and not _matches(key, config.drop)
     }
 
 
