@@ -110,13 +110,10 @@ def _check(
 
 def _check_tensor(name: str, tensor: Tensor, numel: int, device: torch.device) -> None:
     if tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}"
-        )
+        raise ValueError(f"{name} is {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}")
     if tensor.dim() != 1 or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be one-dimensional and contiguous, has shape {tuple(tensor.shape)}"
-        )
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{name} must be one-dimensional and contiguous; its shape is {shape}")
     if tensor.numel() != numel:
         raise ValueError(f"{name} has {tensor.numel()} elements, output 0 has {numel}")
     if tensor.device != device:
@@ -128,7 +125,6 @@ def _check_overlap(sources: Sequence[Tensor], outputs: Sequence[Tensor]) -> None
     for k in range(len(outputs)):
         for other, (start, stop) in enumerate(spans):
             if other != k and start < spans[k][1] and spans[k][0] < stop:
-                what = (
-                    f"output {other}" if other < len(outputs) else f"source {other - len(outputs)}"
-                )
+                source = other - len(outputs)
+                what = f"source {source}" if source >= 0 else f"output {other}"
                 raise ValueError(f"output {k} and {what} share memory")

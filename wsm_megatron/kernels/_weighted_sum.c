@@ -156,7 +156,8 @@ INLINE void convert(double *restrict to, const char *source, int dtype, size_t l
 INLINE int store(void *output, int dtype, const double *restrict acc, size_t count) {
     int finite = 1;
     if (dtype == BF16 || dtype == FP16) {
-        uint16_t *restrict to = output, largest = 0, infinite = dtype == BF16 ? 0x7f80 : 0x7c00;
+        u16 *restrict to = output;
+        uint16_t largest = 0, infinite = dtype == BF16 ? 0x7f80 : 0x7c00;
         if (dtype == BF16)
             for (size_t i = 0; i < count; i++) to[i] = to_bf16(acc[i]);
         else
@@ -167,7 +168,7 @@ INLINE int store(void *output, int dtype, const double *restrict acc, size_t cou
         }
         finite = largest < infinite;
     } else if (dtype == FP32) {
-        float *restrict to = output;
+        f32 *restrict to = output;
         uint32_t largest = 0;
         for (size_t i = 0; i < count; i++) {
             to[i] = (float)acc[i];
@@ -176,7 +177,7 @@ INLINE int store(void *output, int dtype, const double *restrict acc, size_t cou
         }
         finite = largest < 0x7f800000;
     } else {
-        double *restrict to = output;
+        f64 *restrict to = output;
         int64_t largest = 0, magnitude;
         for (size_t i = 0; i < count; i++) {
             to[i] = acc[i];
