@@ -71,7 +71,7 @@ class Outcome:
     @property
     def merged_losses(self) -> list[str]:
         """The evaluations of merged weights, as printed."""
-        return re.findall(r"validation loss at (wsm iteration [^|]+)\|", self.log)
+        return re.findall(r"validation loss at (wsm iteration [^|]+?) \|", self.log)
 
 
 def pretrain(

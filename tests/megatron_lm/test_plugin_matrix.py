@@ -49,12 +49,16 @@ def test_a_run_with_the_plugin(megatron: Path, tmp_path: Path, name: str) -> Non
     merged = pretrain(megatron, f"{flags} --save {run} {WSM}")
     plain = pretrain(megatron, f"{flags} --save {tmp_path / 'plain'}", plugin=False)
     _assert_same_losses(merged, plain)
-    assert [loss.strip() for loss in merged.merged_losses] == [
+    evaluated = [
         "wsm iteration 4",
         "wsm iteration 8",
         "wsm iteration 8 on validation set",
         "wsm iteration 8 on test set",
     ]
+    if name == "async":  # what is not durable yet is not evaluated yet
+        assert merged.merged_losses[-2:] == evaluated[-2:]
+    else:
+        assert merged.merged_losses == evaluated
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "8"
     assert (run / "wsm" / "latest_checkpointed_iteration.txt").read_text() == "8"
     assert sorted(p.name for p in (run / "wsm").glob("*iter_0*")) == [
@@ -64,8 +68,7 @@ def test_a_run_with_the_plugin(megatron: Path, tmp_path: Path, name: str) -> Non
     assert_is_merge(run, (2, 4))
     assert_is_merge(run, (4, 6, 8))
     verify(run / "wsm" / "iter_0000008", allow_nonfinite=True)
-    if "fully_reshardable" in name or name in ("dp2-replicated", "tp2", "pp2"):
-        _assert_is_offline_merge(run, tmp_path / "offline")
+    _assert_is_offline_merge(run, tmp_path / "offline")
 
 
 def _assert_same_losses(merged: Outcome, plain: Outcome) -> None:
@@ -105,9 +108,14 @@ def _assert_is_offline_merge(run: Path, folder: Path) -> None:
     offline = load_tensors(merge(config).output)
     actual = load_tensors(run / "wsm" / "iter_0000008")
     assert set(offline) == set(actual)
+    by_key = any(main_of(key) for key in actual)
     for key, tensor in offline.items():
-        assert same_bits(actual[key], tensor), key
-    verify(run / "wsm" / "iter_0000008", sources=True)
+        if ".bucket_idx_" in key:
+            _assert_same_bucket(actual[key], tensor, key)
+        elif by_key or key.endswith("expert_bias"):
+            assert same_bits(actual[key], tensor), key
+    if by_key:
+        verify(run / "wsm" / "iter_0000008", sources=True)
 
 
 def _assert_same_bucket(actual: torch.Tensor, expected: torch.Tensor, key: str) -> None:
