@@ -12,6 +12,7 @@ from wsm_megatron.window import Window
 OPTIMIZER_STATE = ("drop", "last", "merge")
 BUFFERS = ("merge", "last")
 DTYPES = ("same", "bf16", "fp16", "fp32")
+FORMATS = ("same", "0.16", "0.19")
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -91,6 +92,13 @@ class MergeConfig:
         group="how",
     )
     dtype: str = _option("same", "dtype of the merged model tensors", choices=DTYPES, group="how")
+    format: str = _option(
+        "same",
+        "where the common state goes: 0.16 in common.pt, which every Megatron reads; 0.19 in the "
+        "distcp files, read from core 0.19 on; same as in the newest source",
+        choices=FORMATS,
+        group="how",
+    )
     output_iteration: int | None = _option(
         None, "iteration of the merged checkpoint (default: the newest source's)", group="how"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ def prepare(
         merged = {key: value for key, value in merged.items() if key not in _OPTIMIZER_KEYS}
         changes |= {"no_save_optim": True, "no_save_rng": True}
     if "args" in merged:
-        merged["args"] = _with_attributes(merged["args"], changes | dict(new_args or {}))
+        merged["args"] = with_attributes(merged["args"], changes | dict(new_args or {}))
     merged["iteration"] = iteration
     merged[PROVENANCE_KEY] = copy.deepcopy(dict(provenance))
     return merged
@@ -125,8 +125,9 @@ def attributes(args: Any) -> dict[str, Any]:
     return {}
 
 
-def _with_attributes(args: Any, changes: Mapping[str, Any]) -> Any:
-    values = attributes(args) | dict(changes)
+def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection[str] = ()) -> Any:
+    """``args`` with other values, or without some; a new object of the same kind."""
+    values = {k: v for k, v in (attributes(args) | dict(changes)).items() if k not in leave_out}
     if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
         return type(args)(**values)
     if isinstance(args, Inert) and isinstance(args.state, dict):

@@ -22,6 +22,8 @@ from wsm_megatron.errors import MergeError
 METADATA_FILE = ".metadata"
 MARKER_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
+"""Where the common state is from Megatron 0.19 on (``save`` in dist_checkpointing)."""
 
 
 @dataclass(frozen=True)

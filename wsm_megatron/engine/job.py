@@ -9,7 +9,8 @@ from typing import Any
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
-from wsm_megatron.checkpoint.layout import Layout
+from wsm_megatron.checkpoint.format import for_common_file, marker_for, without_rerun_state
+from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
@@ -35,6 +36,7 @@ class Product:
         members: its sources, as indices into the job's, oldest first.
         objects: byte entries taken over from its newest source.
         common: its common state, ready to be written.
+        in_distcp: the common state is an entry of the distcp files, not a file of its own.
     """
 
     root: Path
@@ -43,6 +45,7 @@ class Product:
     decay: Decay
     objects: tuple[str, ...]
     common: bytes
+    in_distcp: bool
     provenance: dict[str, Any]
 
     @property
@@ -89,8 +92,11 @@ class Job:
 
     def common_key(self, product: Product) -> str | None:
         """Key of the common state's entry; None where it is a file of its own."""
-        entry = self.newest(product).common_entry
-        return entry.key if entry else None
+        return COMMON_KEY if product.in_distcp else None
+
+    def marker(self, product: Product) -> dict[str, Any]:
+        """What goes into ``metadata.json``."""
+        return marker_for(self.newest(product).marker, product.in_distcp)
 
     def _objects(self, product: Product, rank: int) -> list[Item]:
         if rank != 0:
@@ -183,13 +189,21 @@ def _product(
         drop_optimizer=not config.keeps_optimizer,
         provenance=provenance,
     )
+    was_in_distcp = newest.layout.common_entry is not None
+    in_distcp = was_in_distcp if config.format == "same" else config.format == "0.19"
+    objects = kept_objects(newest.layout, config)
+    if in_distcp != was_in_distcp:
+        state, objects = without_rerun_state(state, objects)
+    if not in_distcp:
+        state = for_common_file(state)
     return Product(
         root=_root(whole, config),
         iteration=iteration,
         members=members,
         decay=decay,
-        objects=kept_objects(newest.layout, config),
-        common=dump_common(state, in_distcp=newest.layout.common_entry is not None),
+        objects=objects,
+        common=dump_common(state, in_distcp=in_distcp),
+        in_distcp=in_distcp,
         provenance=provenance,
     )
 

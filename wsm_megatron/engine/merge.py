@@ -15,6 +15,7 @@ from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FI
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
+    Placed,
     file_name,
     write_file,
     write_marker,
@@ -209,9 +210,12 @@ def _open_target(
     for one in placed:
         if one.item.box is None:
             common = one.item.key == job.common_key(product)
-            entry = reader.layout.objects[one.item.key]
-            file.write_bytes(one, product.common if common else reader.read_object(entry))
+            file.write_bytes(one, product.common if common else _object(reader, one))
     return Target(file, places(placed))
+
+
+def _object(reader: CheckpointReader, placed: Placed) -> bytes:
+    return reader.read_object(reader.layout.objects[placed.item.key])
 
 
 def _publish(job: Job, shares: Shares, staging: list[Staging], results: list[_RankResult]) -> None:
@@ -239,7 +243,7 @@ def _complete(job: Job, product: Product, shares: Shares, directory: Path, files
     if job.common_key(product) is None:
         files[COMMON_FILE] = write_file(directory / COMMON_FILE, product.common)
     copy_side_files(newest.path, directory)
-    files[MARKER_FILE] = write_marker(directory, newest.marker)
+    files[MARKER_FILE] = write_marker(directory, job.marker(product))
     write_provenance(directory, product.provenance, files)
 
 

@@ -1,0 +1,92 @@
+"""What differs between Megatron's checkpoint formats: up to core 0.18, and from 0.19 on.
+
+| | up to 0.18 | from 0.19 |
+|---|---|---|
+| common state | ``common.pt`` | entry ``common_state/shard_0_1`` in the distcp files |
+| ``metadata.json`` | names ``common_backend`` and its version | only the sharded backend |
+| read by | every version (``load_common_state_dict`` of main looks for the file first) | 0.19 on |
+
+All else, optimizer state and its layouts included, is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wsm_megatron.checkpoint.common import attributes, with_attributes
+from wsm_megatron.checkpoint.inert import Inert, Reference
+
+logger = logging.getLogger(__name__)
+
+_COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
+_RERUN = "rerun_state_machine"
+
+# What torch.load(weights_only=True) admits in core_v0.16.1 (megatron/core/safe_globals.py), as far
+# as args refer to it. Main's list holds all of these.
+_SAFE_MODULES = ("signal", "pathlib", "pathlib._local", "collections", "torch")
+_SAFE_CLASSES = {
+    ("megatron.core.enums", "ModelType"),
+    ("megatron.core.transformer.enums", "AttnBackend"),
+    ("megatron.core.transformer.enums", "CudaGraphScope"),
+    *(("megatron.core.rerun_state_machine", f"Rerun{n}") for n in ("Diagnostic", "Mode", "State")),
+}
+
+
+def marker_for(marker: Mapping[str, Any], in_distcp: bool) -> dict[str, Any]:
+    """``metadata.json`` for a common state inside the distcp files, or in ``common.pt``."""
+    kept = {key: value for key, value in marker.items() if key not in _COMMON_BACKEND}
+    return kept if in_distcp else {**kept, **_COMMON_BACKEND}
+
+
+def for_common_file(state: dict[str, Any]) -> dict[str, Any]:
+    """A common state that Megatron up to 0.18 can unpickle from ``common.pt``.
+
+    It refuses a whole file for one class that it does not know; such values are left out of
+    ``args``, which a resume takes from the command line anyway.
+    """
+    unknown = {
+        name: value
+        for name, value in attributes(state.get("args")).items()
+        if any(not _is_safe(reference) for reference in _references(value))
+    }
+    if not unknown:
+        return state
+    logger.warning(
+        "left out of args, as Megatron before 0.19 cannot read their values: %s",
+        ", ".join(sorted(unknown)),
+    )
+    return {**state, "args": with_attributes(state["args"], {}, leave_out=unknown)}
+
+
+def without_rerun_state(
+    state: dict[str, Any], objects: Sequence[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A common state and its objects' keys without the rerun state machine's.
+
+    It validates results within one job; versions of Megatron keep different things in it.
+    """
+    kept = {key: value for key, value in state.items() if key != _RERUN}
+    return kept, tuple(key for key in objects if not key.startswith(_RERUN))
+
+
+def _references(value: Any) -> list[Reference]:
+    if isinstance(value, Reference):
+        return [value]
+    if isinstance(value, Inert):
+        inside = [value.args, value.state, value.items, value.pairs]
+        return [value.reference, *(r for part in inside for r in _references(part))]
+    if isinstance(value, Mapping):
+        return [r for item in value.values() for r in _references(item)]
+    if isinstance(value, (list, tuple, set)):
+        return [r for item in value for r in _references(item)]
+    return []
+
+
+def _is_safe(reference: Reference) -> bool:
+    return (
+        reference.module in _SAFE_MODULES
+        or (reference.module, reference.name) in _SAFE_CLASSES
+        or reference.module.startswith("numpy")
+    )
