@@ -249,10 +249,6 @@ def _verify(arguments: argparse.Namespace) -> None:
         _print_json({**asdict(done), "path": str(done.path)})
 
 
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data), flush=True)
-
-
 def _resume_check(arguments: argparse.Namespace) -> int:
     found = check_resume(arguments.directory, arguments.against)
     for line in report.resume(found):
@@ -260,3 +256,7 @@ def _resume_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(report.resume_data(found))
     return 0 if found.resumes else EXIT_DOES_NOT_RESUME
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data), flush=True)

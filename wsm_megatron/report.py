@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from wsm_megatron.engine.inspect import CheckpointContents, RunContents
 from wsm_megatron.engine.flags import GOALS, Launch, as_data
+from wsm_megatron.engine.inspect import CheckpointContents, RunContents
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.merge import MergeReport
 from wsm_megatron.engine.plan import Recipe
-from wsm_megatron.engine.sources import Decay
 from wsm_megatron.engine.resume import ResumeReport
+from wsm_megatron.engine.sources import Decay
 from wsm_megatron.engine.verify import VerifyReport
 
 
@@ -155,22 +155,6 @@ def verified(done: VerifyReport) -> Iterator[str]:
         yield f"{done.samples} elements recomputed from the sources: the same bits"
 
 
-def _coefficient_lines(
-    places: Iterable[int],
-    coefficients: Iterable[float],
-    effective_lr: Iterable[float],
-    unit: str,
-) -> Iterator[str]:
-    yield f"{unit:>16}  coefficient  effective LR up to here"
-    multipliers = ["", *(f"{w:.6f}" for w in effective_lr)]
-    for place, coefficient, multiplier in zip(places, coefficients, multipliers, strict=True):
-        yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}"
-
-
-def _source_lines(iterations: Iterable[int], decay: Decay) -> Iterator[str]:
-    yield from _coefficient_lines(iterations, decay.coefficients, decay.effective_lr, "iteration")
-
-
 def resume(found: ResumeReport) -> Iterator[str]:
     kind = "merged checkpoint" if found.merged else "checkpoint"
     yield f"{found.path}: {kind}, iteration {found.iteration}, tokens {_known(found.tokens)}"
@@ -231,6 +215,21 @@ def _scheduler(scheduler: dict[str, Any] | None) -> str:
     wanted = ("lr_decay_style", "max_lr", "min_lr", "num_steps", "lr_decay_steps")
     return ", ".join(f"{key} {scheduler[key]}" for key in wanted if key in scheduler)
 
+
+def _coefficient_lines(
+    places: Iterable[int],
+    coefficients: Iterable[float],
+    effective_lr: Iterable[float],
+    unit: str,
+) -> Iterator[str]:
+    yield f"{unit:>16}  coefficient  effective LR up to here"
+    multipliers = ["", *(f"{w:.6f}" for w in effective_lr)]
+    for place, coefficient, multiplier in zip(places, coefficients, multipliers, strict=True):
+        yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}"
+
+
+def _source_lines(iterations: Iterable[int], decay: Decay) -> Iterator[str]:
+    yield from _coefficient_lines(iterations, decay.coefficients, decay.effective_lr, "iteration")
     yield f"positions in {decay.unit}"
 
 
