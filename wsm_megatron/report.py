@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from wsm_megatron.engine.flags import GOALS, Launch, as_data
+from wsm_megatron.engine.flags import GOALS, as_data
 from wsm_megatron.engine.inspect import CheckpointContents, RunContents
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.merge import MergeReport
@@ -35,6 +35,8 @@ def merged(done: MergeReport) -> Iterator[str]:
     yield f"{done.seconds:.2f} s, {size(moved / max(done.seconds, 1e-9))}/s"
     for one in done.merged:
         yield f"merged checkpoint: {one.output}"
+    yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
+    yield from launch_lines(done.resume["launch"], str(done.output.parent))
 
 
 def merged_data(done: MergeReport) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def resume(found: ResumeReport) -> Iterator[str]:
     for problem in found.problems:
         yield f"  PROBLEM: {problem}"
     yield "plain --load resumes" if found.resumes else "plain --load does not resume"
-    yield from launch_lines(found.launches, str(found.path.parent))
+    yield from launch_lines(as_data(found.launches), str(found.path.parent))
 
 
 def resume_data(found: ResumeReport) -> dict[str, Any]:
@@ -190,12 +192,12 @@ def resume_data(found: ResumeReport) -> dict[str, Any]:
     }
 
 
-def launch_lines(launches: Iterable[Launch], root: str) -> Iterator[str]:
-    """The flags of every goal, each with what happens then."""
+def launch_lines(launches: dict[str, dict[str, str]], root: str) -> Iterator[str]:
+    """The flags of every goal, each with what happens then; from ``flags.as_data``."""
     yield "launch Megatron with the run's own flags and these:"
-    for one in launches:
-        yield f"  {GOALS[one.goal] + ':':30} {' '.join(('--load', root, *one.flags))}"
-        yield f"  {'':30} ({one.effect})"
+    for goal, launch in launches.items():
+        yield f"  {GOALS[goal]}: {' '.join(filter(None, ('--load', root, launch['flags'])))}"
+        yield f"      {launch['effect']}"
 
 
 def _optimizer(found: ResumeReport) -> str:

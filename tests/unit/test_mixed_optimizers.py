@@ -8,10 +8,11 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import MergeConfig, merge
+from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.roles import Role, main_of
 from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.engine.provenance import read_provenance
 
 WEIGHTS = (0.2, 0.3, 0.5)
 
@@ -45,9 +46,13 @@ def run_merge(run, out, **options):
     (runs.FLAT, runs.DENSE, runs.FULLY),
     (runs.FULLY, runs.FULLY, REPLICATED),
 ])  # fmt: skip
-def test_main_params_are_rebuilt_from_the_merged_model(names, tmp_path):
+def test_main_params_are_rebuilt_from_the_merged_model(names, tmp_path, caplog):
     run, sources = mixed_run(tmp_path / "run", *names)
     output = run_merge(run, tmp_path / "out")
+    assert "main params are rebuilt from the merged model" in caplog.text
+    resume = read_provenance(output)["resume"]
+    assert resume["main_params"] == "rebuilt from the merged model"
+    verify(output, sources=True)
     merged, entries = load_tensors(output), read_layout(runs.checkpoint(run, 8)).tensors
     assert set(merged) == set(entries)
     for key, tensor in merged.items():

@@ -16,7 +16,9 @@ from wsm_megatron.checkpoint.common import dump_common, load_common
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.roles import Role
 from wsm_megatron.cli import EXIT_DOES_NOT_RESUME, EXIT_USAGE, main
+from wsm_megatron.engine.flags import as_data
 from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.engine.provenance import read_provenance
 from wsm_megatron.engine.resume import check_resume
 
 LAYOUTS = {
@@ -106,6 +108,25 @@ def test_dropped_optimizer_state(tmp_path, capsys):
     assert "KeyError 'optimizer'" in data["problems"][0]
     flags = data["launches"]["continue"]["flags"]
     assert flags == "--no-load-optim --no-load-rng --lr-warmup-iters 0"
+
+
+@pytest.mark.parametrize("state, moments", [
+    ("drop", "dropped"), ("last", "of the newest source"), ("merge", "merged"),
+])  # fmt: skip
+def test_the_merge_says_how_to_launch(state, moments, tmp_path, capsys):
+    """The same flags printed, in the provenance, and from resume-check."""
+    out = tmp_path / "out"
+    command = ["merge", "--load", str(RUNS / runs.FULLY), "--save", str(out), "--last", "2"]
+    assert main([*command, "--optimizer-state", state, "--output-iteration", "100"]) == 0
+    printed = capsys.readouterr().out
+    resume = read_provenance(out / "iter_0000100")["resume"]
+    assert resume["moments"] == moments
+    assert resume["launch"] == as_data(check_resume(out).launches)
+    for launch in resume["launch"].values():
+        assert f"--load {out} {launch['flags']}".rstrip() + "\n" in printed
+    steps = "D" if state == "drop" else "8+D"
+    words = f"--lr-decay-iters {steps} --train-iters 100+D"
+    assert words in resume["launch"]["decay"]["flags"]
 
 
 def rewrite_common(path: Path, change) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.flags import as_data, launches, position_of
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe
 from wsm_megatron.engine.run import Merge
@@ -26,6 +28,8 @@ from wsm_megatron.engine.sources import (
     select_checkpoints,
 )
 from wsm_megatron.window import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,13 @@ def prepare_job(config: MergeConfig) -> Job:
     checkpoints = {c.iteration: c for _, chosen in wanted for c in chosen}
     sources = tuple(open_source(config.load, checkpoints[i]) for i in sorted(checkpoints))
     plan = make_plan([source.layout for source in sources], config)
+    if plan.rebuilds_mains and not config.mains_from_model:
+        logger.warning(
+            "the sources keep their optimizer state differently: main params are rebuilt from the "
+            "merged model, as with --mains-from-model"
+        )
+        config = replace(config, mains_from_model=True)
+        wanted = [(replace(one, mains_from_model=True), chosen) for one, chosen in wanted]
     products = tuple(_product(config, one, chosen, sources) for one, chosen in wanted)
     job = Job(config, sources, products, plan)
     _check_copied(job)
@@ -182,9 +193,11 @@ def _product(
     sources = tuple(opened[j] for j in members)
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
+    before = load_common(*read_common(newest.path, newest.layout))
     provenance = describe(sources, decay, config, iteration)
+    provenance["resume"] = _resume({**before, "iteration": iteration}, config)
     state = prepare(
-        load_common(*read_common(newest.path, newest.layout)),
+        before,
         iteration=iteration,
         drop_optimizer=not config.keeps_optimizer,
         provenance=provenance,
@@ -206,6 +219,18 @@ def _product(
         in_distcp=in_distcp,
         provenance=provenance,
     )
+
+
+def _resume(state: Mapping[str, Any], config: MergeConfig) -> dict[str, Any]:
+    """What the merge did with the optimizer state, and how to launch Megatron from it."""
+    mains = "rebuilt from the merged model" if config.mains_from_model else "merged"
+    moments = {"drop": "dropped", "last": "of the newest source", "merge": "merged"}
+    kept = config.keeps_optimizer
+    return {
+        "main_params": mains if kept else "dropped",
+        "moments": moments[config.optimizer_state],
+        "launch": as_data(launches(optimizer=kept, position=position_of(state))),
+    }
 
 
 def chunks_of(tasks: Sequence[Task]) -> list[Item]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
@@ -46,12 +47,19 @@ Shares = Sequence[Sequence[Task]]
 
 @dataclass(frozen=True)
 class MergedCheckpoint:
-    """One published checkpoint: its directory, and its sources' iterations and coefficients."""
+    """One published checkpoint.
+
+    Attributes:
+        iterations: of its sources, oldest first; as coefficients.
+        resume: what became of the optimizer state and how to launch Megatron, as in
+            ``wsm_merge.json``.
+    """
 
     output: Path
     iterations: tuple[int, ...]
     coefficients: tuple[float, ...]
     effective_lr: tuple[float, ...]
+    resume: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,10 @@ class MergeReport:
     @property
     def effective_lr(self) -> tuple[float, ...]:
         return self.merged[-1].effective_lr
+
+    @property
+    def resume(self) -> dict[str, Any]:
+        return self.merged[-1].resume
 
 
 @dataclass
@@ -142,6 +154,7 @@ def _merged(job: Job, product: Product) -> MergedCheckpoint:
         iterations=job.iterations(product),
         coefficients=product.decay.coefficients,
         effective_lr=product.decay.effective_lr,
+        resume=product.provenance["resume"],
     )
 
 
