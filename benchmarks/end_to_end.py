@@ -4,7 +4,9 @@
 
 Prints one table: seconds, GB/s and the ratio to the floor (``cat`` of the sources' files into
 /dev/null, then writing and syncing as many bytes as the merged checkpoint has), all with the page
-cache warm, and the peak resident memory of a rank.
+cache warm, and the peak resident memory of a rank. Where ``MEGATRON_LM_DIR`` names a checkout with
+``tools/checkpoint/weighted_merge.py``, that tool merges the same files in the same run, and the two
+outputs are compared. Options that this script does not know go to ``wsm merge``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
 from generate import add_arguments, generate
 
 _PIECE = 8 * 2**20
@@ -63,6 +67,49 @@ def merge_command(run: Path, out: Path, ranks: int, options: list[str]) -> list[
     return [sys.executable, *(launcher if ranks > 1 else []), *arguments, *options]
 
 
+def reference_tool() -> Path | None:
+    """Megatron-LM's own merge tool, where a checkout has it."""
+    root = os.environ.get("MEGATRON_LM_DIR")
+    tool = Path(root) / "tools/checkpoint/weighted_merge.py" if root else None
+    return tool if tool and tool.is_file() else None
+
+
+def reference_command(tool: Path, run: Path, out: Path, ranks: int) -> list[str]:
+    last = int((run / "latest_checkpointed_iteration.txt").read_text())
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    options = ["--merge-inputs", str(run), "--start-checkpoint", "1000"]
+    options += ["--end-checkpoint", str(last), "--merge-output", str(out)]
+    return [sys.executable, *launcher, str(tool), *options]
+
+
+def compare(left: Path, right: Path) -> str:
+    """How two merged checkpoints of bf16 tensors differ, as PyTorch loads them."""
+    elements = different = 0
+    worst = 0.0
+    ours, theirs = load_model(left), load_model(right)
+    assert ours.keys() == theirs.keys(), "not the same tensors"
+    for key, tensor in ours.items():
+        elements += tensor.numel()
+        different += int((tensor != theirs[key]).sum())
+        difference = (tensor.float() - theirs[key].float()).abs() / tensor.float().abs()
+        worst = max(worst, float(difference.nan_to_num().max()))
+    return (
+        f"{different} of {elements} elements differ from the reference tool's (float32 "
+        f"accumulation), by at most {worst:.2g} of their value"
+    )
+
+
+def load_model(path: Path) -> dict[str, torch.Tensor]:
+    reader = dcp.FileSystemReader(path)
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
 def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: list[str]) -> None:
     files = sorted(run.glob("iter_*/*.distcp"))
     size = sum(file.stat().st_size for file in files)
@@ -70,7 +117,8 @@ def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: li
     print(f"{len(files)} files, {size / 1e9:.2f} GB; {os.cpu_count()} cores; medians of {repeat}")
     print(f"{'':28} {'seconds':>8} {'GB/s':>7} {'x floor':>8} {'peak MiB':>9}")
     rows: dict[str, list[tuple[float, int]]] = {}
-    moved = floor = 0.0
+    tool, compared = reference_tool(), ""
+    moved = 0.0
     floors = []
     for _ in range(repeat):
         for count in ranks:
@@ -80,6 +128,13 @@ def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: li
             moved = report["bytes_read"] + report["bytes_written"]
             rows.setdefault(f"wsm merge, {count} rank(s)", []).append((seconds, peak))
             rows.setdefault(f"  of it merging, {count} rank(s)", []).append((report["seconds"], 0))
+            if tool is not None:
+                other = scratch / "reference"
+                seconds, peak, _ = timed(reference_command(tool, run, other, count))
+                rows.setdefault(f"reference tool, {count} rank(s)", []).append((seconds, peak))
+                name = Path(report["output"]).name
+                compared = compare(out / name, other / name)
+                shutil.rmtree(other)
             shutil.rmtree(out)
         read, write = raw_read(files), raw_write(scratch, report["bytes_written"])
         rows.setdefault("cat", []).append((read, 0))
@@ -93,6 +148,8 @@ def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: li
         print(
             f"{name:28} {seconds:8.2f} {moved / seconds / 1e9:7.2f} {seconds / floor:8.2f} {shown}"
         )
+    if compared:
+        print(compared)
 
 
 def main() -> None:
