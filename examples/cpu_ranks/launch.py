@@ -26,7 +26,7 @@ def run_ranks(
     nproc: int,
     folder: str | Path,
     *,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     env: dict[str, str] | None = None,
     echo: bool = False,
     cuda_standin: bool = True,

@@ -15,7 +15,8 @@ from examples.demo.ranks import held_out_losses, train_and_save
 from examples.demo.report import Merge, Results, plot, table
 
 _RANKS = 2
-_WINDOWS = {"mean": 4, "1-sqrt": 4, "ema": 6}
+_DECAYS = "mean,1-sqrt,ema"
+_LAST = 4
 """Checkpoints to merge; windows that reach back into the fast early phase lose."""
 
 
@@ -27,9 +28,7 @@ def main() -> None:
     started = time.monotonic()
     iterations = _train(out, arguments.steps, arguments.save_interval)
     trained = time.monotonic()
-    merges = _merges(iterations)
-    for merge in merges:
-        _merge(out, merge)
+    merges = _merge(out, sliding_every=_LAST * arguments.save_interval)
     merged = time.monotonic()
     results = _evaluate(out, iterations, merges)
     evaluated = time.monotonic()
@@ -38,8 +37,8 @@ def main() -> None:
     plot(results, out / "losses.png")
     _write_json(results, out / "losses.json")
     print(
-        f"{trained - started:.0f} s training, {merged - trained:.0f} s in {len(merges)} runs of"
-        f" wsm merge, {evaluated - merged:.0f} s evaluating; see {out / 'losses.png'}"
+        f"{trained - started:.0f} s training, {merged - trained:.0f} s making {len(merges)} merges,"
+        f" {evaluated - merged:.0f} s evaluating; see {out / 'losses.png'}"
     )
 
 
@@ -66,33 +65,31 @@ def _train(out: Path, steps: int, save_interval: int) -> list[int]:
     return list(range(save_interval, steps + 1, save_interval))
 
 
-def _merges(iterations: list[int]) -> list[Merge]:
+def _merge(out: Path, sliding_every: int) -> list[Merge]:
     """Every decay at the end of the run, and earlier on, as if the run had been stopped there."""
-    ends = [iterations[-1 - back] for back in (8, 4, 0) if back < len(iterations)]
-    return [
-        Merge(decay=decay, num=num, iteration=end)
-        for decay, num in _WINDOWS.items()
-        for end in ends
-        if iterations.index(end) + 1 >= num
-    ]
-
-
-def _root(out: Path, merge: Merge) -> Path:
-    return out / f"merged-{merge.decay}-{merge.num}"
-
-
-def _merge(out: Path, merge: Merge) -> None:
-    which = ["--last", str(merge.num), "--to", str(merge.iteration)]
-    command: list[str | Path] = ["wsm", "merge", "--load", out / "run", "--save", _root(out, merge)]
-    command += [*which, "--decay", merge.decay]
+    command = ["wsm", "merge", "--load", str(out / "run"), "--save", str(out / "merged")]
+    command += ["--last", str(_LAST), "--decay", _DECAYS, "--sliding-every", str(sliding_every)]
     print("$", *command, flush=True)
     console_script = Path(sys.executable).with_name("wsm")
-    subprocess.run([console_script, *command[1:]], check=True)
+    done = subprocess.run(
+        [console_script, *command[1:], "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    *lines, report = done.stdout.splitlines()
+    print("\n".join(lines))
+    return [
+        Merge(
+            decay=Path(merge["output"]).parent.name,
+            num=len(merge["iterations"]),
+            iteration=merge["iterations"][-1],
+            root=Path(merge["output"]).parent,
+        )
+        for merge in json.loads(report)["merged"]
+    ]
 
 
 def _evaluate(out: Path, iterations: list[int], merges: list[Merge]) -> Results:
     checkpoints = [(out / "run", iteration) for iteration in iterations]
-    checkpoints += [(_root(out, merge), merge.iteration) for merge in merges]
+    checkpoints += [(merge.root, merge.iteration) for merge in merges]
     losses = run_ranks(
         held_out_losses, _RANKS, out / "logs", timeout=3600, echo=True, checkpoints=checkpoints
     )[0]

@@ -14,6 +14,8 @@ class Merge:
     decay: str
     num: int
     iteration: int
+    root: Path
+    """The folder that holds ``iter_XXXXXXX``."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ def plot(results: Results, path: Path) -> None:
     for merge, loss in results.merged.items():
         series.setdefault(merge.name, []).append((merge.iteration, loss))
     for (name, points), style in zip(series.items(), "s^Dvp", strict=False):
-        x, y = zip(*points, strict=True)
+        x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, marker=style, markersize=5, linewidth=1, label=f"merged, {name}")
     # The steep start would hide the differences that matter.
     shown = {step: loss for step, loss in results.trained.items() if step >= results.last / 4}
