@@ -195,18 +195,19 @@ class Driver:
 
     def _emit(self, progress: Progress) -> None:
         """Save a merged checkpoint that ends in the newest kept one."""
-        self._requested = False
         if self._root is None:
             return
         self._megatron.training.maybe_finalize_async_save(blocking=True)
         if on_any_rank(checkpoint_path(self._root, progress.iteration).exists()):
+            self._requested = False
             _say("%s has iteration %d already", self._root, progress.iteration)
             return
         began = time.perf_counter()
         try:
             with self._merged("merged checkpoint") as recipe:
                 if recipe is None:
-                    return
+                    return  # a request stays open until there is something to merge
+                self._requested = False
                 if recipe.iterations[-1] != progress.iteration:
                     _say("no merged checkpoint: iteration %d is not kept", progress.iteration)
                     return

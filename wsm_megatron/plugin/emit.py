@@ -64,21 +64,10 @@ def emit(
     staging = root / f".iter_{iteration:07d}{_STAGING}"
     _on_first_rank(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
     provenance = describe(recipe, config, Path(args.save) if args.save else None)
-    overrides = {
-        "save": str(staging),
-        "async_save": False,
-        "save_retain_interval": None,
-        "no_save_optim": args.no_save_optim or config.optimizer_state == "drop",
-    }
-    generate = _generator(checkpointing.generate_state_dict, provenance, args)
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
+    drop = config.optimizer_state == "drop"
     try:
-        with (
-            replaced(checkpointing, generate_state_dict=generate),
-            replaced(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
-            replaced(args, **overrides),
-        ):
-            save()
+        _save_below(staging, save, checkpointing, args, provenance, drop)
         files = checksums(written)
         _on_first_rank(lambda: write_provenance(written, provenance, files), f"{written}")
         _on_first_rank(lambda: _publish(written, target), f"publishing {target}")
@@ -87,6 +76,35 @@ def emit(
             shutil.rmtree(staging, ignore_errors=True)  # the run needs the space
         raise
     return target
+
+
+def _save_below(
+    staging: Path,
+    save: Callable[[], None],
+    checkpointing: Any,
+    args: Any,
+    provenance: dict[str, Any],
+    drop: bool,
+) -> None:
+    """Let Megatron save to ``staging``, at once and without its optimizer where ``drop``."""
+    generate = _generator(checkpointing.generate_state_dict, provenance, args)
+    error: Exception | None = None
+    try:
+        with (
+            replaced(checkpointing, generate_state_dict=generate),
+            replaced(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
+            replaced(
+                args,
+                save=str(staging),
+                async_save=False,
+                save_retain_interval=None,
+                no_save_optim=args.no_save_optim or drop,
+            ),
+        ):
+            save()
+    except Exception as caught:  # raised below, on every rank
+        error = caught
+    raise_together(error, f"saving below {staging}")
 
 
 def describe(recipe: MergeRecipe, config: MergeConfig, run: Path | None) -> dict[str, Any]:
