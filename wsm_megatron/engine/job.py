@@ -16,6 +16,7 @@ from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.flags import as_data, launches, position_of
+from wsm_megatron.engine.flat import find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe
 from wsm_megatron.engine.run import Merge
@@ -123,7 +124,9 @@ def prepare_job(config: MergeConfig) -> Job:
     ]
     checkpoints = {c.iteration: c for _, chosen in wanted for c in chosen}
     sources = tuple(open_source(config.load, checkpoints[i]) for i in sorted(checkpoints))
-    plan = make_plan([source.layout for source in sources], config)
+    layouts = [source.layout for source in sources]
+    flat = find_flat_mains(layouts[-1]) if config.keeps_optimizer else None
+    plan = make_plan(layouts, config, flat)
     if plan.rebuilds_mains and not config.mains_from_model:
         logger.warning(
             "the sources keep their optimizer state differently: main params are rebuilt from the "
@@ -236,7 +239,7 @@ def _resume(state: Mapping[str, Any], config: MergeConfig) -> dict[str, Any]:
 def chunks_of(tasks: Sequence[Task]) -> list[Item]:
     """What tasks write, in order."""
     return [
-        Item(output.key, task.box, output.dtype, output.shape)
+        Item(output.key, task.part(output.key, task.box), output.dtype, output.shape)
         for task in tasks
         for output in task.recipe.outputs
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -17,6 +18,7 @@ from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of
 
 _TILE = 2**20
+_BEGINNING = 2**12
 _PROBE = 32
 """Elements compared before all: enough to tell any two weights, fewer than the padding unit."""
 _ALIGNMENT = 64
@@ -88,13 +90,14 @@ def _not_in(reader: CheckpointReader, buckets: list[str], models: list[str]) -> 
 
 
 def find_in_bucket(
-    reader: CheckpointReader, bucket: str, chunks: list[ModelChunk]
+    reader: CheckpointReader, bucket: str, chunks: list[ModelChunk], whole: bool = True
 ) -> Iterator[tuple[int, ModelChunk]]:
     """Places in a flat bucket whose elements, rounded, are those of a model chunk.
 
     A flat bucket has no keys: params follow each other, each from a multiple of 64, and a param
     may be several chunks of the model (SwiGLU's two halves), which follow each other without a gap.
-    Equal chunks are found at each other's places too.
+    Equal chunks are found at each other's places too. Unless ``whole``, only the first elements are
+    compared.
     """
     entry = reader.layout.tensors[bucket]
     probes = _probes(reader, chunks)
@@ -103,7 +106,7 @@ def find_in_bucket(
     while waiting:
         start = waiting.pop()
         for chunk in _candidates(reader, bucket, start, probes):
-            if _lies_at(reader, bucket, start, chunk):
+            if _lies_at(reader, bucket, start, chunk, whole):
                 yield start, chunk
                 end = start + chunk[1].numel
                 if end not in seen and end < entry.shape[0]:
@@ -136,11 +139,13 @@ def _candidates(
             yield from by_bytes.get(_bytes(main.to(dtype)), ())
 
 
-def _lies_at(reader: CheckpointReader, bucket: str, start: int, chunk: ModelChunk) -> bool:
+def _lies_at(
+    reader: CheckpointReader, bucket: str, start: int, chunk: ModelChunk, whole: bool
+) -> bool:
     key, box = chunk
     if start + box.numel > reader.layout.tensors[bucket].shape[0]:
         return False
-    for part in box.split(_TILE):
+    for part in islice(box.split(_TILE if whole else _BEGINNING), None if whole else 1):
         main = read_box(reader, bucket, Box((start,), (part.numel,)))
         if not _equal(read_box(reader, key, part), main):
             return False

@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.box import Box, span_of
 from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.roles import OPTIMIZER_ROLES, Role, is_flat_bucket, main_of
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.flat import FlatMain, FlatMains
 
 CHUNK_ELEMENTS = 16 * 2**20
 """Largest chunk written: a larger one of a source becomes several, so that memory, the unit of
@@ -68,10 +69,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """One recipe over one box: the unit of work. Its outputs are one chunk each."""
+    """One recipe over one box: the unit of work. Its outputs are one chunk each.
+
+    ``flat``: where the main param lies in a flat bucket, whose boxes are not the model's.
+    """
 
     recipe: Recipe
     box: Box
+    flat: FlatMain | None = None
+
+    def part(self, key: str, tile: Box) -> Box:
+        """Where the elements of ``tile``, a row-major part of ``box``, lie in a tensor."""
+        if self.flat is None or key != self.flat.bucket:
+            return tile
+        first = span_of(tile.within(self.box), self.box.sizes).start
+        return Box((self.flat.start + first,), (tile.numel,))
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,14 @@ class MergePlan:
         return tuple(map(tuple, shares))
 
 
-def make_plan(layouts: Sequence[Layout], config: MergeConfig) -> MergePlan:
+def make_plan(
+    layouts: Sequence[Layout], config: MergeConfig, flat: FlatMains | None = None
+) -> MergePlan:
     """Plan a merge of checkpoints, oldest first.
+
+    Args:
+        flat: the newest one's main params in flat buckets; without, such buckets and the model are
+            merged apart from each other.
 
     Raises:
         ValueError: the checkpoints are not of one model, an entry is unknown, or the optimizer
@@ -129,13 +147,14 @@ def make_plan(layouts: Sequence[Layout], config: MergeConfig) -> MergePlan:
         raise ValueError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     _check_inputs(layouts, recipes)
     placed = [
-        ((location.file, location.offset, box.offsets), Task(recipe, box))
+        ((location.file, location.offset, task.box.offsets), task)
         for recipe in recipes
-        for location, box in _grid(newest.tensors[recipe.inputs[-1]])
+        for location, task in _tasks(recipe, newest, flat or FlatMains())
     ]
     placed.sort(key=lambda pair: pair[0])
     tasks = [task for _, task in placed]
-    return MergePlan(tuple(recipes), tuple(tasks), tuple(sorted(left_out)), rebuilds)
+    used = dict.fromkeys(task.recipe for task in tasks)
+    return MergePlan(tuple(used), tuple(tasks), tuple(sorted(left_out)), rebuilds)
 
 
 def kept_objects(layout: Layout, config: MergeConfig) -> tuple[str, ...]:
@@ -332,10 +351,37 @@ def check_entry(layout: Layout, newest: Layout, key: str) -> None:
         )
 
 
-def _grid(entry: TensorEntry) -> Iterable[tuple[Location, Box]]:
+def _tasks(recipe: Recipe, newest: Layout, flat: FlatMains) -> Iterable[tuple[Location, Task]]:
+    """Tasks of one recipe, by chunk of the newest source, and where each chunk lies."""
+    entry = newest.tensors[recipe.inputs[-1]]
+    merged = recipe.rule is Rule.SUM
     for chunk in entry.chunks:
-        for box in Box(chunk.offsets, chunk.sizes).split(CHUNK_ELEMENTS):
-            yield chunk.location, box
+        whole = Box(chunk.offsets, chunk.sizes)
+        main = flat.places.get((entry.key, whole)) if merged else None
+        if main is not None:
+            both = _flat_pair(recipe, newest.tensors[main.bucket])
+            for box in whole.split(CHUNK_ELEMENTS):
+                first = span_of(box.within(whole), whole.sizes).start
+                yield chunk.location, Task(both, box, FlatMain(main.bucket, main.start + first))
+            continue
+        for part in flat.rest(entry.key, whole) if is_flat_main(entry) else (whole,):
+            for box in part.split(CHUNK_ELEMENTS):
+                yield chunk.location, Task(recipe, box)
+
+
+def is_flat_main(entry: TensorEntry) -> bool:
+    return entry.role is Role.MAIN and is_flat_bucket(entry.key)
+
+
+def _flat_pair(recipe: Recipe, bucket: TensorEntry) -> Recipe:
+    """A model tensor rounded from its merged main param, which lies in a flat bucket."""
+    return Recipe(
+        Rule.SUM_MAIN,
+        recipe.role,
+        (bucket.key, *recipe.inputs),
+        (_output(bucket, bucket.dtype), *recipe.outputs),
+        (bucket.dtype, *recipe.input_dtypes),
+    )
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

@@ -92,12 +92,17 @@ class Share:
 
     def _sum(self, task: Task, scratch: _Scratch) -> None:
         recipe, box = task.recipe, task.box
-        covers = [[r.cover(key, box) for key in recipe.inputs] for r in self._readers]
-        writers = [[t.chunk(output, box) for output in recipe.outputs] for t in self._targets]
+        covers = [
+            [r.cover(key, task.part(key, box)) for key in recipe.inputs] for r in self._readers
+        ]
+        writers = [
+            [t.chunk(output, task.part(output.key, box)) for output in recipe.outputs]
+            for t in self._targets
+        ]
         for tile in box.split(_tile_elements(recipe, len(covers))):
             if self._stop.is_set():
                 return
-            sources = _read(recipe, covers, tile, scratch)
+            sources = _read(task, covers, tile, scratch)
             if recipe.rule is Rule.SUM_MAIN:
                 self._check_mains(recipe, sources)
             for group in self._groups:
@@ -137,7 +142,7 @@ class Share:
             for tile in box.split(_tile_elements(recipe, 1)):
                 if self._stop.is_set():
                     return
-                ((data,),) = _read(recipe, covers, tile, scratch)
+                ((data,),) = _read(task, covers, tile, scratch)
                 if data.is_floating_point() and not self._allow_nonfinite:
                     self._check_finite(task, reader, data)
                 writers[0][0].append(data)
@@ -152,7 +157,7 @@ class Share:
                     f"the model tensor {recipe.inputs[1]}: rounded to {model.dtype} it differs. "
                     "Megatron-LM through core_r0.19 can save such mains with fully_reshardable "
                     "optimizer state and several DDP buckets; the model tensors are right. Merge "
-                    "with --mains-from-model, or --optimizer-state drop"
+                    "with --mains-from-model (but for flat buckets), or --optimizer-state drop"
                 )
 
     def _check_finite(self, task: Task, reader: CheckpointReader, data: torch.Tensor) -> None:
@@ -170,7 +175,7 @@ class Share:
     ) -> None:
         """A sum is not finite: name the source that is to blame, or the overflow."""
         key = task.recipe.inputs[0]
-        if _is_padding(key, task.box):
+        if _is_padding(key, task.part(key, task.box)):
             return
         for j in members:
             if not torch.isfinite(sources[j][0]).all():
@@ -201,14 +206,16 @@ class _Scratch:
 
 
 def _read(
-    recipe: Recipe, covers: list[list[Cover]], tile: Box, scratch: _Scratch
+    task: Task, covers: list[list[Cover]], tile: Box, scratch: _Scratch
 ) -> list[list[torch.Tensor]]:
     sources = []
+    recipe = task.recipe
+    boxes = [task.part(key, tile) for key in recipe.inputs]
     for j, inputs in enumerate(covers):
         buffers = []
         for i, (cover, dtype) in enumerate(zip(inputs, recipe.input_dtypes, strict=True)):
             buffer = scratch.take(("source", j, i), dtype, tile.numel)
-            cover.read(tile, buffer)
+            cover.read(boxes[i], buffer)
             buffers.append(buffer)
         sources.append(buffers)
     return sources

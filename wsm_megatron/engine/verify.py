@@ -19,7 +19,8 @@ from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.plan import Recipe, Rule, Task, make_plan
+from wsm_megatron.engine.flat import find_flat_mains
+from wsm_megatron.engine.plan import Rule, Task, make_plan
 from wsm_megatron.engine.provenance import read_provenance
 from wsm_megatron.engine.sources import read_common
 from wsm_megatron.errors import MergeError
@@ -142,7 +143,9 @@ def _check_samples(reader: CheckpointReader, provenance: dict[str, Any] | None, 
     source_readers = _open_sources(provenance)
     try:
         config = _config_of(provenance)
-        plan = make_plan([source.layout for source in source_readers], config)
+        layouts = [source.layout for source in source_readers]
+        flat = find_flat_mains(layouts[-1]) if config.keeps_optimizer else None
+        plan = make_plan(layouts, config, flat)
         chance = random.Random(seed)
         by_key: dict[str, list[Task]] = {}
         for task in plan.tasks:
@@ -184,10 +187,11 @@ def _compare(
     chance: random.Random,
 ) -> int:
     box = chance.choice(list(task.box.split(SAMPLE_ELEMENTS)))
-    expected = _recompute(task.recipe, sources, coefficients, box)
+    expected = _recompute(task, sources, coefficients, box)
     for output, values in zip(task.recipe.outputs, expected, strict=True):
         stored = torch.empty(box.numel, dtype=output.dtype)
-        merged.cover(output.key, box).read(box, stored)
+        place = task.part(output.key, box)
+        merged.cover(output.key, place).read(place, stored)
         if not torch.equal(stored.view(torch.uint8), values.view(torch.uint8)):
             raise MergeError(
                 f"{merged.layout.path}: {output.key} at {box.offsets} is not the merge of its "
@@ -197,9 +201,11 @@ def _compare(
 
 
 def _recompute(
-    recipe: Recipe, sources: Sequence[CheckpointReader], coefficients: Sequence[float], box: Box
+    task: Task, sources: Sequence[CheckpointReader], coefficients: Sequence[float], box: Box
 ) -> list[torch.Tensor]:
+    recipe = task.recipe
     key, dtype = recipe.inputs[0], recipe.input_dtypes[0]
+    box = task.part(key, box)
     if recipe.rule is Rule.COPY:
         data = torch.empty(box.numel, dtype=dtype)
         sources[-1].cover(key, box).read(box, data)

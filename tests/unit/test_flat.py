@@ -1,0 +1,144 @@
+"""Main params in flat buckets: found by content, merged, and the model rounded from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import runs
+from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
+from wsm_megatron import MergeConfig, MergeError, merge, verify
+from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.roles import Role
+from wsm_megatron.engine.flat import FlatMain, FlatMains, find_flat_mains
+from wsm_megatron.engine.mains import check_mains
+
+WEIGHTS = (0.07, 0.21, 0.31, 0.41)
+BUCKET = (
+    "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32)"
+    ".bucket_idx_0.param"
+)
+LAYER = {  # where a layer's params start, from the start of its linear_fc2
+    "mlp.linear_fc2.weight": 0,
+    "mlp.linear_fc1.weight": 2048,
+    "mlp.linear_fc1.layer_norm_weight": 6144,
+    "self_attention.linear_qkv.weight": 6208,
+    "self_attention.linear_proj.weight": 9280,
+    "self_attention.linear_qkv.layer_norm_weight": 10304,
+}
+WHOLE = {"output_layer.weight": 0, "decoder.final_layernorm.weight": 4096}
+WHOLE |= {"embedding.word_embeddings.weight": 24896}
+FC2 = {1: 4160, 0: 14528}
+
+
+def in_bucket(bucket: torch.Tensor, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's tensors out of the bucket of the dense fixtures, params in reverse order."""
+    found = {}
+    for key, start in WHOLE.items():
+        found[key] = bucket[start : start + like[key].numel()].view(like[key].shape)
+    for suffix, offset in LAYER.items():
+        key = f"decoder.layers.{suffix}"
+        size = like[key][0].numel()
+        layers = [bucket[FC2[layer] + offset :][:size] for layer in (0, 1)]
+        found[key] = torch.stack(layers).view(like[key].shape)
+    return found
+
+
+def run_merge(run, out, **options):
+    options = {"optimizer_state": "last", "weights": WEIGHTS, **options}
+    return merge(MergeConfig(load=run, save=out, **options)).output
+
+
+@pytest.mark.parametrize("run", [runs.FLAT, runs.MAIN])
+@pytest.mark.parametrize("state", ["last", "merge"])
+def test_the_model_is_rounded_from_the_merged_main_params(run, state, tmp_path):
+    output = run_merge(RUNS / run, tmp_path / "out", optimizer_state=state)
+    sources = [load_tensors(runs.checkpoint(run, i)) for i in runs.ITERATIONS]
+    merged = load_tensors(output)
+    mains = rounded(weighted_sum64(WEIGHTS, [source[BUCKET] for source in sources]), torch.float32)
+    expected = in_bucket(mains, sources[-1])
+    assert len(expected) == 9
+    for key, main in expected.items():
+        assert same_bits(merged[key], main.to(torch.bfloat16)), key
+    assert check_mains(read_layout(output)).wrong == ()
+    verify(output, sources=True, allow_nonfinite=True)
+
+
+def test_a_moe_with_chained_optimizers(tmp_path):
+    output = run_merge(RUNS / runs.MOE, tmp_path / "out")
+    assert check_mains(read_layout(output)).wrong == ()
+    verify(output, sources=True, allow_nonfinite=True)
+
+
+@pytest.mark.parametrize("run", [runs.FLAT, runs.MOE, runs.MAIN])
+def test_every_chunk_of_the_model_is_found(run):
+    layout = read_layout(runs.checkpoint(run, 8))
+    chunks = [
+        (key, Box(chunk.offsets, chunk.sizes))
+        for key, entry in layout.tensors.items()
+        if entry.role is Role.MODEL
+        for chunk in entry.chunks
+    ]
+    assert set(find_flat_mains(layout).places) == set(chunks)
+
+
+def test_chunks_are_split(tmp_path, monkeypatch):
+    from wsm_megatron.engine import plan
+
+    monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 500)
+    output = run_merge(RUNS / runs.FLAT, tmp_path / "out", threads=2)
+    monkeypatch.undo()
+    straight = load_tensors(run_merge(RUNS / runs.FLAT, tmp_path / "straight"))
+    for key, tensor in load_tensors(output).items():
+        assert same_bits(tensor, straight[key]), key
+
+
+def test_equal_weights_are_merged_apart_and_said(tmp_path, caplog):
+    """Which of two equal tensors a main param belongs to cannot be told."""
+    run, keys = runs.copy_run(runs.FLAT, tmp_path / "run"), list(LAYER)[2::3]
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == BUCKET:
+            for start in (FC2[0] + LAYER[key] for key in keys):
+                tensor[start : start + 32] = 1.0
+        for key in keys:
+            if name == f"decoder.layers.{key}":
+                tensor[0] = 1.0
+        return tensor
+
+    for iteration in runs.ITERATIONS:
+        runs.rewrite(runs.checkpoint(run, iteration), change)
+    output = run_merge(run, tmp_path / "out")
+    assert "the main params of 2 of 17 model chunks were not found" in caplog.text
+    assert check_mains(read_layout(output)).wrong == ()
+
+
+def test_wrong_mains_in_a_bucket_are_refused(tmp_path):
+    run = runs.copy_run(runs.FLAT, tmp_path / "run")
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == BUCKET:
+            tensor[FC2[1] + 7] += 1
+        return tensor
+
+    runs.rewrite(runs.checkpoint(run, 4), change)
+    with pytest.raises(MergeError, match="iter_0000004: the main param .* does not belong"):
+        run_merge(run, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_rest_of_a_bucket():
+    places = {
+        ("a", Box((0, 0), (4, 8))): FlatMain("b", 64),
+        ("c", Box((0,), (6,))): FlatMain("b", 128),
+    }
+    flat = FlatMains(places)
+    assert list(flat.rest("b", Box((0,), (192,)))) == [
+        Box((0,), (64,)),
+        Box((96,), (32,)),
+        Box((134,), (58,)),
+    ]
+    assert list(flat.rest("b", Box((80,), (16,)))) == []
+    assert list(flat.rest("b", Box((90,), (40,)))) == [Box((96,), (32,))]
+    assert list(flat.rest("other", Box((90,), (40,)))) == [Box((90,), (40,))]
