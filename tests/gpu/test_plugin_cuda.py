@@ -1,0 +1,56 @@
+"""Keeping shards that live on a GPU: what is kept is what was there at that time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wsm_megatron.plugin.shards import Shard
+from wsm_megatron.plugin.store import MemoryStore
+from wsm_megatron.window import Checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def shard(name: str, tensor: torch.Tensor, is_buffer: bool = False) -> Shard:
+    return Shard(
+        name=name,
+        live=lambda: tensor,
+        device=tensor.device,
+        numel=tensor.numel(),
+        start=0,
+        stop=tensor.numel(),
+        is_buffer=is_buffer,
+    )
+
+
+def test_steps_and_buffer_updates_right_after_a_keep_do_not_reach_it() -> None:
+    main = torch.nn.Parameter(torch.ones(1 << 26, device="cuda"))
+    bias = torch.ones(64, device="cuda")
+    optimizer = torch.optim.SGD([main], lr=1.0)
+    store = MemoryStore([shard("main.weight", main), shard("buffer.bias", bias, is_buffer=True)])
+    store.guard([optimizer])
+    store.reserve(2)
+    main.grad = torch.ones_like(main)
+    for iteration in (1, 2):
+        store.put(Checkpoint(iteration, iteration))
+        bias += 1  # in the forward pass
+        optimizer.step()
+    for iteration in (1, 2):
+        assert store.finish(iteration) is None
+        assert (store.get(iteration, 0) == 2 - iteration).all()
+        assert (store.get(iteration, 1) == iteration).all()
+        assert store.get(iteration, 0).is_pinned()
+    store.close()
+
+
+def test_nan_on_the_device_is_not_kept() -> None:
+    main = torch.ones(1 << 20, device="cuda")
+    main[12345] = float("nan")
+    store = MemoryStore([shard("main.weight", main)])
+    store.put(Checkpoint(1, 1))
+    assert "NaN or Inf in main.weight" in str(store.finish(1))
+    store.close()
