@@ -74,8 +74,11 @@ def _merge(out: Path, sliding_every: int) -> list[Merge]:
     done = subprocess.run(
         [console_script, *command[1:], "--json"], stdout=subprocess.PIPE, text=True, check=True
     )
-    *lines, report = done.stdout.splitlines()
-    print("\n".join(lines))
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{len(report['merged'])} merges in {report['seconds']:.1f} s:"
+        f" {report['bytes_read'] / 1e6:.0f} MB read, {report['bytes_written'] / 1e6:.0f} MB written"
+    )
     return [
         Merge(
             decay=Path(merge["output"]).parent.name,
@@ -83,7 +86,7 @@ def _merge(out: Path, sliding_every: int) -> list[Merge]:
             iteration=merge["iterations"][-1],
             root=Path(merge["output"]).parent,
         )
-        for merge in json.loads(report)["merged"]
+        for merge in report["merged"]
     ]
 
 

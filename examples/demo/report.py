@@ -73,7 +73,7 @@ def plot(results: Results, path: Path) -> None:
         series.setdefault(merge.name, []).append((merge.iteration, loss))
     for (name, points), style in zip(series.items(), "s^Dvp", strict=False):
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, marker=style, markersize=5, linewidth=1, label=f"merged, {name}")
+        axes.plot(x, y, marker=style, markersize=6, linestyle=":", label=f"merged, {name}")
     # The steep start would hide the differences that matter.
     shown = {step: loss for step, loss in results.trained.items() if step >= results.last / 4}
     lowest = min(*results.trained.values(), *results.merged.values())
