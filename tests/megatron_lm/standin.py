@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import sys
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +25,6 @@ def install() -> None:
     cuda_standin.install()
     _replace_device_queries()
     _replace_generators()
-    _replace_coalescing()
     _replace_modules()
     builtins.te_general_gemm = None  # type: ignore[attr-defined]  # 0.16 reads it without TE
     if not hasattr(typing, "override"):  # main asks for Python 3.12
@@ -66,34 +63,6 @@ def _replace_generators() -> None:
     cuda: Any = torch.cuda
     cuda.default_generators = _Generators()
     cuda.manual_seed_all = cuda.manual_seed
-
-
-class _Sequential:
-    """Collectives that were not coalesced: each is its own."""
-
-    def __init__(self) -> None:
-        self._works: list[Any] = []
-
-    def append(self, work: Any) -> None:
-        if work is not None:
-            self._works.append(work)
-
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-
-
-@contextlib.contextmanager
-def _coalescing_manager(*args: Any, **kwargs: Any) -> Iterator[_Sequential]:
-    yield _Sequential()
-
-
-def _replace_coalescing() -> None:
-    """Gloo cannot coalesce, which DDP asks for when it overlaps."""
-    import torch.distributed.distributed_c10d as c10d
-
-    c10d._coalescing_manager = _coalescing_manager
-    torch.distributed._coalescing_manager = _coalescing_manager  # type: ignore[attr-defined]
 
 
 def _replace_modules() -> None:
