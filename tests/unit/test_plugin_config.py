@@ -118,6 +118,11 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({"optimizer": "dist_muon"}, {}, "--optimizer dist_muon"),
         ({"save": None}, {}, "would keep nothing"),
         ({"save": None}, {"interval": 10}, "the merge would go nowhere"),
+        (
+            {"save": None},
+            {"interval": 10, "eval": True, "optimizer_state": "merge"},
+            "--wsm-merge-optimizer-state merge has no effect",
+        ),
         ({}, {"save_interval": 15}, "not a multiple of --save-interval 10"),
         ({}, {"save_interval": 15, "interval": 4}, "not a multiple of --wsm-merge-interval 4"),
         ({}, {"start_iter": 100}, "not before the end of training, iteration 100"),

@@ -168,6 +168,11 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             "the merge would go nowhere: give --wsm-merge-save (or --save), or --wsm-merge-eval "
             "without --wsm-merge-save-interval"
         )
+    if root is None and config.optimizer_state != "last":
+        raise ValueError(
+            f"--wsm-merge-optimizer-state {config.optimizer_state} has no effect: no merged "
+            "checkpoint is saved, as there is neither --save nor --wsm-merge-save"
+        )
     if root is not None and args.save and root.absolute() == Path(args.save).absolute():
         raise ValueError(
             f"--wsm-merge-save {root} is the run's own --save: merged checkpoints need a folder "

@@ -87,6 +87,10 @@ class Driver:
             self._wsm.resume(args.iteration, self._tokens())
         _say("window begins with iterations %s", [c.iteration for c in self._wsm.kept])
 
+    def close(self) -> None:
+        """Finish writes under way and let go of the optimizer."""
+        self._wsm.close()
+
     def evaluated(
         self, iteration: int, data: Any, evaluate: Callable[[str, Any, bool], Any]
     ) -> Any:
@@ -265,8 +269,7 @@ class Driver:
                 "--wsm-merge-store disk with a larger --wsm-merge-dir"
             )
         raise_together(error, "making room for the window")
-        if self._folder is None:
-            self._wsm.reserve(number + 1)
+        self._wsm.reserve(number + 1 if self._folder is None else 1)
 
     def _available(self) -> list[int]:
         """The run's ordinary checkpoints that a restart may refill the window from."""

@@ -42,11 +42,17 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put Megatron's own functions back and forget the run. Idempotent."""
-    global _driver
     for (module, function), original in _originals.items():
         setattr(_module(module), function, original)
     _originals.clear()
-    _driver = None
+    _set_driver(None)
+
+
+def _set_driver(driver: Driver | None) -> None:
+    global _driver
+    if _driver is not None:
+        _driver.close()
+    _driver = driver
 
 
 def _module(name: str) -> ModuleType:
@@ -73,25 +79,31 @@ def _add_megatron_arguments(parser: Any) -> Any:
 
 
 def _setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-    global _driver
+    _set_driver(None)
+    driver = _driver_of_run()
+    built = _originals["training", "setup_model_and_optimizer"](*args, **kwargs)
+    if driver is not None:
+        driver.attach(*built)
+        _set_driver(driver)
+    return built
+
+
+def _driver_of_run() -> Driver | None:
+    """None without ``--wsm-merge``. Raises ``ValueError`` for flags that cannot work."""
     training = _module("training")
     run = training.get_args()
     config = config_from_args(run)
-    _driver = None
-    if config is not None and run.skip_train:
+    if config is None:
+        return None
+    if run.skip_train:
         logger.warning("--wsm-merge has no effect with --skip-train")
-    elif config is not None:
-        megatron = Megatron(
-            training=training,
-            checkpointing=_module("checkpointing"),
-            save_checkpoint=_originals["training", "save_checkpoint"],
-        )
-        driver = Driver(megatron, run, config)
-    built = _originals["training", "setup_model_and_optimizer"](*args, **kwargs)
-    if config is not None and not run.skip_train:
-        driver.attach(*built)
-        _driver = driver
-    return built
+        return None
+    megatron = Megatron(
+        training=training,
+        checkpointing=_module("checkpointing"),
+        save_checkpoint=_originals["training", "save_checkpoint"],
+    )
+    return Driver(megatron, run, config)
 
 
 def _save_checkpoint(

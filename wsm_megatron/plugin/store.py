@@ -207,7 +207,10 @@ class DiskStore(Store):
     def drop(self, iteration: int) -> None:
         self._open.pop(iteration, None)
         target = self.path(iteration)
-        target.unlink(missing_ok=True)
+        try:
+            target.unlink(missing_ok=True)
+        except OSError as error:  # not worth the run; the next restart tries again
+            logger.warning("wsm: cannot remove %s: %s", target, error)
         _remove_if_empty(target.parent)
 
     def found(self) -> Found:

@@ -91,7 +91,7 @@ class WSM:
         return iteration in self._ring
 
     def reserve(self, number: int) -> None:
-        """Allocate host memory for ``number`` checkpoints beforehand (memory store)."""
+        """Allocate host memory for ``number`` checkpoints beforehand; one is enough for disk."""
         self._store.reserve(number)
 
     def keep(self, iteration: int, tokens: int, *, durable: bool = True) -> float:
