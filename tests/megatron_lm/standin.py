@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from examples.cpu_ranks import cuda_standin
+from examples.cpu_ranks import cuda_standin, fused_adam
 
 _ZERO_STATS = (
     "reserved_bytes.all.current",
@@ -65,9 +65,19 @@ def _replace_generators() -> None:
     cuda.manual_seed_all = cuda.manual_seed
 
 
+class _FusedAdam(fused_adam.FusedAdam):
+    """Takes the options for CUDA graphs that main passes on."""
+
+    def __init__(self, params: Any, capturable: bool = False, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+
+
 def _replace_modules() -> None:
     kernels: Any = sys.modules["megatron.core.transformer.custom_layers.batch_invariant_kernels"]
     kernels.__getattr__ = _function_of_kernels  # main imports more names from it
+    optimizers: Any = types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam, optimizers.FusedSGD = _FusedAdam, torch.optim.SGD
+    sys.modules[optimizers.__name__] = optimizers
     fused: Any = types.ModuleType("megatron.legacy.fused_kernels")  # would call nvcc
     fused.load = lambda *args: None
     sys.modules[fused.__name__] = fused
