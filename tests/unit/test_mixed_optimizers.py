@@ -106,3 +106,8 @@ def test_flat_buckets_cannot_be_rebuilt(tmp_path):
                 mains_from_model=True,
             )
         )
+
+
+def test_rebuilding_main_params_that_are_dropped(tmp_path):
+    with pytest.raises(ValueError, match="--mains-from-model has no effect with.*state drop"):
+        MergeConfig(load=tmp_path, save=tmp_path / "out", mains_from_model=True)

@@ -205,6 +205,11 @@ def _notes(
     if optimizer is not None:
         needs = "without" if optimizer == REPLICATED else "with"
         yield f"the launch must be {needs} --use-distributed-optimizer, as the checkpoint was saved"
+    if optimizer in _ANY_SIZES and args.get("num_experts"):
+        yield (
+            "the optimizer of EP1 is one, of larger EP sizes two (dense, experts): megatron-core "
+            "does not load one as the other"
+        )
     if args.get("no_save_rng") or not any(e.role is Role.RNG for e in layout.objects.values()):
         yield "no RNG states: dropout starts from --seed again (the data's order does not)"
     if "args" not in state:
