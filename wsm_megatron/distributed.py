@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
+from wsm_megatron.slurm import task_of_step
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_SLURM_PORTS = (20000, 30000)
 TIMEOUT = timedelta(hours=6)
 """How long a rank waits for the slowest one at the end of a phase."""
 
@@ -97,18 +96,8 @@ def _launched_as() -> tuple[int, int]:
     environ = os.environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        low, high = _SLURM_PORTS
-        port = low + int(environ["SLURM_JOB_ID"]) % (high - low)
-        environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_STEP_NODELIST"]))
-        environ.setdefault("MASTER_PORT", str(port))
-        return int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
-    return 0, 1
-
-
-def _first_host(nodes: str) -> str:
-    """First host of a Slurm node list: ``gpu[07-09,12],login1`` -> ``gpu07``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\](\S*?)(?:,|$))?", nodes)
-    if match is None:
-        raise ValueError(f"cannot read the node list {nodes!r}; set MASTER_ADDR")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    task = task_of_step(environ)
+    if task is None:
+        return 0, 1
+    environ["MASTER_ADDR"], environ["MASTER_PORT"] = task.address, str(task.port)
+    return task.rank, task.size

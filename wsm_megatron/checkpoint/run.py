@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def scan_run(path: Path) -> RunDirectory:
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Point ``root``'s tracker at ``iteration``, atomically and durably."""
-    temporary = root / f".{TRACKER_FILE}.{os.getpid()}"
+    temporary = root / f".{TRACKER_FILE}.{socket.gethostname()}-{os.getpid()}"
     with temporary.open("w") as stream:
         stream.write(str(iteration))
         stream.flush()

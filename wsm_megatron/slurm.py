@@ -1,0 +1,79 @@
+"""Rank and rendezvous of a process that ``srun`` started, from Slurm's own variables."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_PORTS = (20000, 30000)
+"""Below the ports that Linux hands out by itself."""
+_STEPS = 31
+"""Ports apart of consecutive jobs, so that their steps do not meet on a shared node."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a job step: its rank, and where rank 0 listens."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+
+
+def task_of_step(environ: Mapping[str, str]) -> Task | None:
+    """The task that this process is; None outside a step, and in a step of one task.
+
+    The batch script itself and an interactive shell of ``salloc`` are no tasks of several, although
+    ``SLURM_NTASKS`` is set there. ``MASTER_ADDR`` and ``MASTER_PORT`` go before what is found here:
+    the first node of the step, and a port reserved with ``srun --resv-ports`` or else made from the
+    numbers of the job and the step.
+    """
+    size = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if size == 1:
+        return None
+    return Task(
+        rank=int(environ["SLURM_PROCID"]),
+        size=size,
+        address=environ.get("MASTER_ADDR") or _address(first_host(environ["SLURM_STEP_NODELIST"])),
+        port=int(environ.get("MASTER_PORT") or _port(environ)),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: ``gpu[07-09,12]-ib,login1`` -> ``gpu07-ib``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"cannot read the node list {nodes!r}; set MASTER_ADDR")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+
+
+def _port(environ: Mapping[str, str]) -> str:
+    if reserved := environ.get("SLURM_STEP_RESV_PORTS"):
+        return re.split("[-,]", reserved)[0]
+    low, high = _PORTS
+    number = int(environ["SLURM_JOB_ID"]) * _STEPS + int(environ["SLURM_STEP_ID"])
+    return str(low + number % (high - low))
+
+
+def _address(host: str) -> str:
+    """A host's name where it resolves, otherwise the address by which Slurm reaches the node."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return _node_address(host)
+    return host
+
+
+def _node_address(node: str) -> str:
+    command = ["scontrol", "--oneliner", "show", "node", node]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    if (found := re.search(r"\bNodeAddr=(\S+)", shown)) is None:
+        raise ValueError(f"the node {node} has no address that resolves here; set MASTER_ADDR")
+    return found[1]
