@@ -17,8 +17,12 @@
 #endif
 
 /* One clone for each instruction set, chosen when the module is loaded (needs glibc's ifunc). */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
+#if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(__clang__)
+#define PER_CPU __attribute__((target_clones("avx512bw", "avx2", "default")))
+#elif __GNUC__ >= 12
+#define PER_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
 #define PER_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #endif
