@@ -80,7 +80,7 @@ def pretrain(
     *,
     plugin: bool = True,
     nproc: int = 2,
-    timeout: float = 300,
+    timeout: float = 600,
     env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run ``pretrain_gpt.py`` on gloo ranks to its end; with ``plugin`` through the launcher."""
