@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.mcore import CONFIGS, run_ranks
+from tests.mcore import CONFIGS, RankError, run_ranks
 from wsm_megatron import verify
 
 
@@ -177,6 +177,62 @@ def _scenarios(root: Path) -> dict[str, Any]:
     except ValueError as error:
         report["too large"] = str(error)
     return report
+
+
+KILLS = ("save", "checksums", "write_tracker")
+
+
+def _killed(root: Path, moment: str) -> None:
+    """Die while the merged checkpoint of iteration 4 is written, unpublished, or untracked."""
+    from wsm_megatron.plugin import emit
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run = _Run(root / moment, num=3, save_interval=4)
+    run.attach()
+    if dist.get_rank() == 0:
+        if moment == "save":
+            run.driver._save = _dying_save  # type: ignore[method-assign]
+        else:
+            setattr(emit, moment, die)
+    run.train()
+
+
+def _dying_save(progress: Any, recipe: Any, root: Path) -> Path:
+    half = root / ".iter_0000004.wsm-emit" / "iter_0000004"
+    half.mkdir(parents=True)
+    (half / "__0_0.distcp").write_bytes(b"half a checkpoint")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")
+
+
+def _continued(root: Path) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for moment in KILLS:
+        run = _Run(root / moment, train_iters=6, num=3)
+        run.restart(4)
+        window = [c.iteration for c in run.driver._wsm.kept]
+        tracker = root / moment / "wsm" / "latest_checkpointed_iteration.txt"
+        report[moment] = window, tracker.read_text() if tracker.exists() else None
+        run.train()
+    return report
+
+
+def test_sigkill_while_a_merged_checkpoint_is_saved(tmp_path: Path) -> None:
+    for moment in KILLS:
+        with pytest.raises(RankError, match="ended with -9"):
+            run_ranks(_killed, 2, tmp_path / "logs", root=tmp_path, moment=moment)
+        published = list((tmp_path / moment / "wsm").glob("iter_*"))
+        assert len(published) == (moment == "write_tracker")
+        for merged in published:
+            verify(merged, sources=True)
+    first, second = run_ranks(_continued, 2, tmp_path / "logs", root=tmp_path)
+    assert first == second
+    for moment in KILLS:
+        assert first[moment] == ([2, 4], "4" if moment == "write_tracker" else None)
+        assert verify(tmp_path / moment / "wsm" / "iter_0000006", sources=True).samples > 0
+        assert not list((tmp_path / moment / "wsm").glob(".*"))
 
 
 @pytest.fixture(scope="module")
