@@ -6,14 +6,17 @@ import contextlib
 import importlib.util
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SITE = Path(__file__).resolve().parent / "site"
@@ -84,30 +87,28 @@ def pretrain(
     env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run ``pretrain_gpt.py`` on gloo ranks to its end; with ``plugin`` through the launcher."""
-    process = start(megatron, flags, plugin=plugin, nproc=nproc, env=env)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        stop(process)
-    return Outcome(process.returncode, output)
+    with tempfile.TemporaryFile("w+") as log:
+        token = secrets.token_hex(8)
+        process = _start(megatron, flags, plugin, nproc, (env or {}) | {"LAUNCH_TOKEN": token}, log)
+        try:
+            process.wait(timeout)
+        finally:
+            _kill_all(token)
+            process.wait()
+        log.seek(0)
+        return Outcome(process.returncode, log.read())
 
 
-def start(
-    megatron: Path,
-    flags: str,
-    *,
-    plugin: bool = True,
-    nproc: int = 2,
-    env: dict[str, str] | None = None,
+def _start(
+    megatron: Path, flags: str, plugin: bool, nproc: int, env: dict[str, str], log: IO[str]
 ) -> subprocess.Popen[str]:
-    """Start a launch in a session of its own; :func:`stop` ends all of it."""
     script = ["-m", "wsm_megatron.launch"] if plugin else []
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
     command += ["--master-port", str(_free_port()), *script, str(megatron / "pretrain_gpt.py")]
     paths = [SITE, REPOSITORY, megatron, os.environ.get("PYTHONPATH", "")]
     environment = (
         os.environ
-        | (env or {})
+        | env
         | {
             "MEGATRON_LM_ON_CPU": "1",
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -122,20 +123,18 @@ def start(
         env=environment,
         cwd=megatron,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    """Kill what is left of a launch, ranks and checkpoint writers included."""
-    if process.poll() is None:
-        process.terminate()  # torchrun ends its ranks, which have sessions of their own
-        process.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _kill_all(token: str) -> None:
+    """Kill what is left of a launch: a killed rank leaves its checkpoint writers behind."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # not a process, not ours, or gone
+            if token.encode() in (entry / "environ").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _free_port() -> int:
