@@ -9,6 +9,7 @@ import pytest
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.roles import Role, main_of
 from wsm_megatron.engine.mains import check_mains
@@ -111,3 +112,19 @@ def test_flat_buckets_cannot_be_rebuilt(tmp_path):
 def test_rebuilding_main_params_that_are_dropped(tmp_path):
     with pytest.raises(ValueError, match="--mains-from-model has no effect with.*state drop"):
         MergeConfig(load=tmp_path, save=tmp_path / "out", mains_from_model=True)
+
+
+def test_flattened_main_params_of_old_versions(tmp_path):
+    run = runs.copy_run(runs.FULLY, tmp_path / "run")
+    main = "optimizer.state.param.output_layer.weight"
+
+    def change(key, tensor):
+        return tensor.flatten() if key == main else tensor
+
+    def grid(key, shape):
+        return [Box((0,) * len(shape), shape)]
+
+    runs.rewrite(runs.checkpoint(run, 8), change, grid)
+    with pytest.raises(ValueError, match=f"{main} is .4096,., its model.*state drop"):
+        run_merge(run, tmp_path / "out", weights=None)
+    assert run_merge(run, tmp_path / "out", weights=None, optimizer_state="drop").exists()

@@ -56,7 +56,12 @@ def check_mains(layout: Layout) -> MainsCheck:
         MergeError: a tensor cannot be read.
     """
     mains = [key for key, entry in layout.tensors.items() if entry.role is Role.MAIN]
-    keyed = {model: key for key in mains if (model := main_of(key)) in layout.tensors}
+    keyed = {
+        model: key
+        for key in mains
+        if (model := main_of(key)) in layout.tensors
+        and layout.tensors[model].shape == layout.tensors[key].shape
+    }
     buckets = [key for key in mains if is_flat_bucket(key)]
     models = [key for key, entry in layout.tensors.items() if entry.role is Role.MODEL]
     reader = CheckpointReader(layout)

@@ -231,8 +231,21 @@ def _check_optimizer(layouts: Sequence[Layout], config: MergeConfig) -> None:
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
             "each; --mains-from-model cannot rebuild them; use --optimizer-state drop"
         )
+    _check_shapes(newest, needed)
     for layout in layouts[:-1]:
         _check_same_optimizer(layout, newest, config)
+
+
+def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
+    """Keyed main params have their model tensor's shape; older layouts flatten them."""
+    for key in mains:
+        model = newest.tensors.get(main_of(key) or "")
+        if model is not None and model.shape != newest.tensors[key].shape:
+            raise ValueError(
+                f"{newest.path}: {key} is {newest.tensors[key].shape}, its model tensor "
+                f"{model.shape}: flattened optimizer state (fully_sharded_model_space, core up to "
+                "0.14); use --optimizer-state drop"
+            )
 
 
 def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -> None:
