@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.megatron_lm.checkout import pretrain
+from tests.megatron_lm.checkout import Outcome, pretrain
 from tests.megatron_lm.test_plugin_matrix import SHARDED, TRAIN, WSM, assert_is_merge
 from wsm_megatron import verify
 
@@ -14,10 +15,24 @@ FLAGS = f"{SHARDED} {TRAIN}"
 
 
 @pytest.fixture(scope="module")
-def plain_losses(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of the same run, never interrupted, without the plugin."""
-    folder = tmp_path_factory.mktemp("plain")
-    return pretrain(megatron, f"{FLAGS} --save {folder}", plugin=False).losses
+def plain_losses(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+    """Training losses without the plugin, by the iteration of the restart: with mock data they are
+    not those of a run that was never interrupted."""
+    root = tmp_path_factory.mktemp("plain")
+    pretrain(megatron, f"{FLAGS} --save {root / 'run'}", plugin=False)
+    losses: dict[int, list[str]] = {8: []}
+    for iteration in (2, 4):
+        run = root / f"from{iteration}"
+        name = f"iter_{iteration:07d}"
+        shutil.copytree(root / "run" / name, run / name)
+        (run / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        outcome = pretrain(megatron, f"{FLAGS} --save {run} --load {run}", plugin=False)
+        losses[iteration] = _training_losses(outcome)
+    return losses
+
+
+def _training_losses(outcome: Outcome) -> list[str]:
+    return [loss for loss in outcome.losses if "lm loss:" in loss]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +46,7 @@ def plain_losses(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     ],
 )
 def test_a_killed_run_continues(
-    megatron: Path, tmp_path: Path, plain_losses: list[str], fault: str, store: str
+    megatron: Path, tmp_path: Path, plain_losses: dict[int, list[str]], fault: str, store: str
 ) -> None:
     run = tmp_path / "run"
     flags = f"{FLAGS} --save {run} --load {run} {WSM} --wsm-merge-store {store}"
@@ -46,8 +61,8 @@ def test_a_killed_run_continues(
     assert_is_merge(run, (4, 6, 8))
     assert (run / "wsm" / "latest_checkpointed_iteration.txt").read_text() == "8"
     assert not list((run / "wsm").glob(".*"))
-    training = [loss for loss in second.losses if "lm loss:" in loss]
-    assert training == [loss for loss in plain_losses if "lm loss:" in loss][8 - len(training) :]
+    training = _training_losses(second)
+    assert training == plain_losses[8 - len(training)]
 
 
 def test_sigusr2_asks_for_a_merged_checkpoint(megatron: Path, tmp_path: Path) -> None:
