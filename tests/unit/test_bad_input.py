@@ -135,12 +135,13 @@ def test_different_dtypes(tmp_path, merge_fails):
     assert KEY in message and "float32" in message and "iter_0000004" in message
 
 
-def test_different_optimizer_layouts(tmp_path, merge_fails):
+def test_flat_buckets_after_keyed_main_params(tmp_path, merge_fails):
+    """Nothing to merge them with, and no keys to rebuild them by."""
     run = damaged(tmp_path, runs.FULLY)
-    shutil.rmtree(runs.checkpoint(run, 4))
-    shutil.copytree(runs.checkpoint(runs.FLAT, 4), runs.checkpoint(run, 4))
+    shutil.rmtree(runs.checkpoint(run, 8))
+    shutil.copytree(runs.checkpoint(runs.FLAT, 8), runs.checkpoint(run, 8))
     message = merge_fails(run, "--optimizer-state", "last", status=EXIT_USAGE)
-    assert "iter_0000004" in message and "--optimizer-state drop" in message
+    assert "iter_0000008" in message and "--optimizer-state drop" in message
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -103,7 +103,7 @@ def test_merge_prints_a_table_and_json(wsm, tmp_path):
         "seconds",
     } <= set(data)
     assert data["iterations"] == [2, 4, 6, 8] and sum(data["coefficients"]) == pytest.approx(1)
-    assert str(tmp_path / "out" / "iter_0000008") in lines[-2]
+    assert f"merged checkpoint: {tmp_path / 'out' / 'iter_0000008'}" in lines
 
 
 def test_inspect_a_run_and_a_checkpoint(wsm, tmp_path):
