@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from tests.mcore import CONFIGS, RankError, run_ranks
 from wsm_megatron import verify
+from wsm_megatron.engine.flags import as_data
+from wsm_megatron.engine.resume import check_resume
 
 
 class _Run:
@@ -271,6 +273,7 @@ def test_merged_checkpoints_verify_against_their_sources(
         provenance = json.loads((merged / "wsm_merge.json").read_text())
         assert [source["iteration"] for source in provenance["sources"]] == sources
         assert provenance["unit"] == "tokens" and len(provenance["coefficients"]) == len(sources)
+        assert provenance["resume"]["launch"] == as_data(check_resume(merged).launches)
 
 
 def test_a_restart_refills_the_window_and_cleans_up(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsm_megatron.checkpoint.common import attributes, summarize
+from wsm_megatron.config import MergeConfig
 
 CONTINUE = "continue"
 DECAY = "decay"
@@ -134,6 +135,23 @@ def _decay(position: Position, scheduled: int, steps: int | None) -> tuple[str, 
         *(f"--lr-decay-{unit}", _plus(scheduled, steps)),
         *(f"--train-{unit}", _plus(position.trained, steps)),
     )
+
+
+def describe_resume(state: Mapping[str, Any], config: MergeConfig) -> dict[str, Any]:
+    """What a merge does with the optimizer state, and how to launch Megatron from it.
+
+    Args:
+        state: the common state before optimizer and scheduler are dropped, with the merge's
+            iteration.
+    """
+    mains = "rebuilt from the merged model" if config.mains_from_model else "merged"
+    moments = {"drop": "dropped", "last": "of the newest source", "merge": "merged"}
+    kept = config.keeps_optimizer
+    return {
+        "main_params": mains if kept else "dropped",
+        "moments": moments[config.optimizer_state],
+        "launch": as_data(launches(optimizer=kept, position=position_of(state))),
+    }
 
 
 def position_of(state: Mapping[str, Any]) -> Position:

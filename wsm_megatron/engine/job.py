@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.flags import as_data, launches, position_of
+from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe
@@ -198,7 +198,7 @@ def _product(
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
     before = load_common(*read_common(newest.path, newest.layout))
     provenance = describe(sources, decay, config, iteration)
-    provenance["resume"] = _resume({**before, "iteration": iteration}, config)
+    provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
     state = prepare(
         before,
         iteration=iteration,
@@ -222,18 +222,6 @@ def _product(
         in_distcp=in_distcp,
         provenance=provenance,
     )
-
-
-def _resume(state: Mapping[str, Any], config: MergeConfig) -> dict[str, Any]:
-    """What the merge did with the optimizer state, and how to launch Megatron from it."""
-    mains = "rebuilt from the merged model" if config.mains_from_model else "merged"
-    moments = {"drop": "dropped", "last": "of the newest source", "merge": "merged"}
-    kept = config.keeps_optimizer
-    return {
-        "main_params": mains if kept else "dropped",
-        "moments": moments[config.optimizer_state],
-        "launch": as_data(launches(optimizer=kept, position=position_of(state))),
-    }
 
 
 def chunks_of(tasks: Sequence[Task]) -> list[Item]:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from wsm_megatron.checkpoint.run import (
     write_tracker,
 )
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.provenance import FORMAT, write_provenance
 from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together
 from wsm_megatron.plugin.replaced import replaced
@@ -64,6 +65,7 @@ def emit(
     staging = root / f".iter_{iteration:07d}{_STAGING}"
     _on_first_rank(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
     provenance = describe(recipe, config, Path(args.save) if args.save else None)
+    provenance["resume"] = _resume(iteration, config, args)
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
     drop = config.optimizer_state == "drop"
     try:
@@ -126,6 +128,15 @@ def describe(recipe: MergeRecipe, config: MergeConfig, run: Path | None) -> dict
             "python": platform.python_version(),
         },
     }
+
+
+def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:
+    """How to launch from the merge; the LR scheduler's clock is the consumed samples."""
+    steps = {"num_steps": getattr(args, "consumed_train_samples", 0)}
+    state = {"args": args, "iteration": iteration, "opt_param_scheduler": steps}
+    if args.no_save_optim:
+        config = replace(config, optimizer_state="drop")
+    return describe_resume(state, config)
 
 
 def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, Any]:
