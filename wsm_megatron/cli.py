@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron import report
+from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.config import MergeConfig, flag
 from wsm_megatron.distributed import job_ranks
 from wsm_megatron.engine.inspect import inspect_checkpoint, inspect_run, is_checkpoint
@@ -20,16 +25,19 @@ from wsm_megatron.engine.merge import merge
 from wsm_megatron.engine.resume import check_resume
 from wsm_megatron.engine.sources import Decay, decay_over, select_checkpoints
 from wsm_megatron.engine.verify import verify
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, StoppedError
 from wsm_megatron.progress import progress_bar
 from wsm_megatron.window import Checkpoint
 
 EXIT_FAILED = 1
-"""A merge or a check failed: a damaged checkpoint, no space, a rank lost."""
+"""A merge or a check failed: a damaged checkpoint, no space, a rank lost. 128 + n: signal n."""
 EXIT_USAGE = 2
 """The options are wrong, or do not fit the run."""
 EXIT_DOES_NOT_RESUME = 3
 """``resume-check``: plain ``--load`` does not resume from a checkpoint that is otherwise sound."""
+
+GRACE = 10.0
+"""Seconds that a merge has to end by itself once storage hangs."""
 
 _GROUPS = {"run": "run", "which": "which checkpoints", "how": "how they are merged", "job": "job"}
 
@@ -48,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except MergeError as error:
         print(f"wsm {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return 128 + error.number if isinstance(error, StoppedError) else EXIT_FAILED
     return status or 0
 
 
@@ -163,7 +171,7 @@ def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
 
 def _merge(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    with job_ranks() as ranks:
+    with _signals_raise(), _exit_when_storage_hangs(), job_ranks() as ranks:
         done = merge(config, progress_bar)
         if ranks.rank != 0:
             return
@@ -171,6 +179,46 @@ def _merge(arguments: argparse.Namespace) -> None:
         print(line)
     if arguments.json:
         _print_json(report.merged_data(done))
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM (of Slurm, say) and SIGINT end the block as an error does, the first time."""
+
+    def stop(number: int, _: object) -> None:
+        for one in handled:
+            signal.signal(one, signal.SIG_IGN)
+        name = signal.Signals(number).name
+        raise StoppedError(f"stopped by {name}; nothing was published", number)
+
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(one, stop) for one in handled]
+    try:
+        yield
+    finally:
+        for one, handler in zip(handled, before, strict=True):
+            signal.signal(one, handler)
+
+
+@contextmanager
+def _exit_when_storage_hangs() -> Iterator[None]:
+    """End the process where the block cannot: its own thread hangs in a read."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(GRACE):
+            try:
+                check_storage()
+            except MergeError as error:
+                if not over.wait(GRACE):  # where only a worker hangs, the merge ends by itself
+                    print(f"wsm merge: {error}; nothing was published", file=sys.stderr, flush=True)
+                    os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -112,6 +112,9 @@ class MergeConfig:
     threads: int | None = _option(
         None, "worker threads a rank (default: the cores it may use, at most 16)", group="job"
     )
+    retries: int = _option(
+        3, "how often a read that failed is tried again", group="job", metavar="N"
+    )
 
     def __post_init__(self) -> None:
         for name in ("load", "save"):
@@ -182,6 +185,8 @@ class MergeConfig:
             raise ValueError(f"--output-iteration {self.output_iteration} is negative")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads {self.threads} must be at least 1")
+        if self.retries < 0:
+            raise ValueError(f"--retries {self.retries} is negative")
         if self.save.resolve() == self.load.resolve():
             raise ValueError(
                 f"--save {self.save} is the run itself; sources are never written to, give another "

@@ -1,7 +1,8 @@
 """Ranks of a merge job: who am I, and an error on one rank is raised on all of them.
 
-Under ``torchrun`` or ``srun`` the default process group is set up over gloo unless the caller has
-one already; alone, every call here is a no-op of one rank.
+Under ``torchrun`` or ``srun`` the ranks meet at a key-value store of rank 0 (or of torchrun's
+agent); there is no process group unless the caller has one already. Alone, every call here is a
+no-op of one rank.
 """
 
 from __future__ import annotations
@@ -10,85 +11,153 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
+from wsm_megatron.line import Line
 from wsm_megatron.slurm import task_of_step
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=6)
-"""How long a rank waits for the slowest one at the end of a phase."""
+_MEET_WITHIN = timedelta(minutes=10)
 
 
-@dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks of the job. Every method is collective: all ranks must call."""
+    """This process among the ranks of the job.
 
-    rank: int = 0
-    size: int = 1
+    Methods marked *collective* must be called by all ranks, in the same order. Whoever waits in one
+    of them raises when another rank fails: within seconds, or within ``line.LOST_AFTER`` seconds
+    where that rank was killed.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, line: Line | None = None):
+        assert (line is None) == (size == 1)
+        self.rank, self.size, self._line = rank, size, line
+        self._turn = 0
+        self._taken: list[str] = []
+
+    def check(self) -> None:
+        """Raise where another rank has failed or is lost. Not collective; cheap."""
+        if self._line is not None:
+            self._line.check()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
-        """Run a block on every rank and leave it together.
+        """Run a block on every rank and leave it together. Collective.
 
         Raises:
             the rank's own exception where the block failed; ``ValueError`` or ``MergeError``,
-            naming the rank and the phase, on every other rank.
+            naming the rank and the phase, on every other rank, also where that rank's failure
+            led to one here.
         """
-        failure: Exception | None = None
         try:
             yield
-        except Exception as error:  # re-raised below, on every rank
-            failure = error
-        reports = self.gather((type(failure), str(failure)) if failure else None)
-        if failure is not None:
-            raise failure
-        for rank, report in enumerate(reports):
-            if report is not None:
-                kind = ValueError if issubclass(report[0], ValueError) else MergeError
-                raise kind(f"rank {rank} failed in {phase}: {report[1]}")
+        except Exception as error:
+            if self._line is not None and (first := self._line.fail(error, phase)):
+                raise first from error
+            raise
+        self.gather(None)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value`` (picklable), in rank order."""
-        if self.size == 1:
+        """Every rank's ``value`` (picklable), in rank order. Collective."""
+        if self._line is None:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        key = self._next()
+        if self.rank != 0:
+            self._line.put(f"{key}/{self.rank}", value)
+            return self._line.take(key)
+        values = [value]
+        for rank in range(1, self.size):
+            values.append(self._line.take(f"{key}/{rank}"))
+            self._line.forget(f"{key}/{rank}")
+        for taken in self._taken:  # by every rank, before it came here
+            self._line.forget(taken)
+        self._taken = [key]
+        self._line.put(key, values)
         return values
 
     def from_first(self, compute: Callable[[], T], phase: str) -> T:
-        """``compute()`` of rank 0, on every rank; its failure too."""
-        box: list[Any] = [None]
+        """``compute()`` of rank 0, on every rank; its failure too. Collective."""
+        values: list[T] = []
         with self.together(phase):
             if self.rank == 0:
-                box[0] = compute()
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+                values.append(compute())
+        if self._line is None:
+            return values[0]
+        key = self._next()
+        if self.rank != 0:
+            return self._line.take(key)
+        self._line.put(key, values[0])
+        self._taken.append(key)
+        return values[0]
+
+    def _next(self) -> str:
+        self._turn += 1
+        return f"turn/{self._turn}"
+
+
+_current: Ranks | None = None
+_jobs = 0
 
 
 @contextmanager
 def job_ranks() -> Iterator[Ranks]:
-    """The ranks of this job; sets the process group up and down where nobody has done so."""
-    if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+    """The ranks of this job. Collective; within itself it gives the same ranks again."""
+    global _current
+    if _current is not None:
+        yield _current
         return
-    rank, size = _launched_as()
-    if size == 1:
+    rank, size, store = _meet()
+    if store is None:
         yield Ranks()
         return
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     logger.info("rank %d of %d", rank, size)
+    line = Line(store, rank, size)
+    _current = Ranks(rank, size, line)
     try:
-        yield Ranks(rank, size)
+        yield _current
+    except BaseException as error:
+        line.fail(error, "the job")
+        raise
     finally:
-        dist.destroy_process_group()
+        _current = None
+        line.leave()
+
+
+def _meet() -> tuple[int, int, dist.Store | None]:
+    """Rank, world size, and a store of this job alone."""
+    global _jobs
+    if dist.is_available() and dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        store = dist.distributed_c10d._get_default_store()
+        if hasattr(store, "clone"):  # a connection of its own, from torch 2.5 on
+            store = store.clone()
+    else:
+        rank, size = _launched_as()
+        if size > 1:
+            store = _rendezvous(rank, size)
+    if size == 1:
+        return rank, size, None
+    _jobs += 1
+    return rank, size, dist.PrefixStore(f"wsm/{_jobs}", store)
+
+
+def _rendezvous(rank: int, size: int) -> dist.Store:
+    meeting = dist.rendezvous("env://", rank, size, timeout=_MEET_WITHIN)
+    try:
+        store, _, _ = next(iter(meeting))
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MergeError(
+            f"rank {rank} of {size}: the ranks did not meet at {where} within "
+            f"{_MEET_WITHIN.seconds // 60} minutes; is the port free (MASTER_PORT), and do all "
+            f"ranks run? {str(error).splitlines()[0]}"
+        ) from error
+    return store
 
 
 def _launched_as() -> tuple[int, int]:

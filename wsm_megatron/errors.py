@@ -1,4 +1,4 @@
-"""The one exception that a merge raises beside ``ValueError``."""
+"""What a merge raises beside ``ValueError``."""
 
 
 class MergeError(RuntimeError):
@@ -7,3 +7,11 @@ class MergeError(RuntimeError):
     Bad arguments raise :class:`ValueError`. The message names the checkpoint, the tensor where
     there is one, and the way out. In a distributed job the same error is raised on every rank.
     """
+
+
+class StoppedError(MergeError):
+    """A signal has ended the work; ``number`` says which."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from wsm_megatron.checkpoint.box import Box, span_of
 from wsm_megatron.checkpoint.container import Record, locate
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry, TensorEntry
+from wsm_megatron.checkpoint.patience import RETRIES, patiently
 from wsm_megatron.errors import MergeError
 
 Segment = tuple[int, int, int]
@@ -28,11 +30,12 @@ class CheckpointReader:
     """Reads one checkpoint. Safe to share between threads.
 
     Tensors are read through :meth:`cover`. Every byte read enters a CRC-32; a record read from end
-    to end is compared at once, the others wait in :attr:`ledger` for :meth:`verify`.
+    to end is compared at once, the others wait in :attr:`ledger` for :meth:`verify`. A read that
+    fails is tried ``retries`` times more.
     """
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    def __init__(self, layout: Layout, retries: int = RETRIES):
+        self.layout, self._retries = layout, retries
         self.bytes_read = 0
         self.ledger: Ledger = {}
         self._files: dict[str, int] = {}
@@ -119,13 +122,11 @@ class CheckpointReader:
         descriptor = self._file(location.file)
         done, position = 0, location.offset + start
         while done < len(out):
-            try:
-                count = os.preadv(descriptor, [out[done:]], position + done)
-            except OSError as error:
-                raise MergeError(
-                    f"{self.layout.path}: reading {key} from {location.file} at byte "
-                    f"{position + done} failed: {error.strerror}"
-                ) from error
+            count = patiently(
+                partial(os.preadv, descriptor, [out[done:]], position + done),
+                partial(self._place, key, location.file, position + done),
+                self._retries,
+            )
             if count == 0:
                 raise MergeError(
                     f"{self.layout.path}: {location.file} ends at byte {position + done}, inside "
@@ -134,6 +135,9 @@ class CheckpointReader:
             done += count
         with self._lock:
             self.bytes_read += done
+
+    def _place(self, key: str, file: str, position: int) -> str:
+        return f"{self.layout.path}: reading {key} from {file} at byte {position}"
 
     def _record(self, key: str, chunk: Chunk) -> Record:
         record = self._locate(chunk.location, key)
@@ -146,10 +150,17 @@ class CheckpointReader:
         return record
 
     def _locate(self, location: Location, key: str) -> Record:
-        window = _Window(self._file(location.file), location.offset, location.length)
+        window = _Window(
+            self._file(location.file),
+            location.offset,
+            location.length,
+            lambda read, position: patiently(
+                read, partial(self._place, key, location.file, position), self._retries
+            ),
+        )
         try:
             return locate(io.BufferedReader(window, 4096))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise MergeError(
                 f"{self.layout.path}: {key} in {location.file} at byte {location.offset} is "
                 f"damaged: {error}"
@@ -167,10 +178,11 @@ class CheckpointReader:
         with self._lock:
             if name not in self._files:
                 path = self.layout.path / name
-                try:
-                    self._files[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise MergeError(f"{path}: cannot open: {error.strerror}") from error
+                self._files[name] = patiently(
+                    partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC),
+                    lambda: f"{path}: opening",
+                    self._retries,
+                )
             return self._files[name]
 
 
@@ -276,10 +288,21 @@ def _common(box: Box, other: Box) -> Box:
 
 
 class _Window(io.RawIOBase):
-    """A byte range of an open file as a seekable stream, by ``pread``."""
+    """A byte range of an open file as a seekable stream, by ``pread``.
 
-    def __init__(self, descriptor: int, offset: int, length: int):
+    ``patiently(read, position)`` makes every read: ``zipfile`` would take an ``OSError`` for
+    damage.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        offset: int,
+        length: int,
+        patiently: Callable[[Callable[[], int], int], int],
+    ):
         self._descriptor, self._offset, self._length, self._position = descriptor, offset, length, 0
+        self._patiently = patiently
 
     def readable(self) -> bool:
         return True
@@ -295,7 +318,9 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = max(0, min(len(buffer), self._length - self._position))
         view = memoryview(buffer)[:count]
-        done = os.preadv(self._descriptor, [view], self._offset + self._position) if count else 0
+        position = self._offset + self._position
+        read = partial(os.preadv, self._descriptor, [view], position)
+        done = self._patiently(read, position) if count else 0
         self._position += done
         return done
 
@@ -329,7 +354,4 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
 
 def read_file(path: Path) -> bytes:
     """A small file's bytes."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MergeError(f"{path}: cannot read: {error.strerror}") from error
+    return patiently(path.read_bytes, lambda: f"{path}: reading")

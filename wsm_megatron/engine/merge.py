@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
@@ -180,13 +181,19 @@ def _run_share(
     _allow_many_files()
     result = _RankResult()
     with ExitStack() as stack:
-        readers = [CheckpointReader(source.layout) for source in job.sources]
+        retries = job.config.retries
+        readers = [CheckpointReader(source.layout, retries) for source in job.sources]
         for reader in readers:
             stack.callback(reader.close)
         targets = [
             _open_target(job, product, ranks.rank, tasks, directory, readers)
             for product, directory in zip(job.products, directories, strict=True)
         ]
+
+        def check() -> None:
+            ranks.check()
+            check_storage()
+
         bar = progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
         try:
             share = Share(
@@ -196,7 +203,7 @@ def _run_share(
                 allow_nonfinite=job.config.allow_nonfinite,
                 progress=stack.enter_context(bar),
             )
-            share.run(tasks, job.config.threads or default_threads())
+            share.run(tasks, job.config.threads or default_threads(), check)
         except BaseException:
             for target in targets:
                 target.file.abandon()

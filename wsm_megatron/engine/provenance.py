@@ -80,7 +80,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
 
 
 def _options(config: MergeConfig) -> dict[str, Any]:
-    skipped = ("load", "save", "threads")
+    skipped = ("load", "save", "threads", "retries")
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(config).items()

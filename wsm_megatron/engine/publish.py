@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -9,7 +10,10 @@ from pathlib import Path
 
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
+from wsm_megatron.engine.lock import Lock
 from wsm_megatron.errors import MergeError
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "wsm_merge.json"
 _OWN_FILES = {METADATA_FILE, MARKER_FILE, COMMON_FILE, PROVENANCE_FILE}
@@ -22,21 +26,22 @@ class Staging:
         self.root, self.iteration = root, iteration
         self.target = checkpoint_path(root, iteration)
         self.path = root / f".{self.target.name}.wsm-{os.getpid()}-{secrets.token_hex(4)}"
+        self._lock = Lock(root / f".{self.target.name}.wsm.lock")
 
     def create(self, nbytes: int) -> Path:
-        """Make the directory.
+        """Lock the target, remove what dead merges have left of it, make the directory.
 
         Raises:
             ValueError: the target exists.
-            MergeError: no permission, or less than ``nbytes`` free.
+            MergeError: no permission, another merge of the target, or less than ``nbytes`` free.
         """
-        if os.path.lexists(self.target):
-            raise ValueError(
-                f"{self.target} exists and is left alone; give another --save or "
-                "--output-iteration, or remove it"
-            )
+        self._refuse_existing()
         try:
-            self.path.mkdir(parents=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._refuse_existing()  # published before the lock was free
+            self._remove_leftovers()
+            self.path.mkdir()
             free = shutil.disk_usage(self.path).free
         except OSError as error:
             raise MergeError(f"{self.path}: cannot create: {error.strerror}") from error
@@ -51,6 +56,7 @@ class Staging:
     def commit(self) -> Path:
         """Give the finished directory its final name, then move the tracker. Durable."""
         try:
+            self._lock.check()
             sync_directory(self.path)
             if os.path.lexists(self.target):
                 raise MergeError(f"{self.target} appeared during the merge; it is left alone")
@@ -59,11 +65,25 @@ class Staging:
             write_tracker(self.root, self.iteration)
         except OSError as error:
             raise MergeError(f"{self.target}: cannot publish: {error.strerror}") from error
+        self._lock.release()
         return self.target
 
     def discard(self) -> None:
         """Remove what a failed merge has written."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.target):
+            raise ValueError(
+                f"{self.target} exists and is left alone; give another --save or "
+                "--output-iteration, or remove it"
+            )
+
+    def _remove_leftovers(self) -> None:
+        for old in self.root.glob(f".{self.target.name}.wsm-*"):
+            logger.warning("%s is left of a merge that died; removing it", old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_side_files(source: Path, directory: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.reader import CheckpointReader, Cover
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
+from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.plan import Output, Recipe, Rule, Task
 from wsm_megatron.errors import MergeError
 from wsm_megatron.kernels import weighted_sum
@@ -70,17 +70,18 @@ class Share:
         self._stop = threading.Event()
         self._groups = _same_members(merges)
 
-    def run(self, tasks: Sequence[Task], threads: int) -> None:
-        """Run all tasks; the first failure stops the others and is raised."""
-        with ThreadPoolExecutor(threads, thread_name_prefix="wsm-merge") as pool:
-            scratch = threading.local()
-            futures = [pool.submit(self._run_task, task, scratch) for task in tasks]
-            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-            self._stop.set()
-            for future in waiting:
-                future.cancel()
-        for future in done:
-            future.result()
+    def run(
+        self, tasks: Sequence[Task], threads: int, check: Callable[[], None] | None = None
+    ) -> None:
+        """Run all tasks; the first failure, also of ``check``, stops the others and is raised."""
+        scratch = threading.local()
+        work_through(
+            tasks,
+            lambda task: self._run_task(task, scratch),
+            threads,
+            self._stop,
+            check or (lambda: None),
+        )
 
     def _run_task(self, task: Task, scratch: threading.local) -> None:
         if self._stop.is_set():

@@ -1,0 +1,131 @@
+"""Ranks that hear of each other's failures, and of each other's silence; here as threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from wsm_megatron import MergeError, line
+from wsm_megatron.distributed import Ranks
+from wsm_megatron.line import Line
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "BEAT", 0.05)
+    monkeypatch.setattr(line, "LOST_AFTER", 1.0)
+
+
+@pytest.fixture
+def ranks() -> Iterator[list[Ranks]]:
+    store = dist.HashStore()
+    lines = [Line(store, rank, 3) for rank in range(3)]
+    yield [Ranks(rank, 3, one) for rank, one in enumerate(lines)]
+    leaving = [threading.Thread(target=one.leave) for one in lines]
+    for thread in leaving:
+        thread.start()
+    for thread in leaving:
+        thread.join()
+
+
+def on_all(ranks: list[Ranks], call: Callable[[Ranks], Any]) -> list[Any]:
+    """What the call returns on every rank, or the exception that it raises."""
+    outcomes: list[Any] = [None] * len(ranks)
+
+    def run(one: Ranks) -> None:
+        try:
+            outcomes[one.rank] = call(one)
+        except Exception as error:
+            outcomes[one.rank] = error
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return outcomes
+
+
+def test_gather_and_from_first(ranks: list[Ranks]) -> None:
+    def talk(one: Ranks) -> list[Any]:
+        numbers = [one.gather((turn, one.rank)) for turn in range(3)]
+        return [*numbers, one.from_first(lambda: f"by {one.rank}", "telling"), one.gather(None)]
+
+    expected = [[(turn, rank) for rank in range(3)] for turn in range(3)]
+    assert on_all(ranks, talk) == [[*expected, "by 0", [None] * 3]] * 3
+
+
+def test_values_larger_than_the_store_takes(
+    ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line, "_PART_BYTES", 1000)
+    values = [bytes([rank]) * 12345 for rank in range(3)]
+    assert on_all(ranks, lambda one: one.gather(values[one.rank])) == [values] * 3
+
+
+@pytest.mark.parametrize("kind", [MergeError, ValueError])
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_failure_reaches_ranks_that_wait(
+    ranks: list[Ranks], kind: type[Exception], failing: int
+) -> None:
+    def work(one: Ranks) -> None:
+        with one.together("the test"):
+            if one.rank == failing:
+                raise kind("no luck")
+
+    outcomes = on_all(ranks, work)
+    for rank, outcome in enumerate(outcomes):
+        assert type(outcome) is kind
+        told = f"rank {failing} failed in the test: no luck"
+        assert str(outcome) == ("no luck" if rank == failing else told)
+
+
+def test_a_failure_reaches_ranks_that_work(ranks: list[Ranks]) -> None:
+    def work(one: Ranks) -> None:
+        with one.together("the test"):
+            if one.rank == 1:
+                raise MergeError("no luck")
+            for _ in range(1000):
+                one.check()
+                time.sleep(0.01)
+
+    assert [str(outcome) for outcome in on_all(ranks, work)] == [
+        "rank 1 failed in the test: no luck",
+        "no luck",
+        "rank 1 failed in the test: no luck",
+    ]
+
+
+def test_a_failure_that_follows_from_another_gives_way_to_it(ranks: list[Ranks]) -> None:
+    def work(one: Ranks) -> None:
+        with one.together("the test"):
+            if one.rank == 1:
+                raise MergeError("no luck")
+            with pytest.raises(MergeError, match="no luck"):
+                while True:
+                    one.check()
+                    time.sleep(0.01)
+            raise OSError("the directory is gone")
+
+    assert "rank 1 failed in the test: no luck" in str(on_all(ranks, work)[2])
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
+    def work(one: Ranks) -> None:
+        one.gather(None)
+        if one.rank == dead:
+            assert one._line is not None
+            one._line._leaving.set()  # its thread ends without a word
+            return
+        one.gather(None)
+
+    outcomes = on_all(ranks, work)
+    for rank in {0, 1, 2} - {dead}:
+        assert isinstance(outcomes[rank], MergeError)
+        assert str(outcomes[rank]).startswith(f"rank {dead} (") and "lost" in str(outcomes[rank])

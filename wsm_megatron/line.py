@@ -1,0 +1,228 @@
+"""One rank's line to the others: a key-value store, and a thread that tells who is still there.
+
+Nothing here blocks in a collective. A rank that waits looks at the store now and then; its thread
+meanwhile leaves a sign of life every second, and learns of a rank that failed or has fallen silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from wsm_megatron.errors import MergeError
+
+logger = logging.getLogger(__name__)
+
+BEAT = 1.0
+"""Seconds between a rank's signs of life."""
+LOST_AFTER = 15.0
+"""Seconds without a sign of life after which a rank counts as lost."""
+START_WITHIN = 600.0
+"""Seconds within which every rank must have started."""
+_PART_BYTES = 4 * 2**20
+"""The TCP store takes values of up to 8 MiB."""
+_FAILED = "failed"
+_STOP_WITHIN = 5
+"""Beats within which every rank is to stop after a failure."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the job failed: the first rank that said so, or was found lost."""
+
+    rank: int
+    message: str
+    of_user: bool = False
+    lost: bool = False
+
+    def error(self) -> Exception:
+        return (ValueError if self.of_user else MergeError)(self.message)
+
+
+class Line:
+    """Values to and from other ranks. Only this object's thread talks to the store.
+
+    Args:
+        store: of all ranks of this job, and of no other job.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        self._store: Any = store  # its stubs know of no bytes
+        self.rank, self.size = rank, size
+        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue]] = (
+            queue.SimpleQueue()
+        )
+        self._failure: Failure | None = None
+        self._silence: dict[int, float] = {}
+        self._heard: dict[int, bytes] = {}
+        self._contact = time.monotonic()
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="wsm-line", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise where the job has failed on another rank, or the others are out of reach."""
+        if self._failure is not None:
+            raise self._failure.error()
+        if time.monotonic() - self._contact > LOST_AFTER + 5 * BEAT:
+            raise MergeError(f"{self._who(0)} does not answer: its node or its network is gone")
+
+    def put(self, key: str, value: Any) -> None:
+        """Make a picklable value known under a key that is used once."""
+        data = pickle.dumps(value)
+        parts = range(0, len(data), _PART_BYTES)
+        for i, start in enumerate(parts):
+            self._set(f"{key}#{i}", data[start : start + _PART_BYTES])
+        self._set(key, str(len(parts)).encode())
+
+    def take(self, key: str) -> Any:
+        """Wait for a value and return it; raises as soon as the job has failed."""
+        pause = 0.005
+        while not self._ask(lambda: self._store.check([key])):
+            self.check()
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.25)
+        count = int(self._ask(lambda: self._store.get(key)))
+        return pickle.loads(b"".join(self._part(f"{key}#{i}") for i in range(count)))
+
+    def forget(self, key: str) -> None:
+        """Drop a value that every rank has taken."""
+        count = int(self._ask(lambda: self._store.get(key)))
+        for name in (key, *(f"{key}#{i}" for i in range(count))):
+            self._ask(partial(self._store.delete_key, name))
+
+    def fail(self, error: BaseException, phase: str) -> Exception | None:
+        """Tell the other ranks that this one has failed, and how it did.
+
+        Rank 0 comes back only when all others have stopped too, or after a few seconds.
+
+        Returns:
+            the failure of another rank where that came first, and may have led to this one.
+        """
+        message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
+        failure = Failure(self.rank, message, isinstance(error, ValueError))
+        with contextlib.suppress(MergeError):  # the others are gone
+            self._ask(partial(self._declare, failure))
+            self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
+            if self.rank == 0:
+                self._wait_for("ended", _STOP_WITHIN * BEAT)
+        first = self._failure or failure
+        return first.error() if first.rank != self.rank else None
+
+    def leave(self) -> None:
+        """Leave together: the rank that holds the store goes last, so that all can read it."""
+        with contextlib.suppress(MergeError):  # the others are gone
+            self._ask(partial(self._store.set, f"left/{self.rank}", b"1"))
+            if self.rank == 0:
+                self._wait_for("left", LOST_AFTER if self._failure is None else _STOP_WITHIN * BEAT)
+        self._leaving.set()
+        self._thread.join(BEAT)
+
+    def _wait_for(self, word: str, patience: float) -> None:
+        """Until every other rank that is not lost has said a word."""
+        until = time.monotonic() + patience
+        lost = {self._failure.rank} if self._failure and self._failure.lost else set()
+        for rank in set(range(1, self.size)) - lost:
+            check = partial(self._store.check, [f"{word}/{rank}"])
+            while not self._ask(check) and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def _set(self, key: str, data: bytes) -> None:
+        self.check()
+        self._ask(partial(self._store.set, key, data))
+
+    def _part(self, key: str) -> bytes:
+        return self._ask(lambda: self._store.get(key))
+
+    def _ask(self, request: Callable[[], Any]) -> Any:
+        """Have the thread do something with the store; never waits for a dead store."""
+        reply: queue.SimpleQueue = queue.SimpleQueue()
+        self._requests.put((request, reply))
+        until = time.monotonic() + LOST_AFTER + 5 * BEAT
+        while time.monotonic() < until and self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                return reply.get(timeout=0.2)
+        with contextlib.suppress(queue.Empty):  # answered, and then the thread ended
+            return reply.get_nowait()
+        raise self._gone().error()
+
+    def _serve(self) -> None:
+        due = 0.0
+        try:
+            while not self._leaving.is_set():
+                if time.monotonic() >= due:
+                    self._beat()
+                    due = time.monotonic() + BEAT
+                self._answer(max(0.0, due - time.monotonic()))
+        except RuntimeError as error:  # the store's: its process has ended
+            logger.debug("rank %d: %s", self.rank, error)
+            self._failure = self._failure or self._gone()
+
+    def _answer(self, timeout: float) -> None:
+        try:
+            request, reply = self._requests.get(timeout=timeout)
+        except queue.Empty:
+            return
+        reply.put(request())
+        self._contact = time.monotonic()
+
+    def _beat(self) -> None:
+        sign = f"{socket.gethostname()} pid {os.getpid()} {time.monotonic()}"
+        self._store.set(f"beat/{self.rank}", sign)
+        if self._failure is None and self._store.check([_FAILED]):
+            self._failure = pickle.loads(self._store.get(_FAILED))
+        # Rank 0 looks after all, all look after rank 0.
+        for rank in range(1, self.size) if self.rank == 0 else (0,):
+            self._listen(rank)
+        self._contact = time.monotonic()
+
+    def _listen(self, rank: int) -> None:
+        """Count the beats in which a rank was not heard: a pause of all ranks counts as one."""
+        key = f"beat/{rank}"
+        sign = self._store.get(key) if self._store.check([key]) else b""
+        if sign != self._heard.get(rank, b"") or self._store.check([f"left/{rank}"]):
+            self._silence[rank], self._heard[rank] = 0.0, sign
+            return
+        self._silence[rank] = self._silence.get(rank, 0.0) + BEAT
+        if self._silence[rank] >= (LOST_AFTER if sign else START_WITHIN):
+            self._declare(self._lost(rank))
+
+    def _declare(self, failure: Failure) -> None:
+        if self._store.add("failures", 1) == 1:
+            self._store.set(_FAILED, pickle.dumps(failure))
+        else:
+            failure = pickle.loads(self._store.get(_FAILED))  # waits until it is there
+        self._failure = self._failure or failure
+
+    def _lost(self, rank: int) -> Failure:
+        if rank not in self._heard:
+            message = f"rank {rank} did not start within {START_WITHIN:.0f} s"
+            return Failure(rank, message, lost=True)
+        return Failure(
+            rank,
+            f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out of "
+            "memory, or its node is gone)",
+            lost=True,
+        )
+
+    def _gone(self) -> Failure:
+        if self._failure is not None:
+            return self._failure
+        message = f"{self._who(0)} is lost, and with it the store that the job shares"
+        return Failure(0, message, lost=True)
+
+    def _who(self, rank: int) -> str:
+        host = self._heard.get(rank, b"").decode().rpartition(" ")[0]
+        return f"rank {rank} ({host})" if host else f"rank {rank}"
