@@ -79,14 +79,15 @@ def row(case, numel: int, device: str, threads: int, rounds: int, timer) -> str:
     size = sum(t.nbytes for t in (*sources, *outputs))
     copy_from = torch.ones(size // 2, dtype=torch.uint8, device=device)  # as many bytes moved
     copy_to = torch.empty_like(copy_from)
+    wide, single = (torch.empty(numel, dtype=dtype, device=device) for dtype in (FP64, FP32))
     with ThreadPoolExecutor(threads) as pool:
         kernel, copy, *eagers = fastest(
             [
                 lambda: in_parts(pool, threads, sources, rows, outputs),
                 lambda: copy_to.copy_(copy_from),
-                lambda: eager(sources, rows, outputs, FP64),
-                lambda: eager(sources, rows, outputs, FP32),
-                lambda: eager(sources, rows, outputs, FP32, convert=True),
+                lambda: eager(sources, rows, outputs, wide),
+                lambda: eager(sources, rows, outputs, single),
+                lambda: eager(sources, rows, outputs, single, convert=True),
             ],
             rounds,
             timer,
@@ -139,13 +140,13 @@ def eager(
     sources: Sequence[Tensor],
     rows: list[list[float]],
     outputs: Sequence[Tensor],
-    accumulator: torch.dtype,
+    acc: Tensor,
     convert: bool = False,
 ) -> None:
     for coefficients, output in zip(rows, outputs, strict=True):
-        acc = torch.zeros(output.numel(), dtype=accumulator, device=output.device)
+        acc.zero_()
         for coefficient, source in zip(coefficients, sources, strict=True):
-            acc.add_(source.to(accumulator) if convert else source, alpha=coefficient)
+            acc.add_(source.to(acc.dtype) if convert else source, alpha=coefficient)
         output.copy_(acc)
 
 
