@@ -8,13 +8,14 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.checkpoint.run import write_tracker
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
     Placed,
@@ -27,7 +28,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.job import Job, Product, places, prepare_job
 from wsm_megatron.engine.plan import Task
-from wsm_megatron.engine.provenance import write_provenance
+from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.run import Progress, Share, Target
 
@@ -108,7 +109,8 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     """Merge checkpoints of a run into one and publish it.
 
     Collective: under ``torchrun`` or ``srun`` every rank calls it with the same config. The result
-    does not depend on the number of ranks. Sources are never written to.
+    does not depend on the number of ranks. Sources are never written to. What an earlier run has
+    published already is left as it is.
 
     Args:
         config: what to merge, and how.
@@ -120,28 +122,49 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     """
     started = time.monotonic()
     with job_ranks() as ranks:
-        job = ranks.from_first(lambda: prepare_job(config), "planning")
-        staging = [Staging(product.root, product.iteration) for product in job.products]
-        try:
-            directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
-            with ranks.together("merging"):
-                shares = job.shares(ranks.size)
-                result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
-            results = ranks.gather(result)
-            with ranks.together("publishing"):
-                if ranks.rank == 0:
-                    _publish(job, shares, staging, results)
-        except BaseException:
-            if ranks.rank == 0:
-                for one in staging:
-                    one.discard()
-            raise
+        job, missing = ranks.from_first(lambda: _prepare(config), "planning")
+        results = []
+        if missing:
+            products = tuple(job.products[k] for k in missing)
+            results = _merge_products(replace(job, products=products), ranks, progress)
     return MergeReport(
         merged=tuple(_merged(job, product) for product in job.products),
         bytes_read=sum(result.bytes_read for result in results),
         bytes_written=sum(result.bytes_written for result in results),
         seconds=time.monotonic() - started,
     )
+
+
+def _prepare(config: MergeConfig) -> tuple[Job, list[int]]:
+    """The job, and which of its products are not published yet. On rank 0."""
+    job = prepare_job(config)
+    missing = []
+    for k, product in enumerate(job.products):
+        if holds_merge(product.path, product.provenance):
+            logger.warning("%s holds this very merge already", product.path)
+            write_tracker(product.root, product.iteration)  # the earlier run may have died before
+        else:
+            missing.append(k)
+    return job, missing
+
+
+def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) -> list[_RankResult]:
+    staging = [Staging(product.root, product.iteration) for product in job.products]
+    try:
+        directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
+        with ranks.together("merging"):
+            shares = job.shares(ranks.size)
+            result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
+        results = ranks.gather(result)
+        with ranks.together("publishing"):
+            if ranks.rank == 0:
+                _publish(job, shares, staging, results)
+    except BaseException:
+        if ranks.rank == 0:
+            for one in staging:
+                one.discard()
+        raise
+    return results
 
 
 def default_threads() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import wsm_megatron
+from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
@@ -77,6 +78,20 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
         raise MergeError(f"{path}: written by another version of wsm_megatron")
     return provenance
+
+
+def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
+    """Whether a directory holds the merge described, whole by the sizes of its files."""
+    found = read_provenance(directory)
+    if found is None or not is_complete(directory):
+        return False
+    files = found.pop("files")
+    if found != json.loads(json.dumps(provenance)):
+        return False
+    return all(
+        (directory / name).is_file() and (directory / name).stat().st_size == listed["bytes"]
+        for name, listed in files.items()
+    )
 
 
 def _options(config: MergeConfig) -> dict[str, Any]:

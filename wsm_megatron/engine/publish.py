@@ -62,10 +62,10 @@ class Staging:
                 raise MergeError(f"{self.target} appeared during the merge; it is left alone")
             os.rename(self.path, self.target)
             sync_directory(self.root)
+            self._lock.release()
             write_tracker(self.root, self.iteration)
         except OSError as error:
             raise MergeError(f"{self.target}: cannot publish: {error.strerror}") from error
-        self._lock.release()
         return self.target
 
     def discard(self) -> None:

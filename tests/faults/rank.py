@@ -1,0 +1,123 @@
+"""One rank of a merge in which something goes wrong at a chosen stage.
+
+Runs in processes forked from a server that has imported this module, so that a rank costs no start
+of Python.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsm_megatron import cli, line
+from wsm_megatron.checkpoint import patience
+from wsm_megatron.engine import crew, merge, publish, run
+
+FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "rank exception")
+STAGES = ("plan", "read", "reduce", "write", "publish")
+LOST_AFTER, STALLED_AFTER = 2.0, 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    fault: str
+    stage: str
+    rank: int
+
+
+def run_rank(
+    case: Case | None, rank: int, size: int, port: int, log: Path, argv: list[str]
+) -> None:
+    """Be one rank of ``wsm ARGV``; never returns."""
+    with log.open("wb") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    line.BEAT, line.LOST_AFTER = 0.2, LOST_AFTER
+    patience.STALLED_AFTER, patience.FIRST_PAUSE = STALLED_AFTER, 0.01
+    cli.GRACE, crew._PATIENCE = 2.0, 0.2
+    if case is not None and case.rank == rank:
+        _inject(case)
+    sys.exit(cli.main(argv))
+
+
+_PLACES: dict[str, tuple[Any, str]] = {
+    "plan": (Path, "read_bytes"),
+    "read": (os, "preadv"),
+    "reduce": (run, "weighted_sum"),
+    "write": (os, "pwrite"),
+    "publish": (merge, "_complete"),
+    "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved
+}
+"""What is called in a stage. Only rank 0 plans and publishes; another one waits for it."""
+
+
+def _inject(case: Case) -> None:
+    """Let the third call in the stage go wrong, and, of an error of storage, all that follow."""
+    owner, name = _PLACES[case.stage]
+    third = 1 if case.stage in ("publish", "track") else 3
+    if case.rank != 0 and case.stage in ("plan", "publish"):
+        owner, name = line.Line, "take"
+        third = {"plan": 1, "publish": 5}[case.stage]
+    if case.fault == "stalled read" and case.stage in ("reduce", "write"):
+        _when(owner, name, third, lambda: _when(os, "preadv", 1, _FAULTS[case.fault]))
+        return
+    _when(owner, name, third, _FAULTS[case.fault], ever=case.fault in ("EIO", "ENOSPC"))
+
+
+def _when(owner: Any, name: str, call: int, then: Callable[[], None], ever: bool = False) -> None:
+    original = getattr(owner, name)
+    lock, count = threading.Lock(), 0
+
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        with lock:
+            count += 1
+            now = count >= call if ever else count == call
+        if now:
+            then()
+        return original(*arguments, **options)
+
+    setattr(owner, name, faulty)
+
+
+def _kill(number: int) -> Callable[[], None]:
+    def kill() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.5)  # a handler runs in the main thread
+
+    return kill
+
+
+def _fail(code: int) -> Callable[[], None]:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def _break() -> None:
+    raise RuntimeError("injected")
+
+
+_FAULTS: dict[str, Callable[[], None]] = {
+    "SIGKILL": _kill(signal.SIGKILL),
+    "SIGTERM": _kill(signal.SIGTERM),
+    "ENOSPC": _fail(errno.ENOSPC),
+    "EIO": _fail(errno.EIO),
+    "stalled read": lambda: time.sleep(60),
+    "rank exception": _break,
+}
