@@ -18,7 +18,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
-from wsm_megatron.engine.provenance import describe
+from wsm_megatron.engine.provenance import describe, describe_source
 from wsm_megatron.engine.run import Merge
 from wsm_megatron.engine.sources import (
     Decay,
@@ -197,7 +197,7 @@ def _product(
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
     before = load_common(*read_common(newest.path, newest.layout))
-    provenance = describe(sources, decay, config, iteration)
+    provenance = describe(list(map(describe_source, sources)), decay, config, iteration)
     provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
     state = prepare(
         before,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,18 @@ FORMAT = 1
 
 
 def describe(
-    sources: tuple[Source, ...], decay: Decay, config: MergeConfig, iteration: int
+    sources: Sequence[dict[str, Any]], decay: Decay, config: MergeConfig, iteration: int
 ) -> dict[str, Any]:
-    """Plain JSON types; no time and no host, so that equal merges say the same."""
+    """Plain JSON types; no time and no host, so that equal merges say the same.
+
+    Args:
+        sources: at least ``iteration`` and ``tokens`` of each, oldest first.
+        config: the merge, or the one that a merge inside a run is equal to.
+    """
     return {
         "format": FORMAT,
         "iteration": iteration,
-        "sources": [
-            {
-                "path": str(source.path.resolve()),
-                "iteration": source.iteration,
-                "tokens": source.tokens,
-                "metadata_crc32": f"{source.metadata_crc:08x}",
-            }
-            for source in sources
-        ],
+        "sources": list(sources),
         "positions": list(decay.positions),
         "unit": decay.unit,
         "coefficients": list(decay.coefficients),
@@ -48,6 +46,16 @@ def describe(
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
+    }
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """One source of an offline merge."""
+    return {
+        "path": str(source.path.resolve()),
+        "iteration": source.iteration,
+        "tokens": source.tokens,
+        "metadata_crc32": f"{source.metadata_crc:08x}",
     }
 
 

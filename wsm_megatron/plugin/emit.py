@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from isal.isal_zlib import crc32
 
-import wsm_megatron
 from wsm_megatron.checkpoint.layout import METADATA_FILE
 from wsm_megatron.checkpoint.run import (
     checkpoint_path,
@@ -27,7 +24,8 @@ from wsm_megatron.checkpoint.run import (
 )
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.flags import describe_resume
-from wsm_megatron.engine.provenance import FORMAT, write_provenance
+from wsm_megatron.engine.provenance import describe, write_provenance
+from wsm_megatron.engine.sources import Decay
 from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together
 from wsm_megatron.plugin.replaced import replaced
 from wsm_megatron.plugin.ring import MergeRecipe
@@ -64,7 +62,10 @@ def emit(
     iteration = recipe.iterations[-1]
     staging = root / f".iter_{iteration:07d}{_STAGING}"
     _on_first_rank(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
-    provenance = describe(recipe, config, Path(args.save) if args.save else None)
+    run = Path(args.save) if args.save else None
+    sources = [_source(c.iteration, c.tokens, run) for c in recipe.sources]
+    decay = Decay(recipe.positions, recipe.unit, recipe.coefficients)
+    provenance = describe(sources, decay, config, iteration)
     provenance["resume"] = _resume(iteration, config, args)
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
     drop = config.optimizer_state == "drop"
@@ -107,27 +108,6 @@ def _save_below(
     except Exception as caught:  # raised below, on every rank
         error = caught
     raise_together(error, f"saving below {staging}")
-
-
-def describe(recipe: MergeRecipe, config: MergeConfig, run: Path | None) -> dict[str, Any]:
-    """The provenance that an offline merge of the same checkpoints would leave."""
-    skipped = ("load", "save", "threads")
-    options = {name: value for name, value in asdict(config).items() if name not in skipped}
-    return {
-        "format": FORMAT,
-        "iteration": recipe.iterations[-1],
-        "sources": [_source(c.iteration, c.tokens, run) for c in recipe.sources],
-        "positions": list(recipe.positions),
-        "unit": recipe.unit,
-        "coefficients": list(recipe.coefficients),
-        "effective_lr": list(recipe.effective_lr),
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-        "versions": {
-            "wsm_megatron": wsm_megatron.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class MergeRecipe:
     sources: tuple[Checkpoint, ...]
     coefficients: tuple[float, ...]
     effective_lr: tuple[float, ...]
-    positions: tuple[float, ...]
+    positions: tuple[int, ...]
     unit: str
     """Unit of the positions that the decay used: ``tokens`` or ``iterations``."""
 
