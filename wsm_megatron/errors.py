@@ -9,7 +9,19 @@ class MergeError(RuntimeError):
     """
 
 
-class StoppedError(MergeError):
+class PassingError(MergeError):
+    """What failed may go well the next time: the same command goes on from what is finished."""
+
+
+class StorageError(PassingError):
+    """Storage failed or hangs."""
+
+
+class LostError(PassingError):
+    """A rank does not answer."""
+
+
+class StoppedError(PassingError):
     """A signal has ended the work; ``number`` says which."""
 
     def __init__(self, message: str, number: int):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import LostError, MergeError, PassingError
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,10 @@ class Failure:
 
     rank: int
     message: str
-    of_user: bool = False
-    lost: bool = False
+    kind: type[Exception] = MergeError
 
     def error(self) -> Exception:
-        return (ValueError if self.of_user else MergeError)(self.message)
+        return self.kind(self.message)
 
 
 class Line:
@@ -77,7 +76,7 @@ class Line:
         if self._failure is not None:
             raise self._failure.error()
         if time.monotonic() - self._contact > LOST_AFTER + 5 * BEAT:
-            raise MergeError(f"{self._who(0)} does not answer: its node or its network is gone")
+            raise LostError(f"{self._who(0)} does not answer: its node or its network is gone")
 
     def put(self, key: str, value: Any) -> None:
         """Make a picklable value known under a key that is used once."""
@@ -112,7 +111,7 @@ class Line:
             the failure of another rank where that came first, and may have led to this one.
         """
         message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
-        failure = Failure(self.rank, message, isinstance(error, ValueError))
+        failure = Failure(self.rank, message, _kind(error))
         with contextlib.suppress(MergeError):  # the others are gone
             self._ask(partial(self._declare, failure))
             self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
@@ -133,7 +132,8 @@ class Line:
     def _wait_for(self, word: str, patience: float) -> None:
         """Until every other rank that is not lost has said a word."""
         until = time.monotonic() + patience
-        lost = {self._failure.rank} if self._failure and self._failure.lost else set()
+        failure = self._failure
+        lost = {failure.rank} if failure and failure.kind is LostError else set()
         for rank in set(range(1, self.size)) - lost:
             check = partial(self._store.check, [f"{word}/{rank}"])
             while not self._ask(check) and time.monotonic() < until:
@@ -209,20 +209,28 @@ class Line:
     def _lost(self, rank: int) -> Failure:
         if rank not in self._heard:
             message = f"rank {rank} did not start within {START_WITHIN:.0f} s"
-            return Failure(rank, message, lost=True)
+            return Failure(rank, message, kind=LostError)
         return Failure(
             rank,
             f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out of "
             "memory, or its node is gone)",
-            lost=True,
+            kind=LostError,
         )
 
     def _gone(self) -> Failure:
         if self._failure is not None:
             return self._failure
         message = f"{self._who(0)} is lost, and with it the store that the job shares"
-        return Failure(0, message, lost=True)
+        return Failure(0, message, kind=LostError)
 
     def _who(self, rank: int) -> str:
         host = self._heard.get(rank, b"").decode().rpartition(" ")[0]
         return f"rank {rank} ({host})" if host else f"rank {rank}"
+
+
+def _kind(error: BaseException) -> type[Exception]:
+    """What an error of one rank is on the others."""
+    if isinstance(error, ValueError):
+        return ValueError
+    passing = isinstance(error, PassingError) or not isinstance(error, MergeError)
+    return PassingError if passing else MergeError

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RE
         retries: how often it is tried again.
 
     Raises:
-        MergeError: it failed for good, or ``1 + retries`` times.
+        MergeError: it failed for good. StorageError: it failed ``1 + retries`` times.
     """
     attempt, thread = 0, threading.get_ident()
     while True:
@@ -43,7 +43,8 @@ def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RE
         except OSError as error:
             if attempt >= retries or error.errno in _FOR_GOOD:
                 times = f" {attempt + 1} times" if attempt else ""
-                raise MergeError(f"{where()} failed{times}: {error.strerror}") from error
+                kind = MergeError if error.errno in _FOR_GOOD else StorageError
+                raise kind(f"{where()} failed{times}: {error.strerror}") from error
             logger.warning("%s failed: %s; trying again", where(), error.strerror)
         finally:
             del _reading[thread]
@@ -52,10 +53,10 @@ def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RE
 
 
 def check_storage() -> None:
-    """Raise ``MergeError``, naming the place, while a read of any thread hangs."""
+    """Raise ``StorageError``, naming the place, while a read of any thread hangs."""
     now = time.monotonic()
     for since, where in list(_reading.values()):
         if now - since > STALLED_AFTER:
-            raise MergeError(
+            raise StorageError(
                 f"{where()} has not returned for {STALLED_AFTER:.0f} s: the storage hangs"
             )

@@ -213,6 +213,12 @@ class Cover:
             if region is not None:
                 self._read_region(piece, region, box, out)
 
+    def leave_out(self, box: Box) -> None:
+        """An earlier merge has read a box: check once more what it could only check in parts."""
+        for piece in self._pieces:
+            if piece.box.intersect(box) != piece.box:
+                self._reader.settle(piece.chunk.location, piece.record, [])
+
     def settle(self) -> None:
         """Hand in what was read: a damaged record that was read whole raises ``MergeError``."""
         for piece in self._pieces:

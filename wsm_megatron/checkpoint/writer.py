@@ -9,6 +9,7 @@ fraction of the storage's speed. The result is the same format, by the same meta
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import threading
@@ -32,8 +33,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.container import Frame
+from wsm_megatron.checkpoint.journal import Journal
 from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, StorageError
+
+logger = logging.getLogger(__name__)
 
 _DCP_VERSION = "1.0.0"
 
@@ -86,17 +90,34 @@ def frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> Frame:
 
 
 class CheckpointFile:
-    """One rank's ``.distcp`` file, written by position. Safe to share between threads."""
+    """One rank's ``.distcp`` file, written by position. Safe to share between threads.
 
-    def __init__(self, path: Path):
+    Args:
+        keep_journal: beside the file, until the checkpoint is published; a file that is there
+            already, of a merge that died, is gone on with.
+    """
+
+    def __init__(self, path: Path, keep_journal: bool = False):
         self.path = path
         self.bytes_written = 0
-        self._parts: list[tuple[int, int, int]] = []
+        self._parts: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | (0 if keep_journal else os.O_EXCL)
+            self._descriptor = os.open(path, flags, 0o644)
+            self._journal = Journal(path, self._descriptor) if keep_journal else None
         except OSError as error:
             raise MergeError(f"{path}: cannot create: {error.strerror}") from error
+
+    def has(self, placed: Placed) -> bool:
+        """Whether an earlier merge finished an item, and its bytes still have their CRC-32."""
+        if self._journal is None:
+            return False
+        part = self._journal.holds(placed.offset, placed.item.stored_bytes)
+        if part is not None:
+            with self._lock:
+                self._parts[part[0]] = part[1:]
+        return part is not None
 
     def write_bytes(self, placed: Placed, data: bytes) -> None:
         """Write an object entry."""
@@ -113,25 +134,38 @@ class CheckpointFile:
     def close(self) -> tuple[int, int]:
         """Make the file durable; its size in bytes and its CRC-32."""
         try:
+            if self._journal is not None:
+                self._journal.sync()
             os.fsync(self._descriptor)
         except OSError as error:
             raise MergeError(f"{self.path}: cannot write: {error.strerror}") from error
         finally:
             os.close(self._descriptor)
         crc, position = 0, 0
-        for offset, length, part in sorted(self._parts):
+        for offset, (length, part) in sorted(self._parts.items()):
             assert offset == position, f"a gap at byte {position} of {self.path}"
             crc, position = crc32_combine(crc, part, length), offset + length
         return position, crc
 
     def abandon(self) -> None:
-        """Close after a failure."""
+        """Close after a failure; what is finished is kept in mind."""
+        try:
+            if self._journal is not None:
+                self._journal.sync()
+        except OSError as error:
+            logger.warning("%s: %s; what it holds is lost", self.path, error.strerror)
         os.close(self._descriptor)
 
     def _enter(self, offset: int, length: int, crc: int) -> None:
         with self._lock:
-            self._parts.append((offset, length, crc))
+            self._parts[offset] = (length, crc)
             self.bytes_written += length
+        if self._journal is None:
+            return
+        try:
+            self._journal.add((offset, length, crc))
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
@@ -139,7 +173,7 @@ class CheckpointFile:
             try:
                 done += os.pwrite(self._descriptor, data[done:], offset + done)
             except OSError as error:
-                raise MergeError(
+                raise StorageError(
                     f"{self.path}: cannot write: {error.strerror}; nothing was published"
                 ) from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import resource
@@ -31,6 +33,7 @@ from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.run import Progress, Share, Target
+from wsm_megatron.errors import MergeError, PassingError
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +152,10 @@ def _prepare(config: MergeConfig) -> tuple[Job, list[int]]:
 
 
 def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) -> list[_RankResult]:
-    staging = [Staging(product.root, product.iteration) for product in job.products]
+    staging = [
+        Staging(product.root, product.iteration, _key(job, product, ranks.size))
+        for product in job.products
+    ]
     try:
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
         with ranks.together("merging"):
@@ -159,12 +165,22 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
         with ranks.together("publishing"):
             if ranks.rank == 0:
                 _publish(job, shares, staging, results)
-    except BaseException:
-        if ranks.rank == 0:
-            for one in staging:
-                one.discard()
+    except BaseException as error:
+        in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
+            error, PassingError
+        )
+        for one in staging if ranks.rank == 0 else ():
+            one.discard() if in_vain else one.keep()
         raise
     return results
+
+
+def _key(job: Job, product: Product, ranks: int) -> str:
+    """Tells merges apart whose files differ in any byte, or whose sources were written anew."""
+    members = [job.sources[j].fingerprint for j in product.members]
+    outputs = [one.path.name for one in job.products]
+    text = json.dumps([product.provenance, members, outputs, ranks])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def default_threads() -> int:
@@ -248,7 +264,7 @@ def _open_target(
     readers: list[CheckpointReader],
 ) -> Target:
     placed = job.placed(product, rank, tasks)
-    file = CheckpointFile(directory / file_name(rank))
+    file = CheckpointFile(directory / file_name(rank), keep_journal=True)
     reader = readers[product.members[-1]]
     for one in placed:
         if one.item.box is None:

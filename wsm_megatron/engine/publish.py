@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 from pathlib import Path
 
+from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
 from wsm_megatron.engine.lock import Lock
@@ -20,12 +20,17 @@ _OWN_FILES = {METADATA_FILE, MARKER_FILE, COMMON_FILE, PROVENANCE_FILE}
 
 
 class Staging:
-    """A hidden directory beside the target, renamed to it when everything is in. For rank 0."""
+    """A hidden directory beside the target, renamed to it when everything is in. For rank 0.
 
-    def __init__(self, root: Path, iteration: int):
+    Args:
+        key: of what is merged, how, and by how many ranks. A merge with the same key goes on from
+            what one that died has finished.
+    """
+
+    def __init__(self, root: Path, iteration: int, key: str):
         self.root, self.iteration = root, iteration
         self.target = checkpoint_path(root, iteration)
-        self.path = root / f".{self.target.name}.wsm-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = root / f".{self.target.name}.wsm-{key}"
         self._lock = Lock(root / f".{self.target.name}.wsm.lock")
 
     def create(self, nbytes: int) -> Path:
@@ -41,8 +46,9 @@ class Staging:
             self._lock.acquire()
             self._refuse_existing()  # published before the lock was free
             self._remove_leftovers()
-            self.path.mkdir()
-            free = shutil.disk_usage(self.path).free
+            self.path.mkdir(exist_ok=True)
+            there = sum(file.stat().st_size for file in self.path.iterdir())
+            free = shutil.disk_usage(self.path).free + there
         except OSError as error:
             raise MergeError(f"{self.path}: cannot create: {error.strerror}") from error
         if free < nbytes:
@@ -57,6 +63,8 @@ class Staging:
         """Give the finished directory its final name, then move the tracker. Durable."""
         try:
             self._lock.check()
+            for journal in self._journals():
+                journal.unlink()
             sync_directory(self.path)
             if os.path.lexists(self.target):
                 raise MergeError(f"{self.target} appeared during the merge; it is left alone")
@@ -73,6 +81,17 @@ class Staging:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
+    def keep(self) -> None:
+        """Leave what is finished to the next merge with the same key; if nothing is, nothing."""
+        if not any(journal.stat().st_size for journal in self._journals()):
+            self.discard()
+            return
+        logger.warning("%s is kept: the same command goes on from it", self.path)
+        self._lock.release()
+
+    def _journals(self) -> list[Path]:
+        return list(self.path.glob(f"*{JOURNAL_SUFFIX}"))
+
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.target):
             raise ValueError(
@@ -82,8 +101,21 @@ class Staging:
 
     def _remove_leftovers(self) -> None:
         for old in self.root.glob(f".{self.target.name}.wsm-*"):
+            if old == self.path:
+                _remove_all_but_shares(old)
+                continue
             logger.warning("%s is left of a merge that died; removing it", old)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_all_but_shares(directory: Path) -> None:
+    """What was about to be published is made again; what the ranks have written is gone on with."""
+    logger.warning("%s is left of a merge that died; going on from it", directory)
+    for child in directory.iterdir():
+        if child.is_dir():
+            shutil.rmtree(child)
+        elif child.suffix not in (".distcp", JOURNAL_SUFFIX):
+            child.unlink()
 
 
 def copy_side_files(source: Path, directory: Path) -> None:

@@ -86,10 +86,29 @@ class Share:
     def _run_task(self, task: Task, scratch: threading.local) -> None:
         if self._stop.is_set():
             return
+        if self._is_finished(task):
+            self._leave_out(task)
+            return
         if task.recipe.rule is Rule.COPY:
             self._copy(task, _Scratch.of(scratch))
         else:
             self._sum(task, _Scratch.of(scratch))
+
+    def _is_finished(self, task: Task) -> bool:
+        """Whether an earlier merge, which died, has written all that the task writes."""
+        return all(
+            target.file.has(target.places[output.key, task.part(output.key, task.box)])
+            for target in self._targets
+            for output in task.recipe.outputs
+        )
+
+    def _leave_out(self, task: Task) -> None:
+        recipe, copied = task.recipe, (task.recipe.key,)
+        for reader in self._readers:
+            for key in copied if recipe.rule is Rule.COPY else recipe.inputs:
+                part = task.part(key, task.box)
+                reader.cover(key, part).leave_out(part)
+        self._progress(task.box.numel * recipe.cost(len(self._readers), len(self._targets)))
 
     def _sum(self, task: Task, scratch: _Scratch) -> None:
         recipe, box = task.recipe, task.box
