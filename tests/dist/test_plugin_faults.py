@@ -48,6 +48,7 @@ def _all_faults(kept: Path) -> dict[str, Any]:
     wsm.confirm(6)
     wsm.settle()
     report["durable"] = [c.iteration for c in wsm.kept]
+    dist.barrier()  # each rank removes its own files
     report["files"] = sorted(p.name for p in kept.iterdir())
     train(training, 1)
     wsm.close()
