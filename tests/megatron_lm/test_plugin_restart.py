@@ -39,10 +39,10 @@ def _training_losses(outcome: Outcome) -> list[str]:
     ("fault", "store", "published"),
     [
         ("1 SIGKILL store save_file 2", "disk", 0),  # iteration 4 half kept, not yet saved
-        ("0 SIGKILL emit emit 1", "memory", 0),
+        ("0 SIGKILL driver emit 1", "memory", 0),
         ("1 SIGKILL emit checksums 1", "memory", 0),  # merged checkpoint whole, not yet published
         ("0 SIGKILL emit write_tracker 1", "disk", 1),  # published, tracker not yet moved
-        ("0 SIGKILL emit emit 2", "memory", 1),  # at the end of training
+        ("0 SIGKILL driver emit 2", "memory", 1),  # at the end of training
     ],
 )
 def test_a_killed_run_continues(
