@@ -19,6 +19,8 @@ from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry,
 from wsm_megatron.checkpoint.patience import RETRIES, patiently
 from wsm_megatron.errors import MergeError
 
+_FILE_PIECE = 4 * 2**20
+
 Segment = tuple[int, int, int]
 """Bytes ``start .. end`` of a record and their CRC-32."""
 
@@ -361,3 +363,15 @@ def as_bytes(flat: torch.Tensor) -> memoryview:
 def read_file(path: Path) -> bytes:
     """A small file's bytes."""
     return patiently(path.read_bytes, lambda: f"{path}: reading")
+
+
+def size_and_crc(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a whole file of any size."""
+    size = crc = 0
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(_FILE_PIECE):
+                size, crc = size + len(piece), crc32(piece, crc)
+    except OSError as error:
+        raise MergeError(f"{path}: cannot read: {error.strerror}") from error
+    return size, crc

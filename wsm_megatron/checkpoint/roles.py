@@ -27,7 +27,8 @@ class Role(Enum):
 
 OPTIMIZER_ROLES = frozenset({Role.MAIN, Role.MOMENT, Role.OPTIMIZER})
 
-_PARAM_ALIGNMENT = 64
+PARAM_ALIGNMENT = 64
+"""Megatron starts every param of a bucket at a multiple of this (``_ParamAndGradBuffer``)."""
 _CHAIN = r"(?:chained_\d+\.)?"
 _KEYED = re.compile(rf"{_CHAIN}optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
 _FLAT = re.compile(rf"{_CHAIN}optimizer\.distributed\..+\.(param|exp_avg|exp_avg_sq)")
@@ -83,6 +84,6 @@ def may_be_padding(key: str, offset: int, numel: int) -> bool:
     gap before it as a chunk of uninitialised memory. Nothing marks such a chunk: it is one that
     starts off that grid and ends before or at the next multiple.
     """
-    if not is_flat_bucket(key) or offset % _PARAM_ALIGNMENT == 0:
+    if not is_flat_bucket(key) or offset % PARAM_ALIGNMENT == 0:
         return False
-    return offset % _PARAM_ALIGNMENT + numel <= _PARAM_ALIGNMENT
+    return offset % PARAM_ALIGNMENT + numel <= PARAM_ALIGNMENT

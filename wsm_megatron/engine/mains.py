@@ -15,14 +15,12 @@ import torch
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of
+from wsm_megatron.checkpoint.roles import PARAM_ALIGNMENT, Role, is_flat_bucket, main_of
 
 _TILE = 2**20
 _BEGINNING = 2**12
 _PROBE = 32
 """Elements compared before all: enough to tell any two weights, fewer than the padding unit."""
-_ALIGNMENT = 64
-"""Megatron starts every param of a bucket at a multiple of this (``_ParamAndGradBuffer``)."""
 
 ModelChunk = tuple[str, Box]
 
@@ -106,7 +104,7 @@ def find_in_bucket(
     """
     entry = reader.layout.tensors[bucket]
     probes = _probes(reader, chunks)
-    starts = sorted({c.offsets[0] for c in entry.chunks if c.offsets[0] % _ALIGNMENT == 0})
+    starts = sorted({c.offsets[0] for c in entry.chunks if c.offsets[0] % PARAM_ALIGNMENT == 0})
     waiting, seen = starts[::-1], set(starts)
     while waiting:
         start = waiting.pop()

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.common import load_common
 from wsm_megatron.checkpoint.layout import Layout, read_layout
-from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.checkpoint.reader import CheckpointReader, size_and_crc
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.flat import find_flat_mains
@@ -27,7 +26,6 @@ from wsm_megatron.errors import MergeError
 from wsm_megatron.kernels import reference
 
 _TILE_ELEMENTS = 2**20
-_FILE_PIECE = 4 * 2**20
 SAMPLE_ELEMENTS = 4096
 
 
@@ -117,23 +115,12 @@ def _check_object(layout: Layout, key: str, data: bytes) -> None:
 
 def _check_files(path: Path, provenance: dict[str, Any]) -> None:
     for name, expected in provenance["files"].items():
-        size, crc = _size_and_crc(path / name)
+        size, crc = size_and_crc(path / name)
         if size != expected["bytes"] or f"{crc:08x}" != expected["crc32"]:
             raise MergeError(
                 f"{path / name} has {size} bytes with CRC-32 {crc:08x}; the merge wrote "
                 f"{expected['bytes']} with {expected['crc32']}"
             )
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    size = crc = 0
-    try:
-        with path.open("rb") as stream:
-            while piece := stream.read(_FILE_PIECE):
-                size, crc = size + len(piece), crc32(piece, crc)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot read: {error.strerror}") from error
-    return size, crc
 
 
 def _check_samples(reader: CheckpointReader, provenance: dict[str, Any] | None, seed: int) -> int:

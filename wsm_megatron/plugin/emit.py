@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.layout import METADATA_FILE
+from wsm_megatron.checkpoint.reader import size_and_crc
 from wsm_megatron.checkpoint.run import (
     checkpoint_path,
     read_tracker,
@@ -33,7 +33,6 @@ from wsm_megatron.plugin.ring import MergeRecipe
 logger = logging.getLogger(__name__)
 
 _STAGING = ".wsm-emit"  # Megatron's root while a merged checkpoint is not whole
-_PIECE = 1 << 24  # bytes read at a time for checksums
 
 
 def emit(
@@ -133,16 +132,8 @@ def checksums(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and CRC-32 of every file, the files shared out among the ranks. Collective."""
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = {name: _size_and_crc(directory / name) for name in names[rank::size]}
+    mine = {name: size_and_crc(directory / name) for name in names[rank::size]}
     return {name: found for part in gathered(mine) for name, found in part.items()}
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    size = crc = 0
-    with path.open("rb") as stream:
-        while piece := stream.read(_PIECE):
-            size, crc = size + len(piece), crc32(piece, crc)
-    return size, crc
 
 
 def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:
