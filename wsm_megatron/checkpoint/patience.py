@@ -22,6 +22,7 @@ STALLED_AFTER = 300.0
 """Seconds after which a single read that has not returned counts as hanging."""
 
 _FOR_GOOD = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EBADF}
+_FOR_GOOD |= {errno.EINVAL}  # an option that this file system does not have
 _reading: dict[int, tuple[float, Callable[[], str]]] = {}
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.checkpoint.direct import STREAMS
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
@@ -28,6 +29,7 @@ from wsm_megatron.checkpoint.writer import (
 )
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
+from wsm_megatron.engine.budget import Budget, default_memory, make_budget
 from wsm_megatron.engine.job import Job, Product, places, prepare_job
 from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
@@ -210,6 +212,18 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _budget(job: Job) -> Budget:
+    config = job.config
+    return make_budget(
+        config.memory or default_memory(),
+        config.threads or default_threads(),
+        len(job.sources),
+        len(job.products),
+        job.plan.recipes,
+        blocks=STREAMS if config.direct_io else 1,
+    )
+
+
 def _run_share(
     job: Job,
     ranks: Ranks,
@@ -220,8 +234,11 @@ def _run_share(
     _allow_many_files()
     result = _RankResult()
     with ExitStack() as stack:
-        retries = job.config.retries
-        readers = [CheckpointReader(source.layout, retries) for source in job.sources]
+        budget = _budget(job)
+        readers = [
+            CheckpointReader(source.layout, job.config.retries, budget.ahead, job.config.direct_io)
+            for source in job.sources
+        ]
         for reader in readers:
             stack.callback(reader.close)
         targets = [
@@ -239,10 +256,11 @@ def _run_share(
                 readers,
                 [product.merge for product in job.products],
                 targets,
+                budget,
                 allow_nonfinite=job.config.allow_nonfinite,
                 progress=stack.enter_context(bar),
             )
-            share.run(tasks, job.config.threads or default_threads(), check)
+            share.run(tasks, check)
         except BaseException:
             for target in targets:
                 target.file.abandon()

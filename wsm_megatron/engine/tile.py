@@ -108,7 +108,7 @@ class Summation:
 
 
 class Workspace:
-    """One thread's buffers, kept from tile to tile.
+    """One thread's memory, carved anew into the buffers of every kind of tile.
 
     Args:
         sources: how many there are. merges: what is made of them.
@@ -116,45 +116,53 @@ class Workspace:
 
     def __init__(self, sources: int, merges: Sequence[Merge]):
         self._sources, self._merges = sources, merges
-        self._memory: dict[tuple[object, torch.dtype], torch.Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._tiles: dict[tuple[Recipe, int], Tile] = {}
 
     def tile(self, recipe: Recipe, numel: int) -> Tile:
-        """Buffers for ``numel`` elements of a recipe; valid until another tile is asked for."""
+        """Buffers for ``numel`` elements of a recipe; valid until something else is asked for."""
         found = self._tiles.get((recipe, numel))
         if found is None:
+            sources, outputs = self._carve(
+                [recipe.input_dtypes] * self._sources,
+                [[output.dtype for output in recipe.outputs]] * len(self._merges),
+                numel=numel,
+            )
             if len(self._tiles) >= _TILES:
                 self._tiles.clear()
-            found = self._tiles[recipe, numel] = self._make(recipe, numel)
+            found = self._tiles[recipe, numel] = Tile(sources, outputs, recipe, self._merges)
         return found
 
     def buffer(self, dtype: torch.dtype, numel: int) -> Buffer:
-        """Room for elements that are copied."""
-        return Buffer(self._take("copy", dtype, numel))
+        """Room for elements that are copied; valid as long as a tile is."""
+        return self._carve([[dtype]], numel=numel)[0][0][0]
 
-    def _make(self, recipe: Recipe, numel: int) -> Tile:
-        sources = [
-            [
-                Buffer(self._take(("source", j, i), dtype, numel))
-                for i, dtype in enumerate(recipe.input_dtypes)
-            ]
-            for j in range(self._sources)
-        ]
-        outputs = [
-            [
-                Buffer(self._take(("output", k, o), output.dtype, numel))
-                for o, output in enumerate(recipe.outputs)
-            ]
-            for k in range(len(self._merges))
-        ]
-        return Tile(sources, outputs, recipe, self._merges)
+    def _carve(
+        self, *shapes: Sequence[Sequence[torch.dtype]], numel: int
+    ) -> list[list[list[Buffer]]]:
+        """Buffers of ``numel`` elements in the nesting of ``shapes``."""
+        dtypes = [dtype for shape in shapes for row in shape for dtype in row]
+        needed = sum(_room(dtype, numel) for dtype in dtypes)
+        if self._memory.numel() < needed:
+            self._tiles.clear()  # they would keep the old memory
+            self._memory = torch.empty(needed, dtype=torch.uint8)
+        start = 0
+        carved: list[list[list[Buffer]]] = []
+        for shape in shapes:
+            carved.append([])
+            for row in shape:
+                carved[-1].append([])
+                for dtype in row:
+                    part = self._memory[start : start + numel * dtype.itemsize]
+                    carved[-1][-1].append(Buffer(part.view(dtype)))
+                    start += _room(dtype, numel)
+        return carved
 
-    def _take(self, slot: object, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        memory = self._memory.get((slot, dtype))
-        if memory is None or memory.numel() < numel:
-            self._tiles.clear()  # those bound to the old memory would keep it
-            memory = self._memory[slot, dtype] = torch.empty(numel, dtype=dtype)
-        return memory[:numel]
+
+def _room(dtype: torch.dtype, numel: int) -> int:
+    """Bytes between buffers: whole lines; not a multiple of 4096, which shares cache sets."""
+    room = -(-numel * dtype.itemsize // 64) * 64
+    return room + 320 if room % 4096 == 0 else room
 
 
 def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
