@@ -19,7 +19,7 @@ from typing import Any
 
 from wsm_megatron import cli, line
 from wsm_megatron.checkpoint import patience
-from wsm_megatron.engine import crew, merge, publish, run
+from wsm_megatron.engine import crew, merge, publish, tile
 
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
@@ -57,7 +57,7 @@ def run_rank(
 _PLACES: dict[str, tuple[Any, str]] = {
     "plan": (Path, "read_bytes"),
     "read": (os, "preadv"),
-    "reduce": (run, "weighted_sum"),
+    "reduce": (tile.Tile, "sum"),
     "write": (os, "pwrite"),
     "publish": (merge, "_complete"),
     "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved
