@@ -12,6 +12,7 @@ from wsm_megatron.window import Window
 OPTIMIZER_STATE = ("drop", "last", "merge")
 BUFFERS = ("merge", "last")
 DTYPES = ("same", "bf16", "fp16", "fp32")
+DEVICES = ("auto", "cpu", "cuda")
 FORMATS = ("same", "0.16", "0.19")
 
 
@@ -111,6 +112,12 @@ class MergeConfig:
     allow_nonfinite: bool = _option(False, "merge NaN and Inf instead of refusing", group="how")
     threads: int | None = _option(
         None, "worker threads a rank (default: the cores it may use, at most 16)", group="job"
+    )
+    device: str = _option(
+        "auto",
+        "what sums: auto measures both and takes the faster",
+        choices=DEVICES,
+        group="job",
     )
     memory: int | None = _option(
         None,

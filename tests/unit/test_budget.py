@@ -15,7 +15,7 @@ from wsm_megatron import MergeConfig, MergeError, merge
 from wsm_megatron.checkpoint import direct
 from wsm_megatron.checkpoint.roles import Role
 from wsm_megatron.cli import EXIT_USAGE, main
-from wsm_megatron.engine import budget
+from wsm_megatron.engine import budget, device
 from wsm_megatron.engine.budget import default_memory, make_budget
 from wsm_megatron.engine.plan import Output, Recipe, Rule
 
@@ -44,14 +44,15 @@ RECIPES = [
     sources=st.integers(2, 200),
     merges=st.integers(1, 100),
     blocks=st.integers(1, 2),
+    depth=st.integers(1, 2),
 )
-def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, blocks):
+def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, blocks, depth):
     try:
-        found = make_budget(memory, threads, sources, merges, RECIPES, blocks)
+        found = make_budget(memory, threads, sources, merges, RECIPES, blocks=blocks, depth=depth)
     except ValueError as error:
         assert "--memory" in str(error) and str(memory) in str(error)
         smallest = 2**14 * max(r.cost(sources, merges) for r in RECIPES[:2])
-        assert memory < 1.1 * smallest
+        assert memory < depth * smallest
         return
     assert 1 <= found.threads <= threads
     for one in RECIPES:
@@ -59,7 +60,7 @@ def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, bl
         assert numel >= 1
         tile = numel * (4 if one.rule is Rule.COPY else one.cost(sources, merges))
         ahead = found.ahead * sources * blocks
-        assert found.threads * (tile + ahead) <= memory
+        assert found.threads * (depth * tile + ahead) <= memory
 
 
 def test_the_default_is_an_eighth_of_what_is_free(monkeypatch):
@@ -131,7 +132,8 @@ def test_a_truncated_file_is_named_with_direct_io(tmp_path):
 
 def test_reading_ahead_stays_inside_the_window(tmp_path, monkeypatch):
     """Chunks of several tiles are announced, piece after piece; advice that is refused is left."""
-    monkeypatch.setattr(budget, "TILE_ELEMENTS", (64, 64))
+    monkeypatch.setattr(budget, "LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(device, "TILE_BYTES", 1024)
     advised = []
     monkeypatch.setattr(
         os, "posix_fadvise", lambda fd, start, length, what: advised.append((start, length, what))

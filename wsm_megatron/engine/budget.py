@@ -12,8 +12,10 @@ MOST = 512 * 2**20
 """Bytes taken by default where the machine has them eight times over."""
 TILE_BYTES = 2 * 2**20
 """Bytes of all sources together in one tile: about a core's share of cache."""
-TILE_ELEMENTS = (2**14, 2**19)
-"""Fewest and most in a tile: fewer cost more in calls than in bytes."""
+STAGED_BYTES = 16 * 2**20
+"""The same on a GPU: enough to keep it busy longer than it takes to start it."""
+LEAST_ELEMENTS = 2**14
+"""Fewest in a tile: fewer cost more in calls than in bytes."""
 AHEAD = 4 * 2**20
 """Bytes of each source that are read ahead for each thread, where memory allows."""
 _LEAST_AHEAD = 256 * 2**10
@@ -26,52 +28,65 @@ class Budget:
 
     Attributes:
         threads: as many as asked for, or as their smallest tiles allow.
-        tile_bytes: for one thread's tile, over all sources and merges.
+        tile_bytes: most for one tile, over all sources and merges.
+        wanted_bytes: of all sources in one tile.
         ahead: bytes of each source that are read ahead for each thread; 0: as the kernel decides.
     """
 
     threads: int
     tile_bytes: int
+    wanted_bytes: int
     ahead: int
     sources: int
     merges: int
 
     def tile_elements(self, recipe: Recipe) -> int:
         """Elements of a tile of a recipe."""
-        low, high = TILE_ELEMENTS
         if recipe.rule is Rule.COPY:
             return min(TILE_BYTES, self.tile_bytes) // recipe.input_dtypes[0].itemsize
-        wanted = TILE_BYTES // recipe.cost(self.sources, 0)
+        wanted = self.wanted_bytes // recipe.cost(self.sources, 0)
         within = self.tile_bytes // recipe.cost(self.sources, self.merges)
-        return max(1, min(max(wanted, low), high, within))
+        return max(1, min(max(wanted, LEAST_ELEMENTS), within))
 
 
-def default_memory() -> int:
+def default_memory(most: int = MOST) -> int:
     """An eighth of the memory that is free on this machine, 512 MiB at most."""
-    return min(MOST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    return min(most, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
 
 
 def make_budget(
-    memory: int, threads: int, sources: int, merges: int, recipes: Iterable[Recipe], blocks: int = 1
+    memory: int,
+    threads: int,
+    sources: int,
+    merges: int,
+    recipes: Iterable[Recipe],
+    *,
+    blocks: int = 1,
+    depth: int = 1,
+    wanted_bytes: int = TILE_BYTES,
 ) -> Budget:
     """Divide memory among threads.
 
     Args:
+        memory: bytes. threads: at most.
         blocks: how many pieces of ``ahead`` bytes a thread keeps of each source.
+        depth: tiles of a thread that are under way at once.
+        wanted_bytes: of all sources in one tile, where memory allows.
 
     Raises:
         ValueError: not even one thread's smallest tiles fit.
     """
     costs = [r.cost(sources, merges) for r in recipes if r.rule is not Rule.COPY]
-    least = TILE_ELEMENTS[0] * max(costs, default=0)
+    least = depth * LEAST_ELEMENTS * max(costs, default=0)
     if memory < least:
         raise ValueError(
             f"--memory {memory} is too little: the smallest tiles of {sources} sources and "
             f"{merges} merges take {least} bytes a thread; merge fewer at a time"
         )
-    threads = min(threads, memory // least)
+    threads = min(threads, memory // max(least, 1))
     each = memory // threads
-    ahead = min(AHEAD, max(0, each - 2 * max(least, TILE_BYTES)) // (sources * blocks))
+    ahead = min(AHEAD, max(0, each - 2 * max(least, depth * wanted_bytes)) // (sources * blocks))
     if ahead < _LEAST_AHEAD:
         ahead = 0
-    return Budget(threads, each - ahead * sources * blocks, ahead, sources, merges)
+    tile_bytes = (each - ahead * sources * blocks) // depth
+    return Budget(threads, tile_bytes, wanted_bytes, ahead, sources, merges)

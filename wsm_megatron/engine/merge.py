@@ -30,6 +30,7 @@ from wsm_megatron.checkpoint.writer import (
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.budget import Budget, default_memory, make_budget
+from wsm_megatron.engine.device import Device, choose_device, local_rank
 from wsm_megatron.engine.job import Job, Product, places, prepare_job
 from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
@@ -212,7 +213,16 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _budget(job: Job) -> Budget:
+def _device(job: Job, tasks: Sequence[Task]) -> Device:
+    sources, merges = len(job.sources), len(job.products)
+    read = sum(task.box.numel * task.recipe.cost(sources, 0) for task in tasks)
+    threads = job.config.threads or default_threads()
+    device = choose_device(job.config.device, sources, merges, read, threads, local_rank())
+    logger.info("sums on %s: %s", device.torch_device, device.reason)
+    return device
+
+
+def _budget(job: Job, device: Device) -> Budget:
     config = job.config
     return make_budget(
         config.memory or default_memory(),
@@ -221,6 +231,8 @@ def _budget(job: Job) -> Budget:
         len(job.products),
         job.plan.recipes,
         blocks=STREAMS if config.direct_io else 1,
+        depth=device.depth,
+        wanted_bytes=device.wanted_bytes,
     )
 
 
@@ -234,7 +246,8 @@ def _run_share(
     _allow_many_files()
     result = _RankResult()
     with ExitStack() as stack:
-        budget = _budget(job)
+        device = _device(job, tasks)
+        budget = _budget(job, device)
         readers = [
             CheckpointReader(source.layout, job.config.retries, budget.ahead, job.config.direct_io)
             for source in job.sources
@@ -257,6 +270,7 @@ def _run_share(
                 [product.merge for product in job.products],
                 targets,
                 budget,
+                device,
                 allow_nonfinite=job.config.allow_nonfinite,
                 progress=stack.enter_context(bar),
             )

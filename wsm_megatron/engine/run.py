@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
 from wsm_megatron.engine.budget import Budget
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.device import Device
 from wsm_megatron.engine.plan import Output, Recipe, Rule, Task
 from wsm_megatron.engine.tile import Merge, Outcome, Tile, Workspace
 from wsm_megatron.errors import MergeError
@@ -51,12 +53,13 @@ class Share:
         merges: Sequence[Merge],
         targets: Sequence[Target],
         budget: Budget,
+        device: Device,
         *,
         allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ):
         self._readers, self._merges, self._targets = readers, merges, targets
-        self._budget = budget
+        self._budget, self._device = budget, device
         self._allow_nonfinite = allow_nonfinite
         self._progress = progress or (lambda _: None)
         self._stop = threading.Event()
@@ -67,7 +70,7 @@ class Share:
 
         def work(task: Task) -> None:
             if not hasattr(local, "workspace"):
-                local.workspace = Workspace(len(self._readers), self._merges)
+                local.workspace = self._device.workspace(len(self._readers), self._merges)
             self._run_task(task, local.workspace)
 
         work_through(tasks, work, self._budget.threads, self._stop, check or (lambda: None))
@@ -107,14 +110,25 @@ class Share:
             [t.chunk(output, task.part(output.key, box)) for output in recipe.outputs]
             for t in self._targets
         ]
+        started: deque[Tile] = deque()
+
+        def write_oldest() -> None:
+            tile = started.popleft()
+            self._check(task, tile, tile.finish())
+            _write(writers, tile)
+
         for part in box.split(self._budget.tile_elements(recipe)):
             if self._stop.is_set():
                 return
             tile = workspace.tile(recipe, part.numel)
             _read(task, covers, part, tile)
-            self._check(task, tile, tile.sum())
-            _write(writers, tile)
+            tile.start()
+            started.append(tile)
+            if len(started) == workspace.depth:
+                write_oldest()
             self._progress(part.numel * recipe.cost(len(covers), len(writers)))
+        while started:
+            write_oldest()
         _finish(covers, writers)
 
     def _copy(self, task: Task, workspace: Workspace) -> None:

@@ -9,10 +9,13 @@ import torch
 
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.engine.plan import Recipe, Rule
-from wsm_megatron.kernels import bind
+from wsm_megatron.kernels import Finite, bind
 
 _TILES = 64
 """Tiles of different recipes and sizes that a thread keeps bound; they share their memory."""
+
+Dtypes = Sequence[Sequence[torch.dtype]]
+Tensors = list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,6 @@ class Outcome:
     nonfinite: tuple[int, ...]
 
 
-class Tile:
-    """Buffers for one tile of a recipe: inputs of every source, outputs of every merge.
-
-    Attributes:
-        sources: ``[source][input]``, to be read into.
-        outputs: ``[merge][output]``, filled by :meth:`sum`.
-    """
-
-    def __init__(
-        self,
-        sources: list[list[Buffer]],
-        outputs: list[list[Buffer]],
-        recipe: Recipe,
-        merges: Sequence[Merge],
-    ):
-        self.sources, self.outputs = sources, outputs
-        self._sum = Summation(
-            [[buffer.elements for buffer in inputs] for inputs in sources],
-            [[buffer.elements for buffer in merged] for merged in outputs],
-            recipe,
-            merges,
-        )
-
-    def sum(self) -> Outcome:
-        return self._sum()
-
-
 class Summation:
     """The weighted sums of one tile, bound to tensors of one device.
 
@@ -70,13 +46,7 @@ class Summation:
         inputs: ``[source][input]``. outputs: ``[merge][output]``; all of one size.
     """
 
-    def __init__(
-        self,
-        inputs: list[list[torch.Tensor]],
-        outputs: list[list[torch.Tensor]],
-        recipe: Recipe,
-        merges: Sequence[Merge],
-    ):
+    def __init__(self, inputs: Tensors, outputs: Tensors, recipe: Recipe, merges: Sequence[Merge]):
         self._inputs, self._outputs = inputs, outputs
         self._has_mains = recipe.rule is Rule.SUM_MAIN
         self._groups = _same_members(merges)
@@ -88,23 +58,50 @@ class Summation:
             )
             for group in self._groups
         ]
+        self._wrong: list[Finite] = []
+        self._finite: list[Finite] = []
 
-    def __call__(self) -> Outcome:
-        wrong = self._wrong_main() if self._has_mains else None
-        finite = [weighted_sum() for weighted_sum in self._sums]
+    def start(self) -> None:
+        """Compute; on CUDA without waiting, on the current stream."""
+        if self._has_mains:
+            self._wrong = [_differ(main.to(model.dtype), model) for main, model in self._inputs]
+        self._finite = [weighted_sum() for weighted_sum in self._sums]
         for main, *models in self._outputs:
             for model in models:  # the main param rounded, as Megatron copies mains to weights
                 model.copy_(main)
-        bad = [
-            k for group, good in zip(self._groups, finite, strict=True) if not good for k in group
-        ]
-        return Outcome(wrong, tuple(bad))
 
-    def _wrong_main(self) -> int | None:
-        for j, (main, model) in enumerate(self._inputs):
-            if not _same_bits(main.to(model.dtype), model):
-                return j
-        return None
+    def outcome(self) -> Outcome:
+        """What the last :meth:`start` found; waits for it."""
+        wrong = [j for j, differs in enumerate(self._wrong) if differs]
+        bad = [
+            k
+            for group, finite in zip(self._groups, self._finite, strict=True)
+            if not finite
+            for k in group
+        ]
+        return Outcome(wrong[0] if wrong else None, tuple(bad))
+
+
+class Tile:
+    """Buffers for one tile of a recipe: inputs of every source, outputs of every merge.
+
+    Attributes:
+        sources: ``[source][input]``, to be read into before :meth:`start`.
+        outputs: ``[merge][output]``, filled when :meth:`finish` returns.
+    """
+
+    def __init__(self, inputs: Tensors, outputs: Tensors, summation: Summation):
+        self.sources = [[Buffer(one) for one in row] for row in inputs]
+        self.outputs = [[Buffer(one) for one in row] for row in outputs]
+        self._summation = summation
+
+    def start(self) -> None:
+        """Sum what was read, or begin to."""
+        self._summation.start()
+
+    def finish(self) -> Outcome:
+        """Wait until the outputs hold the sums."""
+        return self._summation.outcome()
 
 
 class Workspace:
@@ -114,49 +111,61 @@ class Workspace:
         sources: how many there are. merges: what is made of them.
     """
 
+    depth = 1
+    """Tiles that may be under way at once: read, started and not finished."""
+
     def __init__(self, sources: int, merges: Sequence[Merge]):
         self._sources, self._merges = sources, merges
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tiles: dict[tuple[Recipe, int], Tile] = {}
 
     def tile(self, recipe: Recipe, numel: int) -> Tile:
-        """Buffers for ``numel`` elements of a recipe; valid until something else is asked for."""
+        """Buffers for ``numel`` elements of a recipe, until ``depth`` more tiles are asked for."""
         found = self._tiles.get((recipe, numel))
         if found is None:
-            sources, outputs = self._carve(
-                [recipe.input_dtypes] * self._sources,
-                [[output.dtype for output in recipe.outputs]] * len(self._merges),
-                numel=numel,
-            )
             if len(self._tiles) >= _TILES:
                 self._tiles.clear()
-            found = self._tiles[recipe, numel] = Tile(sources, outputs, recipe, self._merges)
+            found = self._tiles[recipe, numel] = self._make(recipe, numel)
         return found
 
     def buffer(self, dtype: torch.dtype, numel: int) -> Buffer:
-        """Room for elements that are copied; valid as long as a tile is."""
-        return self._carve([[dtype]], numel=numel)[0][0][0]
+        """Room for elements that are copied, until something else is asked for."""
+        self._grow(numel * dtype.itemsize)
+        return Buffer(self._memory[: numel * dtype.itemsize].view(dtype))
 
-    def _carve(
-        self, *shapes: Sequence[Sequence[torch.dtype]], numel: int
-    ) -> list[list[list[Buffer]]]:
-        """Buffers of ``numel`` elements in the nesting of ``shapes``."""
-        dtypes = [dtype for shape in shapes for row in shape for dtype in row]
-        needed = sum(_room(dtype, numel) for dtype in dtypes)
-        if self._memory.numel() < needed:
+    def _make(self, recipe: Recipe, numel: int) -> Tile:
+        inputs, outputs = self._dtypes(recipe)
+        self._grow(room_for(inputs, numel) + room_for(outputs, numel))
+        sources = carve(self._memory, inputs, numel)
+        merged = carve(self._memory[room_for(inputs, numel) :], outputs, numel)
+        return Tile(sources, merged, Summation(sources, merged, recipe, self._merges))
+
+    def _dtypes(self, recipe: Recipe) -> tuple[Dtypes, Dtypes]:
+        """Of ``[source][input]`` and ``[merge][output]``."""
+        written = [output.dtype for output in recipe.outputs]
+        return [recipe.input_dtypes] * self._sources, [written] * len(self._merges)
+
+    def _grow(self, nbytes: int) -> None:
+        if self._memory.numel() < nbytes:
             self._tiles.clear()  # they would keep the old memory
-            self._memory = torch.empty(needed, dtype=torch.uint8)
-        start = 0
-        carved: list[list[list[Buffer]]] = []
-        for shape in shapes:
-            carved.append([])
-            for row in shape:
-                carved[-1].append([])
-                for dtype in row:
-                    part = self._memory[start : start + numel * dtype.itemsize]
-                    carved[-1][-1].append(Buffer(part.view(dtype)))
-                    start += _room(dtype, numel)
-        return carved
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+
+
+def carve(memory: torch.Tensor, dtypes: Dtypes, numel: int) -> Tensors:
+    """Tensors of ``numel`` elements, end to end in ``memory`` (uint8)."""
+    start = 0
+    carved: Tensors = []
+    for row in dtypes:
+        carved.append([])
+        for dtype in row:
+            carved[-1].append(memory[start : start + numel * dtype.itemsize].view(dtype))
+            start += _room(dtype, numel)
+    return carved
+
+
+def room_for(dtypes: Dtypes, numel: int) -> int:
+    """Bytes that :func:`carve` needs."""
+    return sum(_room(dtype, numel) for row in dtypes for dtype in row)
 
 
 def _room(dtype: torch.dtype, numel: int) -> int:
@@ -172,5 +181,7 @@ def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+def _differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
+    """Whether any bit differs; on a CPU at once, on CUDA as a tensor."""
+    left, right = left.view(torch.uint8), right.view(torch.uint8)
+    return not torch.equal(left, right) if left.device.type == "cpu" else (left != right).any()
