@@ -109,14 +109,28 @@ class Layout:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
+    @property
+    def files(self) -> dict[str, int]:
+        """The ``.distcp`` files, each with the size that it must have at least."""
+        locations = [entry.location for entry in self.objects.values()]
+        locations += [c.location for entry in self.tensors.values() for c in entry.chunks]
+        ends: dict[str, int] = {}
+        for location in locations:
+            end = location.offset + location.length
+            ends[location.file] = max(ends.get(location.file, 0), end)
+        return ends
+
 
 def is_complete(path: Path) -> bool:
     """Whether Megatron finished this checkpoint: it writes ``metadata.json`` last."""
     return (path / MARKER_FILE).is_file()
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path, whole: bool = True) -> Layout:
     """Read a checkpoint's layout; no tensor is read.
+
+    Args:
+        whole: the files that it names must be there; without, they may be on other nodes.
 
     Raises:
         ValueError: the directory is not a finished ``torch_dist`` checkpoint.
@@ -136,7 +150,10 @@ def read_layout(path: Path) -> Layout:
             objects[key] = ObjectEntry(key, object_role(key), location)
         else:
             raise MergeError(f"{path}: entry {key!r} has metadata of type {type(value).__name__}")
-    return Layout(path, tensors, objects, marker, getattr(metadata, "mcore_data", None) or {})
+    layout = Layout(path, tensors, objects, marker, getattr(metadata, "mcore_data", None) or {})
+    if whole:
+        _check_files(layout)
+    return layout
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
@@ -181,24 +198,24 @@ def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
             raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")
         location = Location(info.relative_path, info.offset, info.length)
         locations[_index_key(index)] = location
-    _check_files(path, locations)
     return locations
 
 
-def _check_files(path: Path, locations: dict[tuple, Location]) -> None:
-    ends: dict[str, int] = {}
-    for location in locations.values():
-        end = location.offset + location.length
-        ends[location.file] = max(ends.get(location.file, 0), end)
-    for file, end in sorted(ends.items()):
+def _check_files(layout: Layout) -> None:
+    path = layout.path
+    for file, end in sorted(layout.files.items()):
         if not (path / file).is_file():
             raise MergeError(f"{path}: file {file} is missing; the checkpoint is damaged")
-        size = (path / file).stat().st_size
-        if size < end:
-            raise MergeError(
-                f"{path}: file {file} is truncated ({size} bytes where .metadata needs {end}); "
-                "restore it or leave the checkpoint out"
-            )
+        check_size(path, file, (path / file).stat().st_size, end)
+
+
+def check_size(path: Path, file: str, size: int, end: int) -> None:
+    """Raise ``MergeError`` where a checkpoint's file is shorter than its ``.metadata`` needs."""
+    if size < end:
+        raise MergeError(
+            f"{path}: file {file} is truncated ({size} bytes where .metadata needs {end}); "
+            "restore it or leave the checkpoint out"
+        )
 
 
 def _index_key(index: MetadataIndex) -> tuple:
