@@ -21,8 +21,7 @@ from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.config import MergeConfig, flag
 from wsm_megatron.distributed import job_ranks
 from wsm_megatron.engine.inspect import inspect_checkpoint, inspect_run, is_checkpoint
-from wsm_megatron.engine.job import prepare_job
-from wsm_megatron.engine.merge import merge
+from wsm_megatron.engine.merge import merge, prepare
 from wsm_megatron.engine.resume import check_resume
 from wsm_megatron.engine.sources import Decay, decay_over, select_checkpoints
 from wsm_megatron.engine.verify import verify
@@ -234,7 +233,10 @@ def _exit_when_storage_hangs() -> Iterator[None]:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    job = prepare_job(_config(arguments))
+    with job_ranks() as ranks:
+        job = prepare(_config(arguments), ranks)
+        if ranks.rank != 0:
+            return
     for line in report.planned(job):
         print(line)
     if arguments.json:

@@ -128,6 +128,12 @@ class MergeConfig:
         parse="bytes",
     )
     direct_io: bool = _option(False, "read tensors past the page cache (O_DIRECT)", group="job")
+    source_parallel: bool = _option(
+        False,
+        "ranks see different parts of --load, as on node-local storage: each reads what it sees, "
+        "and sums go from rank to rank; --save is shared by all",
+        group="job",
+    )
     retries: int = _option(
         3, "how often a read that failed is tried again", group="job", metavar="N"
     )

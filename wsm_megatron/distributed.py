@@ -34,9 +34,15 @@ class Ranks:
     where that rank was killed.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, line: Line | None = None):
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        line: Line | None = None,
+        store: dist.Store | None = None,
+    ):
         assert (line is None) == (size == 1)
-        self.rank, self.size, self._line = rank, size, line
+        self.rank, self.size, self._line, self._store = rank, size, line, store
         self._turn = 0
         self._taken: list[str] = []
 
@@ -64,20 +70,31 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value`` (picklable), in rank order. Collective."""
+        values = self.collect(value)
+        if self._line is None:
+            return values
+        key = self._next()
+        if self.rank != 0:
+            return self._line.take(key)
+        self._taken.append(key)
+        self._line.put(key, values)
+        return values
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's ``value``, in rank order, on rank 0; nothing elsewhere. Collective."""
         if self._line is None:
             return [value]
         key = self._next()
         if self.rank != 0:
             self._line.put(f"{key}/{self.rank}", value)
-            return self._line.take(key)
+            return []
         values = [value]
         for rank in range(1, self.size):
             values.append(self._line.take(f"{key}/{rank}"))
             self._line.forget(f"{key}/{rank}")
         for taken in self._taken:  # by every rank, before it came here
             self._line.forget(taken)
-        self._taken = [key]
-        self._line.put(key, values)
+        self._taken = []
         return values
 
     def from_first(self, compute: Callable[[], T], phase: str) -> T:
@@ -94,6 +111,16 @@ class Ranks:
         self._line.put(key, values[0])
         self._taken.append(key)
         return values[0]
+
+    def meeting(self) -> dist.Store:
+        """A store for the ranks to meet at once more, of more than one rank. Collective.
+
+        A connection of its own where torch can make one (2.5): whoever waits in it keeps no sign
+        of life from the line.
+        """
+        assert self._store is not None
+        store = self._store.clone() if hasattr(self._store, "clone") else self._store
+        return dist.PrefixStore(self._next(), store)
 
     def _next(self) -> str:
         self._turn += 1
@@ -117,7 +144,7 @@ def job_ranks() -> Iterator[Ranks]:
         return
     logger.info("rank %d of %d", rank, size)
     line = Line(store, rank, size)
-    _current = Ranks(rank, size, line)
+    _current = Ranks(rank, size, line, store)
     try:
         yield _current
     except BaseException as error:

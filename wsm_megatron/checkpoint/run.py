@@ -39,17 +39,22 @@ def scan_run(path: Path) -> RunDirectory:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such run directory")
-    found = {
-        int(match[1]): child
-        for child in path.iterdir()
-        if (match := _ITERATION.fullmatch(child.name)) and child.is_dir()
-    }
+    found = list_checkpoints(path)
     if not found:
         hint = "; give its parent" if _ITERATION.fullmatch(path.name) else ""
         raise ValueError(f"{path}: no iter_XXXXXXX checkpoint in this directory{hint}")
     finished = tuple(sorted(i for i, child in found.items() if is_complete(child)))
     unfinished = tuple(sorted(set(found) - set(finished)))
     return RunDirectory(path, finished, unfinished)
+
+
+def list_checkpoints(path: Path) -> dict[int, Path]:
+    """The ``iter_XXXXXXX`` folders of a run directory, finished or not, by iteration."""
+    return {
+        int(match[1]): child
+        for child in path.iterdir()
+        if (match := _ITERATION.fullmatch(child.name)) and child.is_dir()
+    }
 
 
 def write_tracker(root: Path, iteration: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.chain import cost_of
 from wsm_megatron.engine.flags import describe_resume
-from wsm_megatron.engine.flat import find_flat_mains
+from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
 from wsm_megatron.engine.sources import (
     Decay,
+    Fingerprint,
     Source,
     decay_over,
     open_source,
     read_common,
     select_checkpoints,
 )
+from wsm_megatron.engine.spread import Spread
 from wsm_megatron.engine.tile import Merge
 from wsm_megatron.window import Checkpoint
 
@@ -63,13 +66,33 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one rank does.
+
+    Attributes:
+        tasks: those that it does by itself.
+        written: for every product, the tasks whose chunks it stores, in the order of its file.
+        objects: for every product, the byte entries that it copies.
+    """
+
+    tasks: Sequence[Task]
+    written: Sequence[Sequence[Task]]
+    objects: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Job:
-    """Sources, what is made of them, and the plan that all products share."""
+    """Sources, what is made of them, and the plan that all products share.
+
+    Attributes:
+        spread: which rank reads what, where they see different files.
+    """
 
     config: MergeConfig
     sources: tuple[Source, ...]
     products: tuple[Product, ...]
     plan: MergePlan
+    spread: Spread | None = None
 
     def iterations(self, product: Product) -> tuple[int, ...]:
         return tuple(self.sources[j].iteration for j in product.members)
@@ -77,22 +100,45 @@ class Job:
     def newest(self, product: Product) -> Layout:
         return self.sources[product.members[-1]].layout
 
-    def shares(self, ranks: int) -> tuple[tuple[Task, ...], ...]:
-        """The tasks of every rank."""
-        return self.plan.shares(ranks, len(self.sources), len(self.products))
+    def parts(self, ranks: int) -> tuple[Part, ...]:
+        """What every rank does."""
+        if self.spread is not None:
+            return self._parts_of(self.spread)
+        shares = self.plan.shares(ranks, len(self.sources), len(self.products))
+        objects = [product.objects for product in self.products]
+        return tuple(
+            Part(share, [share] * len(objects), [() if rank else keys for keys in objects])
+            for rank, share in enumerate(shares)
+        )
 
     def cost(self, tasks: Sequence[Task]) -> int:
         """Bytes read and written by tasks."""
         sources, products = len(self.sources), len(self.products)
         return sum(task.box.numel * task.recipe.cost(sources, products) for task in tasks)
 
-    def placed(self, product: Product, rank: int, tasks: Sequence[Task]) -> list[Placed]:
-        """Everything that one rank stores for a product, in the order of its file."""
-        return place([*self._objects(product, rank), *chunks_of(tasks)], rank)
+    def cost_of_steps(self, rank: int) -> int:
+        """Bytes that a rank reads and writes in tasks that it does with others."""
+        if self.spread is None:
+            return 0
+        merges = [product.merge for product in self.products]
+        return cost_of(self.spread.held, self.spread.steps(rank), self.spread.checks(rank), merges)
+
+    def fingerprint(self, j: int) -> Fingerprint | tuple[Fingerprint, ...]:
+        """What tells one state of a source's files from another, on every rank that sees any."""
+        return self.sources[j].fingerprint if self.spread is None else self.spread.fingerprints[j]
+
+    def placed(self, k: int, rank: int, part: Part) -> list[Placed]:
+        """Everything that one rank stores for product ``k``, in the order of its file."""
+        items = self._objects(self.products[k], part.objects[k], rank == 0)
+        return place([*items, *chunks_of(part.written[k])], rank)
 
     def bytes_to_write(self) -> int:
         """Bytes of all products' tensors and objects."""
-        objects = sum(i.nbytes for product in self.products for i in self._objects(product, 0))
+        objects = sum(
+            item.nbytes
+            for product in self.products
+            for item in self._objects(product, product.objects, True)
+        )
         return objects + self.plan.bytes_to_write() * len(self.products)
 
     def common_key(self, product: Product) -> str | None:
@@ -103,14 +149,31 @@ class Job:
         """What goes into ``metadata.json``."""
         return marker_for(self.newest(product).marker, product.in_distcp)
 
-    def _objects(self, product: Product, rank: int) -> list[Item]:
-        if rank != 0:
-            return []
+    def _objects(self, product: Product, keys: Sequence[str], with_common: bool) -> list[Item]:
         layout = self.newest(product)
-        items = [Item(key, nbytes=layout.objects[key].nbytes) for key in product.objects]
-        if key := self.common_key(product):
+        items = [Item(key, nbytes=layout.objects[key].nbytes) for key in keys]
+        if with_common and (key := self.common_key(product)):
             items.append(Item(key, nbytes=len(product.common)))
         return items
+
+    def _parts_of(self, spread: Spread) -> tuple[Part, ...]:
+        newest = [product.members[-1] for product in self.products]
+        written = {j: spread.written(j) for j in set(newest)}
+        return tuple(
+            Part(
+                tasks,
+                [written[j][rank] for j in newest],
+                [
+                    [key for key in product.objects if spread.objects[j][key] == rank]
+                    for product, j in zip(self.products, newest, strict=True)
+                ],
+            )
+            for rank, tasks in enumerate(spread.alone())
+        )
+
+
+Wanted = Sequence[tuple[MergeConfig, tuple[Checkpoint, ...]]]
+"""Every single merge, and the checkpoints that it is of, oldest first."""
 
 
 def prepare_job(config: MergeConfig) -> Job:
@@ -119,13 +182,29 @@ def prepare_job(config: MergeConfig) -> Job:
     Raises:
         ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
-    wanted = [
-        (one, chosen) for one in _single_merges(config) for chosen in _selections(config, one)
-    ]
-    checkpoints = {c.iteration: c for _, chosen in wanted for c in chosen}
-    sources = tuple(open_source(config.load, checkpoints[i]) for i in sorted(checkpoints))
+    wanted = wanted_merges(
+        config,
+        lambda one: select_checkpoints(config.load, one.windows[0], config.sliding_every),
+    )
+    sources = tuple(open_source(config.load, checkpoint) for checkpoint in all_of(wanted))
+    flat = find_flat_mains(sources[-1].layout) if config.keeps_optimizer else None
+    return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
+
+
+def plan_job(
+    config: MergeConfig,
+    wanted: Wanted,
+    sources: tuple[Source, ...],
+    flat: FlatMains | None,
+    common_of: Callable[[Source], tuple[bytes, str]],
+) -> Job:
+    """:func:`prepare_job` once the sources are opened.
+
+    Args:
+        flat: main params in the newest source's flat buckets.
+        common_of: a source's common state, as :func:`read_common` gives it.
+    """
     layouts = [source.layout for source in sources]
-    flat = find_flat_mains(layouts[-1]) if config.keeps_optimizer else None
     plan = make_plan(layouts, config, flat)
     if plan.rebuilds_mains and not config.mains_from_model:
         logger.warning(
@@ -134,7 +213,7 @@ def prepare_job(config: MergeConfig) -> Job:
         )
         config = replace(config, mains_from_model=True)
         wanted = [(replace(one, mains_from_model=True), chosen) for one, chosen in wanted]
-    products = tuple(_product(config, one, chosen, sources) for one, chosen in wanted)
+    products = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
     job = Job(config, sources, products, plan)
     _check_copied(job)
     return job
@@ -147,6 +226,19 @@ def _check_copied(job: Job) -> None:
         layout = job.newest(product)
         for recipe in copied:
             check_entry(layout, job.sources[-1].layout, recipe.key)
+
+
+def wanted_merges(
+    config: MergeConfig, select: Callable[[MergeConfig], tuple[tuple[Checkpoint, ...], ...]]
+) -> Wanted:
+    """Every merge that a config asks for; ``select`` finds the checkpoints of one window."""
+    return [(one, chosen) for one in _single_merges(config) for chosen in select(one)]
+
+
+def all_of(wanted: Wanted) -> list[Checkpoint]:
+    """All checkpoints of some merges, oldest first."""
+    checkpoints = {c.iteration: c for _, chosen in wanted for c in chosen}
+    return [checkpoints[i] for i in sorted(checkpoints)]
 
 
 def _single_merges(config: MergeConfig) -> list[MergeConfig]:
@@ -167,10 +259,6 @@ def _each(values: tuple[int, ...] | None) -> list[Any]:
     return [None] if values is None else [(value,) for value in values]
 
 
-def _selections(config: MergeConfig, one: MergeConfig) -> tuple[tuple[Checkpoint, ...], ...]:
-    return select_checkpoints(config.load, one.windows[0], config.sliding_every)
-
-
 def _root(config: MergeConfig, one: MergeConfig) -> Path:
     """``--save``; where it gets merges of several decays or windows, a folder for each."""
     names = []
@@ -187,6 +275,7 @@ def _product(
     config: MergeConfig,
     chosen: tuple[Checkpoint, ...],
     opened: tuple[Source, ...],
+    common_of: Callable[[Source], tuple[bytes, str]],
 ) -> Product:
     decay = decay_over(
         chosen, config.decay, config.min_decay, config.weights, config.allow_unnormalized
@@ -196,7 +285,7 @@ def _product(
     sources = tuple(opened[j] for j in members)
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
-    before = load_common(*read_common(newest.path, newest.layout))
+    before = load_common(*common_of(newest))
     provenance = describe(list(map(describe_source, sources)), decay, config, iteration)
     provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
     state = prepare(

@@ -30,12 +30,23 @@ from wsm_megatron.checkpoint.writer import (
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.budget import Budget, default_memory, make_budget
+from wsm_megatron.engine.chain import Digests
 from wsm_megatron.engine.device import Device, choose_device, local_rank
-from wsm_megatron.engine.job import Job, Product, places, prepare_job
+from wsm_megatron.engine.job import Job, Part, Product, places, prepare_job
+from wsm_megatron.engine.parallel import prepare_spread
 from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.run import Progress, Share, Target
+from wsm_megatron.engine.steps import (
+    STEP_BYTES,
+    check_shared,
+    check_sources,
+    connect,
+    copy_beside,
+    run_steps,
+)
+from wsm_megatron.engine.wire import Wire
 from wsm_megatron.errors import MergeError, PassingError
 
 logger = logging.getLogger(__name__)
@@ -47,10 +58,6 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 
 Files = dict[str, tuple[int, int]]
 """Size and CRC-32 of files, by name."""
-
-
-Shares = Sequence[Sequence[Task]]
-"""Every rank's tasks."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class _RankResult:
 
     files: list[Files] = field(default_factory=list)
     ledgers: list[Ledger] = field(default_factory=list)
+    digests: Digests = field(default_factory=Digests)
     bytes_read: int = 0
     bytes_written: int = 0
 
@@ -128,7 +136,7 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     """
     started = time.monotonic()
     with job_ranks() as ranks:
-        job, missing = ranks.from_first(lambda: _prepare(config), "planning")
+        job, missing = _prepare(config, ranks)
         results = []
         if missing:
             products = tuple(job.products[k] for k in missing)
@@ -141,9 +149,22 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     )
 
 
-def _prepare(config: MergeConfig) -> tuple[Job, list[int]]:
-    """The job, and which of its products are not published yet. On rank 0."""
-    job = prepare_job(config)
+def prepare(config: MergeConfig, ranks: Ranks) -> Job:
+    """The job of a config, on every rank. Collective. Raises as :func:`merge` does."""
+    if config.source_parallel:
+        return prepare_spread(config, ranks)
+    return ranks.from_first(lambda: prepare_job(config), "planning")
+
+
+def _prepare(config: MergeConfig, ranks: Ranks) -> tuple[Job, list[int]]:
+    """The job, and which of its products are not published yet. Collective."""
+    if not config.source_parallel:
+        return ranks.from_first(lambda: _with_missing(prepare_job(config)), "planning")
+    job = prepare_spread(config, ranks)
+    return job, ranks.from_first(lambda: _with_missing(job)[1], "planning")
+
+
+def _with_missing(job: Job) -> tuple[Job, list[int]]:
     missing = []
     for k, product in enumerate(job.products):
         if holds_merge(product.path, product.provenance):
@@ -161,13 +182,20 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
     ]
     try:
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
+        if job.spread is not None:
+            check_shared(directories[0], ranks)
         with ranks.together("merging"):
-            shares = job.shares(ranks.size)
-            result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
+            parts = job.parts(ranks.size)
+            wire = connect(job, ranks) if job.spread is not None else None
+            result = _run_share(job, ranks, parts[ranks.rank], directories, wire, progress)
         results = ranks.gather(result)
+        if job.spread is not None:
+            with ranks.together("checking the sources"):
+                ledgers = [one.ledgers for one in results]
+                check_sources(job, ranks.rank, ledgers, [one.digests for one in results])
         with ranks.together("publishing"):
             if ranks.rank == 0:
-                _publish(job, shares, staging, results)
+                _publish(job, parts, staging, results)
     except BaseException as error:
         in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
             error, PassingError
@@ -180,7 +208,7 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
 
 def _key(job: Job, product: Product, ranks: int) -> str:
     """Tells merges apart whose files differ in any byte, or whose sources were written anew."""
-    members = [job.sources[j].fingerprint for j in product.members]
+    members = [job.fingerprint(j) for j in product.members]
     outputs = [one.path.name for one in job.products]
     text = json.dumps([product.provenance, members, outputs, ranks])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -222,10 +250,14 @@ def _device(job: Job, tasks: Sequence[Task]) -> Device:
     return device
 
 
+def _memory(job: Job) -> int:
+    return job.config.memory or default_memory()
+
+
 def _budget(job: Job, device: Device) -> Budget:
     config = job.config
     return make_budget(
-        config.memory or default_memory(),
+        _memory(job),
         config.threads or default_threads(),
         len(job.sources),
         len(job.products),
@@ -239,14 +271,15 @@ def _budget(job: Job, device: Device) -> Budget:
 def _run_share(
     job: Job,
     ranks: Ranks,
-    tasks: Sequence[Task],
+    part: Part,
     directories: list[Path],
+    wire: Wire | None,
     progress: ProgressFactory | None,
 ) -> _RankResult:
     _allow_many_files()
     result = _RankResult()
     with ExitStack() as stack:
-        device = _device(job, tasks)
+        device = _device(job, part.tasks)
         budget = _budget(job, device)
         readers = [
             CheckpointReader(source.layout, job.config.retries, budget.ahead, job.config.direct_io)
@@ -255,16 +288,23 @@ def _run_share(
         for reader in readers:
             stack.callback(reader.close)
         targets = [
-            _open_target(job, product, ranks.rank, tasks, directory, readers)
-            for product, directory in zip(job.products, directories, strict=True)
+            _open_target(job, k, ranks.rank, part, directory, readers)
+            for k, directory in enumerate(directories)
         ]
 
         def check() -> None:
             ranks.check()
             check_storage()
 
-        bar = progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
+        cost = job.cost(part.tasks) + job.cost_of_steps(ranks.rank)
+        bar = progress(ranks.rank, cost) if progress else nullcontext(_ignore)
         try:
+            advance = stack.enter_context(bar)
+            if job.spread is not None:
+                threads = max(1, min(budget.threads, _memory(job) // STEP_BYTES))
+                result.digests = run_steps(
+                    job, ranks, wire, readers, targets, threads, check, advance
+                )
             share = Share(
                 readers,
                 [product.merge for product in job.products],
@@ -272,13 +312,15 @@ def _run_share(
                 budget,
                 device,
                 allow_nonfinite=job.config.allow_nonfinite,
-                progress=stack.enter_context(bar),
+                progress=advance,
             )
-            share.run(tasks, check)
+            share.run(part.tasks, check)
         except BaseException:
             for target in targets:
                 target.file.abandon()
             raise
+        if job.spread is not None:
+            copy_beside(job, ranks.rank, directories)
         for target in targets:
             result.files.append({target.file.path.name: target.file.close()})
             result.bytes_written += target.file.bytes_written
@@ -289,13 +331,13 @@ def _run_share(
 
 def _open_target(
     job: Job,
-    product: Product,
+    k: int,
     rank: int,
-    tasks: Sequence[Task],
+    part: Part,
     directory: Path,
     readers: list[CheckpointReader],
 ) -> Target:
-    placed = job.placed(product, rank, tasks)
+    product, placed = job.products[k], job.placed(k, rank, part)
     file = CheckpointFile(directory / file_name(rank), keep_journal=True)
     reader = readers[product.members[-1]]
     for one in placed:
@@ -309,31 +351,35 @@ def _object(reader: CheckpointReader, placed: Placed) -> bytes:
     return reader.read_object(reader.layout.objects[placed.item.key])
 
 
-def _publish(job: Job, shares: Shares, staging: list[Staging], results: list[_RankResult]) -> None:
+def _publish(
+    job: Job, parts: Sequence[Part], staging: list[Staging], results: list[_RankResult]
+) -> None:
     """Check what was read, complete every product's directory, give it its name. On rank 0."""
-    for j, source in enumerate(job.sources):
+    for j, source in enumerate(job.sources if job.spread is None else ()):
         reader = CheckpointReader(source.layout)
         try:
             reader.verify([result.ledgers[j] for result in results])
         finally:
             reader.close()
         source.check_unchanged()
-    for k, (product, stage) in enumerate(zip(job.products, staging, strict=True)):
+    for k, stage in enumerate(staging):
         files: Files = {}
         for result in results:
             files.update(result.files[k])
-        _complete(job, product, shares, stage.path, files)
+        _complete(job, k, parts, stage.path, files)
         path = stage.commit()
         logger.info("published %s", path)
 
 
-def _complete(job: Job, product: Product, shares: Shares, directory: Path, files: Files) -> None:
+def _complete(job: Job, k: int, parts: Sequence[Part], directory: Path, files: Files) -> None:
+    product = job.products[k]
     newest = job.newest(product)
-    placed = [one for rank, tasks in enumerate(shares) for one in job.placed(product, rank, tasks)]
+    placed = [one for rank, part in enumerate(parts) for one in job.placed(k, rank, part)]
     files[METADATA_FILE] = write_metadata(directory, placed, newest.mcore_data)
     if job.common_key(product) is None:
         files[COMMON_FILE] = write_file(directory / COMMON_FILE, product.common)
-    copy_side_files(newest.path, directory)
+    if job.spread is None:
+        copy_side_files(newest.path, directory)
     files[MARKER_FILE] = write_marker(directory, job.marker(product))
     write_provenance(directory, product.provenance, files)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -84,6 +84,14 @@ class Task:
             return tile
         first = span_of(tile.within(self.box), self.box.sizes).start
         return Box((self.flat.start + first,), (tile.numel,))
+
+    def split(self, limit: int) -> Iterator[Task]:
+        """The same work as tasks of at most ``limit`` elements."""
+        for box in self.box.split(limit):
+            flat = self.flat
+            if flat is not None:
+                flat = FlatMain(flat.bucket, self.part(flat.bucket, box).offsets[0])
+            yield Task(self.recipe, box, flat)
 
 
 @dataclass(frozen=True)
@@ -373,9 +381,8 @@ def _tasks(recipe: Recipe, newest: Layout, flat: FlatMains) -> Iterable[tuple[Lo
         main = flat.places.get((entry.key, whole)) if merged else None
         if main is not None:
             both = _flat_pair(recipe, newest.tensors[main.bucket])
-            for box in whole.split(CHUNK_ELEMENTS):
-                first = span_of(box.within(whole), whole.sizes).start
-                yield chunk.location, Task(both, box, FlatMain(main.bucket, main.start + first))
+            for task in Task(both, whole, main).split(CHUNK_ELEMENTS):
+                yield chunk.location, task
             continue
         for part in flat.rest(entry.key, whole) if is_flat_main(entry) else (whole,):
             for box in part.split(CHUNK_ELEMENTS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,12 @@ def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
 
 
 def _options(config: MergeConfig) -> dict[str, Any]:
-    skipped = ("load", "save", "threads", "retries")
+    """What decides the result; not where it lies, nor how the job is run."""
+    values = {o.name: getattr(config, o.name) for o in fields(config) if _decides(o)}
     return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(config).items()
-        if name not in skipped
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
     }
+
+
+def _decides(option: Field) -> bool:
+    return option.metadata["group"] in ("which", "how")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.cover import Cover
+from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
@@ -143,48 +144,21 @@ class Share:
                 buffer = workspace.buffer(recipe.input_dtypes[0], part.numel)
                 cover.read(part, buffer)
                 if not self._allow_nonfinite:
-                    self._check_finite(task, reader, buffer.elements)
+                    check_finite(task, reader, buffer.elements)
                 writer.append(buffer)
                 self._progress(part.numel * recipe.cost(1, 1))
             _finish([[cover]], [[writer]])
 
     def _check(self, task: Task, tile: Tile, outcome: Outcome) -> None:
         if outcome.wrong_main is not None:
-            raise self._wrong_main(task.recipe, self._readers[outcome.wrong_main])
+            raise wrong_main(task.recipe, self._readers[outcome.wrong_main].layout)
         for k in outcome.nonfinite if not self._allow_nonfinite else ():
             self._explain_nonfinite(task, tile, self._merges[k].members)
 
-    def _wrong_main(self, recipe: Recipe, reader: CheckpointReader) -> MergeError:
-        main, model = recipe.inputs
-        return MergeError(
-            f"{reader.layout.path}: the main param {main} does not belong to the model tensor "
-            f"{model}: rounded to {recipe.input_dtypes[1]} it differs. Megatron-LM through "
-            "core_r0.19 can save such mains with fully_reshardable optimizer state and several DDP "
-            "buckets; the model tensors are right. Merge with --mains-from-model (but for flat "
-            "buckets), or --optimizer-state drop"
-        )
-
-    def _check_finite(self, task: Task, reader: CheckpointReader, data: torch.Tensor) -> None:
-        key = task.recipe.key
-        if not data.is_floating_point() or torch.isfinite(data).all():
-            return
-        if _is_padding(key, task.box):
-            return
-        raise MergeError(_nonfinite_message(reader, key, data))
-
     def _explain_nonfinite(self, task: Task, tile: Tile, members: Sequence[int]) -> None:
         """A sum is not finite: name the source that is to blame, or the overflow."""
-        key = task.recipe.inputs[0]
-        if _is_padding(key, task.part(key, task.box)):
-            return
-        for j in members:
-            elements = tile.sources[j][0].elements
-            if not torch.isfinite(elements).all():
-                raise MergeError(_nonfinite_message(self._readers[j], key, elements))
-        raise MergeError(
-            f"{key}: the merged values overflow {task.recipe.outputs[0].dtype} although every "
-            "source is finite; choose another --dtype"
-        )
+        read = [(self._readers[j], tile.sources[j][0].elements) for j in members]
+        explain_nonfinite(task, read, task.recipe.outputs[0])
 
 
 def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:
@@ -207,6 +181,48 @@ def _finish(covers: list[list[Cover]], writers: list[list[ChunkWriter]]) -> None
     for outputs in writers:
         for writer in outputs:
             writer.finish()
+
+
+def wrong_main(recipe: Recipe, layout: Layout) -> MergeError:
+    """A source's main param is of other weights than its model tensor."""
+    main, model = recipe.inputs
+    return MergeError(
+        f"{layout.path}: the main param {main} does not belong to the model tensor "
+        f"{model}: rounded to {recipe.input_dtypes[1]} it differs. Megatron-LM through "
+        "core_r0.19 can save such mains with fully_reshardable optimizer state and several DDP "
+        "buckets; the model tensors are right. Merge with --mains-from-model (but for flat "
+        "buckets), or --optimizer-state drop"
+    )
+
+
+def check_finite(task: Task, reader: CheckpointReader, data: torch.Tensor) -> None:
+    """Raise ``MergeError`` where copied values are not finite, padding apart."""
+    key = task.recipe.key
+    if not data.is_floating_point() or torch.isfinite(data).all():
+        return
+    if _is_padding(key, task.box):
+        return
+    raise MergeError(_nonfinite_message(reader, key, data))
+
+
+def explain_nonfinite(
+    task: Task, read: Iterable[tuple[CheckpointReader, torch.Tensor]], output: Output
+) -> None:
+    """A sum of what was read is not finite: name the source that is to blame, or the overflow.
+
+    Raises:
+        MergeError: unless it is padding.
+    """
+    key = task.recipe.inputs[0]
+    if _is_padding(key, task.part(key, task.box)):
+        return
+    for reader, elements in read:
+        if not torch.isfinite(elements).all():
+            raise MergeError(_nonfinite_message(reader, key, elements))
+    raise MergeError(
+        f"{key}: the merged values overflow {output.dtype} although every source is finite; "
+        "choose another --dtype"
+    )
 
 
 def _is_padding(key: str, box: Box) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from isal.isal_zlib import crc32
@@ -78,14 +80,22 @@ def select_checkpoints(
     Warns about unfinished ones; raises ``ValueError`` where one is named explicitly.
     """
     run = scan_run(root)
+    return choose_checkpoints(
+        run, window, sliding_every, cache(lambda i: read_tokens(run.checkpoint(i)))
+    )
+
+
+def choose_checkpoints(
+    run: RunDirectory,
+    window: Window,
+    sliding_every: int | None,
+    tokens: Callable[[int], int | None],
+) -> tuple[tuple[Checkpoint, ...], ...]:
+    """:func:`select_checkpoints` of a run whose contents are known."""
     _report_unfinished(run, window)
-    known: dict[int, Checkpoint] = {}
 
     def with_tokens(iteration: int) -> Checkpoint:
-        if iteration not in known:
-            tokens = read_tokens(run.checkpoint(iteration))
-            known[iteration] = Checkpoint(iteration, tokens)
-        return known[iteration]
+        return Checkpoint(iteration, tokens(iteration))
 
     needs_all = window.window_tokens is not None
     available = [with_tokens(i) if needs_all else Checkpoint(i) for i in run.finished]
@@ -96,11 +106,15 @@ def select_checkpoints(
     return tuple(tuple(with_tokens(c.iteration) for c in chosen) for chosen in selections)
 
 
-def open_source(root: Path, checkpoint: Checkpoint) -> Source:
-    """Open one selected checkpoint: its layout, and what tells later that it changed."""
+def open_source(root: Path, checkpoint: Checkpoint, whole: bool = True) -> Source:
+    """Open one selected checkpoint: its layout, and what tells later that it changed.
+
+    Args:
+        whole: all of its files must be there.
+    """
     path = checkpoint_path(root, checkpoint.iteration)
     before = fingerprint(path)
-    layout = read_layout(path)
+    layout = read_layout(path, whole)
     metadata_crc = crc32(read_file(path / METADATA_FILE))
     return Source(path, checkpoint.iteration, checkpoint.tokens, layout, metadata_crc, before)
 
@@ -121,7 +135,12 @@ def decay_over(
 
 def read_tokens(path: Path) -> int | None:
     """Tokens that a checkpoint has seen, from its common state."""
-    return summarize(load_common(*read_common(path))).tokens
+    return tokens_of(read_common(path))
+
+
+def tokens_of(common: tuple[bytes, str]) -> int | None:
+    """The same from a common state that was read."""
+    return summarize(load_common(*common)).tokens
 
 
 def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
@@ -134,7 +153,7 @@ def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
     """
     if (path / COMMON_FILE).is_file():
         return read_file(path / COMMON_FILE), str(path / COMMON_FILE)
-    layout = layout or read_layout(path)
+    layout = layout or read_layout(path, whole=False)
     entry = layout.common_entry
     if entry is None:
         raise MergeError(f"{path}: no common state, neither common.pt nor in the distcp files")

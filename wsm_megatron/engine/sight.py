@@ -1,0 +1,144 @@
+"""What each rank sees of a run whose files lie on several nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from isal.isal_zlib import crc32
+
+from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE, Layout, check_size
+from wsm_megatron.checkpoint.patience import patiently
+from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, list_checkpoints
+from wsm_megatron.engine.sources import Fingerprint
+from wsm_megatron.errors import MergeError
+
+_END_BYTES = 4096
+"""Of a file's end: it holds the CRC-32 of the last tensor, and so tells one save from another."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One file as a rank sees it: size, modification time (ns), CRC-32 of its last bytes."""
+
+    size: int
+    modified: int
+    end: int
+
+    def is_same(self, other: Seen) -> bool:
+        """Copies of one file may have been made at different times."""
+        return (self.size, self.end) == (other.size, other.end)
+
+
+Sight = Mapping[int, Mapping[str, Seen]]
+"""What one rank sees: by iteration, the files directly in the checkpoint's folder, by name."""
+
+
+def look(root: Path) -> Sight:
+    """Look at the checkpoints under ``root``; nothing where there is no such directory.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if not root.is_dir():
+        return {}
+    return {i: _files(path) for i, path in list_checkpoints(root).items()}
+
+
+def _files(path: Path) -> dict[str, Seen]:
+    return {child.name: _see(child) for child in sorted(path.iterdir()) if child.is_file()}
+
+
+def _see(path: Path) -> Seen:
+    stat = path.stat()
+    end = patiently(partial(_end, path, stat.st_size), lambda: f"{path}: reading")
+    return Seen(stat.st_size, stat.st_mtime_ns, crc32(end))
+
+
+def _end(path: Path, size: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - _END_BYTES))
+        return stream.read(_END_BYTES)
+
+
+@dataclass(frozen=True)
+class View:
+    """What all ranks see together.
+
+    Attributes:
+        root: as rank 0 calls the run's directory; other ranks may have another name for theirs.
+        sights: by rank.
+    """
+
+    root: Path
+    sights: Sequence[Sight]
+
+    def run(self) -> RunDirectory:
+        """All checkpoints; those are finished of which some rank sees ``metadata.json``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = {iteration for sight in self.sights for iteration in sight}
+        if not found:
+            raise ValueError(f"{self.root}: no rank sees an iter_XXXXXXX checkpoint there")
+        finished = {i for i in found if self.ranks(i).get(MARKER_FILE)}
+        return RunDirectory(self.root, tuple(sorted(finished)), tuple(sorted(found - finished)))
+
+    def ranks(self, iteration: int) -> dict[str, tuple[int, ...]]:
+        """The ranks that see each file of a checkpoint."""
+        ranks: dict[str, tuple[int, ...]] = {}
+        for rank, sight in enumerate(self.sights):
+            for name in sight.get(iteration, ()):
+                ranks[name] = (*ranks.get(name, ()), rank)
+        return ranks
+
+    def reporter(self, iteration: int) -> int:
+        """The rank that reads a checkpoint's metadata for all: of those that can, the one that
+        sees most.
+
+        Raises:
+            MergeError: no rank sees both of its metadata files.
+        """
+        ranks = self.ranks(iteration)
+        able = set(ranks.get(METADATA_FILE, ())) & set(ranks.get(MARKER_FILE, ()))
+        if not able:
+            raise MergeError(
+                f"{checkpoint_path(self.root, iteration)}: no rank sees {METADATA_FILE} and "
+                f"{MARKER_FILE}; the node of Megatron's rank 0, which wrote them, must take part"
+            )
+        return max(able, key=lambda rank: (len(self.sights[rank][iteration]), -rank))
+
+    def fingerprint(self, rank: int, iteration: int) -> Fingerprint:
+        """What tells later that the files which a rank sees have changed."""
+        files = self.sights[rank].get(iteration, {})
+        return tuple((name, seen.size, seen.modified) for name, seen in sorted(files.items()))
+
+    def sees_all(self, rank: int, layout: Layout, iteration: int) -> bool:
+        return layout.files.keys() <= self.sights[rank].get(iteration, {}).keys()
+
+    def check(self, layout: Layout, iteration: int) -> None:
+        """Files that a checkpoint's metadata names are long enough, and the same on all ranks.
+
+        Raises:
+            MergeError: naming checkpoint, file and rank.
+        """
+        for file, end in sorted(layout.files.items()):
+            for rank, one in self._seen(iteration, file):
+                check_size(layout.path, f"{file} of rank {rank}", one.size, end)
+        for file in (METADATA_FILE, MARKER_FILE, *sorted(layout.files)):
+            seen = list(self._seen(iteration, file))
+            for rank, other in seen[1:]:
+                first, known = seen[0]
+                if not known.is_same(other):
+                    raise MergeError(
+                        f"{layout.path}: {file} is another file on rank {rank} than on rank "
+                        f"{first}: one is of another save; remove it"
+                    )
+
+    def _seen(self, iteration: int, file: str) -> Iterator[tuple[int, Seen]]:
+        for rank, sight in enumerate(self.sights):
+            if (seen := sight.get(iteration, {}).get(file)) is not None:
+                yield rank, seen

@@ -1,0 +1,189 @@
+"""A rank's part in the tasks that several ranks do together, and the checks afterwards.
+
+What a rank reads is checked where it was read: no other may see it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.distributed import Ranks
+from wsm_megatron.engine.chain import Chain, Digests, Place, ending, sources_of
+from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
+from wsm_megatron.engine.job import Job
+from wsm_megatron.engine.plan import Rule
+from wsm_megatron.engine.publish import copy_side_files
+from wsm_megatron.engine.run import Progress, Target, wrong_main
+from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.wire import Wire, open_wire
+
+
+STEP_BYTES = 16 * TRAVEL_ELEMENTS
+"""Memory of a thread that runs steps: sums of 8 bytes, and as much for tiles."""
+
+
+def check_shared(directory: Path, ranks: Ranks) -> None:
+    """All ranks see the directory that rank 0 has made. Collective.
+
+    Raises:
+        ValueError: one does not.
+    """
+    probe = ranks.from_first(lambda: _probe(directory), "preparing the target")
+    with ranks.together("preparing the target"):
+        if not probe.exists():
+            raise ValueError(
+                f"rank {ranks.rank} does not see {directory}, which rank 0 has made: --save must "
+                "be a directory that all ranks share, with --source-parallel too"
+            )
+    if ranks.rank == 0:
+        probe.unlink()
+
+
+def _probe(directory: Path) -> Path:
+    probe = directory / f"seen-{uuid.uuid4().hex}"
+    probe.touch()
+    return probe
+
+
+def connect(job: Job, ranks: Ranks) -> Wire | None:
+    """Connect the ranks where sums go from one to another. Collective.
+
+    Keep the wire until all ranks are done: closing it breaks their connections.
+    """
+    assert job.spread is not None
+    return open_wire(ranks) if any(held.travels for held in job.spread.held) else None
+
+
+def run_steps(
+    job: Job,
+    ranks: Ranks,
+    wire: Wire | None,
+    readers: Sequence[CheckpointReader],
+    targets: Sequence[Target],
+    threads: int,
+    check: Callable[[], None],
+    progress: Progress,
+) -> Digests:
+    """Do this rank's steps; those of tasks that an earlier merge finished are left out. Collective.
+
+    Raises:
+        MergeError: as for :class:`~wsm_megatron.engine.run.Share`, and where a rank is lost.
+    """
+    assert job.spread is not None
+    held, steps = job.spread.held, job.spread.steps(ranks.rank)
+    merges = [product.merge for product in job.products]
+    mine: set[Place] = set()
+    work_through(
+        steps,
+        lambda step: mine.update(_written(step, held, merges, targets)),
+        threads,
+        threading.Event(),
+        check,
+    )
+    written = set[Place]().union(*ranks.gather(mine))
+    finished = {step.number for step in steps if _is_finished(step, held, merges, written)}
+    for step in steps:
+        if step.number in finished:
+            _leave_out(step, held, merges, readers)
+    chain = Chain(
+        held,
+        [step for step in steps if step.number not in finished],
+        readers,
+        merges,
+        targets,
+        wire,
+        allow_nonfinite=job.config.allow_nonfinite,
+        progress=progress,
+    )
+    chain.run(job.spread.checks(ranks.rank), threads, check)
+    return chain.digests
+
+
+def _written(
+    step: Step, held: Sequence[Held], merges: Sequence[Merge], targets: Sequence[Target]
+) -> list[Place]:
+    """Task and merge of what an earlier merge has finished of a step."""
+    task = held[step.number].task
+    return [
+        (step.number, k)
+        for k in ending(step, merges)
+        if all(
+            targets[k].file.has(targets[k].places[output.key, task.part(output.key, task.box)])
+            for output in task.recipe.outputs
+        )
+    ]
+
+
+def _is_finished(
+    step: Step, held: Sequence[Held], merges: Sequence[Merge], written: set[Place]
+) -> bool:
+    """Every rank has written its part of the task. Not so while digests are to be compared."""
+    apart = held[step.number].checked_apart
+    return not apart and all((step.number, k) in written for k in range(len(merges)))
+
+
+def _leave_out(
+    step: Step, held: Sequence[Held], merges: Sequence[Merge], readers: Sequence[CheckpointReader]
+) -> None:
+    task = held[step.number].task
+    recipe = task.recipe
+    for j in sources_of(step, merges):
+        for key in (recipe.key,) if recipe.rule is Rule.COPY else recipe.inputs:
+            part = task.part(key, task.box)
+            readers[j].cover(key, part).leave_out(part)
+
+
+def copy_beside(job: Job, rank: int, directories: Sequence[Path]) -> None:
+    """Copy what lies beside the newest sources' tensors, where it is on this rank."""
+    assert job.spread is not None
+    for product, directory in zip(job.products, directories, strict=True):
+        j = product.members[-1]
+        if job.spread.reporters[j] == rank:
+            copy_side_files(job.sources[j].path, directory)
+
+
+def check_sources(
+    job: Job, rank: int, ledgers: Sequence[Sequence[Ledger]], digests: Sequence[Digests]
+) -> None:
+    """Compare what this rank answers for: records read in parts, files that may have changed.
+
+    Args:
+        ledgers: ``[rank][source]``. digests: of all ranks.
+
+    Raises:
+        MergeError: a record is damaged, a checkpoint changed meanwhile, or main params are of
+            other weights than their model.
+    """
+    for j, source in enumerate(job.sources):
+        reader = CheckpointReader(source.layout)
+        try:
+            reader.verify([_own_records([by_source[j] for by_source in ledgers], rank)])
+        finally:
+            reader.close()
+        if source.fingerprint:
+            source.check_unchanged()
+    _compare(job, digests)
+
+
+def _own_records(ledgers: Sequence[Ledger], rank: int) -> Ledger:
+    """Records of which this rank is the first that has read any, with the parts that all read."""
+    own: Ledger = {}
+    for location in ledgers[rank]:
+        if not any(location in ledger for ledger in ledgers[:rank]):
+            own[location] = [part for ledger in ledgers for part in ledger.get(location, ())]
+    return own
+
+
+def _compare(job: Job, digests: Sequence[Digests]) -> None:
+    assert job.spread is not None
+    models = {place: crc for one in digests for place, crc in one.models.items()}
+    for one in digests:
+        for (number, j), crc in one.mains.items():
+            if models[number, j] != crc:
+                recipe = job.spread.held[number].task.recipe
+                raise wrong_main(recipe, job.sources[j].layout)
