@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from wsm_megatron import MergeError, line
 from wsm_megatron.distributed import Ranks
+from wsm_megatron.engine.steps import check_shared
 from wsm_megatron.line import Line
 
 
@@ -129,3 +131,15 @@ def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
     for rank in {0, 1, 2} - {dead}:
         assert isinstance(outcomes[rank], MergeError)
         assert str(outcomes[rank]).startswith(f"rank {dead} (") and "lost" in str(outcomes[rank])
+
+
+def test_a_target_that_not_all_ranks_see_is_refused(ranks: list[Ranks], tmp_path: Path) -> None:
+    for name in ("shared", "local"):
+        (tmp_path / name).mkdir()
+
+    def check(one: Ranks) -> None:
+        check_shared(tmp_path / ("local" if one.rank == 2 else "shared"), one)
+
+    for outcome in on_all(ranks, check):
+        assert isinstance(outcome, ValueError)
+        assert "rank 2 does not see" in str(outcome)

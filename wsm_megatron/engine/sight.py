@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,23 +45,30 @@ def look(root: Path) -> Sight:
     """
     if not root.is_dir():
         return {}
-    return {i: _files(path) for i, path in list_checkpoints(root).items()}
+    found = patiently(partial(list_checkpoints, root), lambda: f"{root}: listing")
+    return {iteration: _files(path) for iteration, path in found.items()}
 
 
 def _files(path: Path) -> dict[str, Seen]:
-    return {child.name: _see(child) for child in sorted(path.iterdir()) if child.is_file()}
+    names = patiently(partial(os.listdir, path), lambda: f"{path}: listing")
+    places = [path / name for name in names]
+    seen = [patiently(partial(_see, place), partial(_reading, place)) for place in places]
+    return {name: one for name, one in zip(names, seen, strict=True) if one is not None}
 
 
-def _see(path: Path) -> Seen:
-    stat = path.stat()
-    end = patiently(partial(_end, path, stat.st_size), lambda: f"{path}: reading")
-    return Seen(stat.st_size, stat.st_mtime_ns, crc32(end))
+def _see(path: Path) -> Seen | None:
+    """None for a folder, and for a file that is being deleted while its run goes on."""
+    try:
+        with path.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            stream.seek(max(0, stat.st_size - _END_BYTES))
+            return Seen(stat.st_size, stat.st_mtime_ns, crc32(stream.read(_END_BYTES)))
+    except (FileNotFoundError, IsADirectoryError):
+        return None
 
 
-def _end(path: Path, size: int) -> bytes:
-    with path.open("rb") as stream:
-        stream.seek(max(0, size - _END_BYTES))
-        return stream.read(_END_BYTES)
+def _reading(path: Path) -> str:
+    return f"{path}: reading"
 
 
 @dataclass(frozen=True)

@@ -33,21 +33,21 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
     Raises:
         ValueError: one does not.
     """
-    probe = ranks.from_first(lambda: _probe(directory), "preparing the target")
+    name = ranks.from_first(lambda: _probe(directory), "preparing the target")
     with ranks.together("preparing the target"):
-        if not probe.exists():
+        if not (directory / name).exists():
             raise ValueError(
                 f"rank {ranks.rank} does not see {directory}, which rank 0 has made: --save must "
                 "be a directory that all ranks share, with --source-parallel too"
             )
     if ranks.rank == 0:
-        probe.unlink()
+        (directory / name).unlink()
 
 
-def _probe(directory: Path) -> Path:
+def _probe(directory: Path) -> str:
     probe = directory / f"seen-{uuid.uuid4().hex}"
     probe.touch()
-    return probe
+    return probe.name
 
 
 def connect(job: Job, ranks: Ranks) -> Wire | None:

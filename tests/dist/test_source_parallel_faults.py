@@ -1,0 +1,91 @@
+"""A rank that is killed or fails in a merge of node-local sources ends it on all, and no later."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.dist.test_source_parallel import assert_equal, ordinary, spread, whole_checkpoints
+from tests.faults import rank as faults
+from tests.faults.rank import Case
+
+RANKS = 3
+WITHIN = 60.0
+CASES = [
+    Case(fault, stage, rank)
+    for fault in ("SIGKILL", "SIGTERM", "EIO", "rank exception")
+    for stage in ("look", "read", "transfer")
+    for rank in range(RANKS)
+]
+CASES += [Case(fault, "write", 0) for fault in ("SIGKILL", "ENOSPC")]  # it has the newest source
+AT_ONCE = 3
+
+
+def run_rank(case: Case | None, rank: int, port: int, log: Path, argv: list[str]) -> None:
+    """One rank, in which a look at the run or a message can go wrong too."""
+    from wsm_megatron import line
+    from wsm_megatron.engine import sight, wire
+
+    faults._PLACES.update({"look": (sight, "_see"), "transfer": (wire.Wire, "_wait")})
+    line.START_WITHIN = 15.0  # a rank killed at once may never have been heard
+    faults.run_rank(case, rank, RANKS, port, log, argv)
+
+
+class Merge:
+    """A ``wsm merge`` of all ranks, each with the sources of its own node."""
+
+    def __init__(self, folder: Path, case: Case | None):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.faults.rank"])
+        self.processes = []
+        for rank in range(RANKS):
+            argv = ["merge", "--load", str(folder / f"node{rank}" / "run"), "--source-parallel"]
+            argv += ["--save", str(folder / "out"), "--threads", "2"]
+            arguments = (case, rank, port, folder / f"rank{rank}.log", argv)
+            self.processes.append(context.Process(target=run_rank, args=arguments))
+        for process in self.processes:
+            process.start()
+
+    def end(self) -> tuple[list[int | None], list[str]]:
+        """Exit statuses, None for a rank that hangs, and what the ranks said."""
+        deadline = time.monotonic() + WITHIN
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        status = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return status, [(self.folder / f"rank{r}.log").read_text() for r in range(RANKS)]
+
+
+def test_no_fault_hangs_a_rank_and_the_second_run_merges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    expected = ordinary(runs.DENSE, tmp_path / "alone", weights=None).output
+    for k in range(0, len(CASES), AT_ONCE):
+        some = CASES[k : k + AT_ONCE]
+        folders = [tmp_path / f"{c.fault}-{c.stage}-{c.rank}".replace(" ", "-") for c in some]
+        for folder in folders:
+            spread(runs.DENSE, folder, RANKS, whole_checkpoints(0, 1, 2, 0))
+        first = [Merge(folder, case) for folder, case in zip(folders, some, strict=True)]
+        ends = [merge.end() for merge in first]
+        second = [Merge(folder, None) for folder in folders]
+        for case, (status, said), merge in zip(some, ends, second, strict=True):
+            assert None not in status, f"a rank hangs: {case} {said}"
+            assert all(status), f"a rank takes the merge for done: {case} {status} {said}"
+            for other in set(range(RANKS)) - {case.rank}:
+                assert f"rank {case.rank}" in said[other], (case, said)
+            assert merge.end()[0] == [0] * RANKS, (case, said)
+            assert_equal(merge.folder / "out" / "iter_0000008", expected)
+            left = sorted(path.name for path in (merge.folder / "out").iterdir())
+            assert left == ["iter_0000008", "latest_checkpointed_iteration.txt"], (case, left)
