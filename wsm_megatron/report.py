@@ -60,6 +60,8 @@ def planned(job: Job) -> Iterator[str]:
     for key in job.plan.left_out:
         yield f"  left out             {key}"
     read = job.plan.bytes_to_read(len(job.sources), len(job.products))
+    if job.spread is not None:
+        yield f"sums of {size(job.bytes_to_send())} would go from rank to rank"
     yield f"would read {size(read)}, write {size(job.bytes_to_write())}; nothing was written"
 
 
@@ -72,6 +74,7 @@ def plan_data(job: Job) -> dict[str, Any]:
         **decay_data(product.decay),
         "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
         "bytes_to_write": job.bytes_to_write(),
+        "bytes_to_send": job.bytes_to_send(),
         "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},
         "objects": list(product.objects),
         "left_out": list(job.plan.left_out),

@@ -60,6 +60,11 @@ def shuffled(ranks: int, first: int = 0) -> Sees:
     return sees
 
 
+def by_writer(rank: int, iteration: int, name: str) -> bool:
+    """The two files of a Megatron rank on two nodes: some main params apart from their model."""
+    return rank == (int(name[4]) if name.endswith(".distcp") else 0)
+
+
 def ones(roots: list[Path], save: Path, **options: Any) -> list[MergeConfig]:
     """A config for every rank; what is not given is ``WEIGHTS`` of two threads."""
     options = {"weights": WEIGHTS, "threads": 2, **options}
@@ -132,6 +137,7 @@ def test_weights_equal_the_reference(tmp_path: Path) -> None:
 CASES: list[tuple[str, Sees, dict[str, Any]]] = [
     (runs.FULLY, own_files, {"optimizer_state": "last"}),
     (runs.FULLY, shuffled(2), {"optimizer_state": "merge"}),
+    (runs.FULLY, by_writer, {"optimizer_state": "last"}),
     (runs.FP32_PARAM, shuffled(2, first=1), {"optimizer_state": "last"}),
     (runs.FLAT, whole_checkpoints(0, 1, 1, 0), {"optimizer_state": "last"}),
     (runs.FLAT, whole_checkpoints(0, 0, 0, 1), {"optimizer_state": "merge"}),
@@ -231,7 +237,8 @@ def refused(tmp_path: Path, name: str, roots: list[Path], **options: Any) -> lis
 def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
     key = "decoder.layers.mlp.linear_fc1.weight"
     places = {name: tmp_path / name for name in ("nan", "flipped", "mains", "metadata", "file",
-              "stale", "short", "flat", "empty")}  # fmt: skip
+              "stale", "short", "flat", "empty",
+              "apart")}  # fmt: skip
     half = whole_checkpoints(0, 1, 1, 0)
 
     with_nan = runs.copy_run(runs.DENSE, tmp_path / "with-nan")
@@ -260,6 +267,11 @@ def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
     with (runs.checkpoint(short[1], 2) / "__1_1.distcp").open("r+b") as stream:
         stream.truncate(100)
 
+    apart = spread(runs.FULLY, places["apart"], 2, by_writer)
+    for name in ("__0_1.distcp", "__1_1.distcp"):  # of another iteration: each sound in itself
+        old = runs.checkpoint(runs.FULLY, 2) / name
+        shutil.copyfile(old, runs.checkpoint(apart[1], 4) / name)
+
     flat = spread(runs.FLAT, places["flat"], 2, own_files)
     empty = [tmp_path / "nothing", tmp_path / "nowhere"]
 
@@ -268,6 +280,8 @@ def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
         "holds NaN or Inf": refused(tmp_path, "nan", nan),
         "CRC-32 of .* does not match": refused(tmp_path, "flipped", flipped),
         "does not belong to the model tensor": refused(tmp_path, "mains", mains, **with_optimizer),
+        "iter_0000004: the main param optimizer.state.param.* does not belong":
+            refused(tmp_path, "apart", apart, **with_optimizer),
         "no rank sees .metadata": refused(tmp_path, "metadata", metadata),
         r"no rank sees all files that .* needs \(__1_0.distcp: no rank\)":
             refused(tmp_path, "file", file),

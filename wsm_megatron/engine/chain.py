@@ -28,7 +28,7 @@ from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.holders import Held, Step
+from wsm_megatron.engine.holders import Held, Step, steps_of
 from wsm_megatron.engine.plan import Rule, Task
 from wsm_megatron.engine.run import (
     Progress,
@@ -106,6 +106,8 @@ class Chain:
         going = sorted({*arriving(step, self._merges), *leaving(step, self._merges)})
         rows = {k: room.take(("row", k), torch.float64, task.box.numel).elements for k in going}
         self._exchange(step, "before", rows)
+        if self._stop.is_set():
+            return  # that took long enough for files to be closed
         covers = {j: self._covers(step, task, j) for j in sources_of(step, self._merges)}
         writers = {k: self._writers(task, k) for k in ending(step, self._merges)}
         done = 0
@@ -295,6 +297,12 @@ def cost_of(
         task = held[number].task
         total += task.box.numel * task.recipe.input_dtypes[1].itemsize
     return total
+
+
+def bytes_sent(held: Sequence[Held], merges: Sequence[Merge]) -> int:
+    """Bytes that go from rank to rank."""
+    sums = ((one.task, s) for n, one in enumerate(held) if one.travels for s in steps_of(n, one))
+    return sum(8 * task.box.numel * len(leaving(step, merges)) for task, step in sums)
 
 
 def _cost(task: Task, sources: int, merges: int) -> int:

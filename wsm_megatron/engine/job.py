@@ -15,7 +15,7 @@ from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.chain import cost_of
+from wsm_megatron.engine.chain import bytes_sent, cost_of
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
@@ -122,6 +122,12 @@ class Job:
             return 0
         merges = [product.merge for product in self.products]
         return cost_of(self.spread.held, self.spread.steps(rank), self.spread.checks(rank), merges)
+
+    def bytes_to_send(self) -> int:
+        """Bytes of sums that go from rank to rank."""
+        if self.spread is None:
+            return 0
+        return bytes_sent(self.spread.held, [product.merge for product in self.products])
 
     def fingerprint(self, j: int) -> Fingerprint | tuple[Fingerprint, ...]:
         """What tells one state of a source's files from another, on every rank that sees any."""
