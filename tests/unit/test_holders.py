@@ -44,6 +44,7 @@ def task(rule: Rule = Rule.SUM, offset: int = 0, rows: int = ROWS, merges: int =
 seen_by = st.lists(st.integers(0, RANKS - 1), min_size=1, max_size=RANKS, unique=True)
 
 
+@settings(deadline=None)
 @given(st.lists(seen_by, min_size=1, max_size=6))
 def test_no_choice_of_holders_makes_fewer_hops(who: list[list[int]]) -> None:
     layouts = [layout(j, 1) for j in range(len(who))]
@@ -59,6 +60,7 @@ def hops(holders: Any) -> int:
     return sum(a != b for a, b in pairwise(holders))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=2, max_size=4), st.data())
 def test_cut_tasks_tile_the_task_and_are_visible(chunks: list[int], data: st.DataObject) -> None:
     layouts = [layout(j, count) for j, count in enumerate(chunks)]
@@ -91,7 +93,7 @@ holders_of_tasks = st.integers(1, 5).flatmap(
 
 
 @given(holders_of_tasks)
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_every_merge_gets_its_sources_in_order_and_no_rank_waits_forever(
     case: tuple[list[tuple[int, ...]], list[list[int]]],
 ) -> None:

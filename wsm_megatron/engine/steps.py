@@ -22,7 +22,6 @@ from wsm_megatron.engine.run import Progress, Target, wrong_main
 from wsm_megatron.engine.tile import Merge
 from wsm_megatron.engine.wire import Wire, open_wire
 
-
 STEP_BYTES = 16 * TRAVEL_ELEMENTS
 """Memory of a thread that runs steps: sums of 8 bytes, and as much for tiles."""
 
