@@ -84,3 +84,9 @@ def test_a_target_that_exists_stops_all_of_them(tmp_path):
     with pytest.raises(ValueError, match="iter_0000006 exists"):
         merge(config(tmp_path, last=2, sliding_every=2))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["iter_0000006"]
+
+
+def test_source_parallel_of_one_rank_is_an_ordinary_merge(tmp_path):
+    options = {"decay": "mean,ema", "last": 2, "sliding_every": 2, "optimizer_state": "last"}
+    report = merge(config(tmp_path, source_parallel=True, **options))
+    assert_each_equals_its_own_merge(report, tmp_path, optimizer_state="last")

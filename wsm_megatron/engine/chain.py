@@ -312,7 +312,8 @@ def _cost(task: Task, sources: int, merges: int) -> int:
 
 
 def _tile_elements(task: Task, sources: int) -> int:
-    return max(LEAST_ELEMENTS, TILE_BYTES // (max(1, sources) * task.recipe.cost(1, 0)))
+    element = sum(dtype.itemsize for dtype in task.recipe.input_dtypes)
+    return max(LEAST_ELEMENTS, TILE_BYTES // (max(1, sources) * element))
 
 
 def _tickets(

@@ -166,8 +166,8 @@ class Holders:
         waiting = sorted(able)
         while waiting:
             reach = {rank: _reach(rank, waiting, able) for rank in able[waiting[0]]}
-            farthest = [rank for rank in reach if reach[rank] == max(reach.values())]
             count = max(reach.values())
+            farthest = [rank for rank in reach if reach[rank] == count]
             rank = self._least(self._nearest(farthest, waiting[:count], model), count * nbytes[0])
             for j in waiting[:count]:
                 holders[j] = rank
@@ -204,6 +204,8 @@ class Holders:
 
     def _who_sees(self, j: int, chunks: list[Chunk]) -> tuple[int, ...]:
         """The ranks that see the files of all chunks."""
+        if len(chunks) == 1:
+            return self._seeing[j].get(chunks[0].location.file, ())
         files = {chunk.location.file for chunk in chunks}
         first, *others = [self._seeing[j].get(file, ()) for file in files] or [()]
         return tuple(rank for rank in first if all(rank in other for other in others))

@@ -180,6 +180,7 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
         Staging(product.root, product.iteration, _key(job, product, ranks.size))
         for product in job.products
     ]
+    wire = None
     try:
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
         if job.spread is not None:
@@ -197,6 +198,8 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
             if ranks.rank == 0:
                 _publish(job, parts, staging, results)
     except BaseException as error:
+        if wire is not None:
+            wire.abandon()
         in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
             error, PassingError
         )

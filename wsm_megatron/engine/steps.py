@@ -14,6 +14,7 @@ from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.chain import Chain, Digests, Place, ending, sources_of
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.device import choose_device, local_rank
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.plan import Rule
@@ -55,7 +56,12 @@ def connect(job: Job, ranks: Ranks) -> Wire | None:
     Keep the wire until all ranks are done: closing it breaks their connections.
     """
     assert job.spread is not None
-    return open_wire(ranks) if any(held.travels for held in job.spread.held) else None
+    if not any(held.travels for held in job.spread.held):
+        return None
+    if job.config.device != "cuda":  # a GPU that only some ranks have or take connects no others
+        return open_wire(ranks)
+    device = choose_device("cuda", 0, 0, 0, 0, local_rank())
+    return open_wire(ranks, device.torch_device)
 
 
 def run_steps(

@@ -56,6 +56,11 @@ class Wire:
                 if there is not row:
                     row.copy_(there)
 
+    def abandon(self) -> None:
+        """After a failure: NCCL's transfers, which wait on the GPU, would keep the process."""
+        if self._device.type == "cuda":
+            self._group.abort()
+
     def _wait(self, work: Any) -> None:
         work.wait()
         if self._device.type == "cuda":
