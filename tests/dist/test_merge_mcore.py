@@ -261,7 +261,7 @@ def _fail_in(config: MergeConfig, stage: str, failing: int) -> str:
 
     owner, name = {
         "planning": (engine, "prepare_job"),
-        "reading": (reader.CheckpointReader, "read_bytes"),
+        "reading": (reader.CheckpointReader, "read_record"),
         "writing": (writer.CheckpointFile, "_write"),
         "publishing": (publish.Staging, "commit"),
     }[stage]

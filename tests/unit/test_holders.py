@@ -15,10 +15,10 @@ from wsm_megatron import MergeError
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.engine.chain import _tickets, arriving, ending, leaving
 from wsm_megatron.engine.holders import Held, Holders, Step, steps_of
 from wsm_megatron.engine.plan import FlatMain, Output, Recipe, Rule, Task
 from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.turns import arriving, ending, leaving, tickets_of
 
 KEY, ROWS = "weight", 24
 RANKS = 4
@@ -103,7 +103,7 @@ def test_every_merge_gets_its_sources_in_order_and_no_rank_waits_forever(
     helds = [Held(task(), chosen) for chosen in holders]
     steps = [step for n, held in enumerate(helds) for step in steps_of(n, held)]
     queues = {rank: [step for step in steps if step.rank == rank] for rank in range(3)}
-    tickets = {rank: _tickets(queue, merges) for rank, queue in queues.items()}
+    tickets = {rank: tickets_of(queue, merges) for rank, queue in queues.items()}
     programs = {
         rank: [event for step in queue for event in events(step, tickets[rank], merges)]
         for rank, queue in queues.items()

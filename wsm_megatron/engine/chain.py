@@ -14,7 +14,6 @@ it, which takes what it sends, is the first left on its own rank. So it ends.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +27,7 @@ from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.holders import Held, Step, steps_of
+from wsm_megatron.engine.holders import Held, Step
 from wsm_megatron.engine.plan import Rule, Task
 from wsm_megatron.engine.run import (
     Progress,
@@ -38,11 +37,9 @@ from wsm_megatron.engine.run import (
     wrong_main,
 )
 from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.turns import Place, arriving, cost, ending, leaving, sources_of, tickets_of
 from wsm_megatron.engine.wire import Wire
 from wsm_megatron.kernels import weighted_sum
-
-Place = tuple[int, int]
-"""A task and a source, or a task and a merge, by number."""
 
 
 @dataclass
@@ -82,7 +79,7 @@ class Chain:
         self._allow_nonfinite = allow_nonfinite
         self._progress = progress or (lambda _: None)
         self._stop = threading.Event()
-        self._tickets = _tickets(steps, merges)
+        self._tickets = tickets_of(steps, merges)
         self.digests = Digests()
 
     def run(self, checks: Sequence[Place], threads: int, check: Callable[[], None]) -> None:
@@ -119,7 +116,7 @@ class Chain:
             for k in sorted({*rows, *writers}):
                 self._add(step, k, read, tile.get(k), writers.get(k), room)
             done += part.numel
-            self._progress(part.numel * _cost(task, len(covers), len(writers)))
+            self._progress(part.numel * cost(task, len(covers), len(writers)))
         for cover in (cover for inputs in covers.values() for _, cover in inputs):
             cover.settle()
         for writer in (writer for outputs in writers.values() for writer in outputs):
@@ -228,8 +225,10 @@ class Chain:
     def _copy(self, step: Step, room: _Room) -> None:
         task, reader = self._held[step.number].task, self._readers[step.first]
         recipe = task.recipe
-        cover = reader.cover(recipe.key, task.box)
         writers = [self._writers(task, k)[0] for k in ending(step, self._merges)]
+        if not writers:
+            return  # of a merge that is published already
+        cover = reader.cover(recipe.key, task.box)
         for part in task.box.split(_tile_elements(task, 1)):
             if self._stop.is_set():
                 return
@@ -239,7 +238,7 @@ class Chain:
                 check_finite(task, reader, buffer.elements)
             for writer in writers:
                 writer.append(buffer)
-            self._progress(part.numel * _cost(task, 1, len(writers)))
+            self._progress(part.numel * cost(task, 1, len(writers)))
         cover.settle()
         for writer in writers:
             writer.finish()
@@ -262,73 +261,6 @@ class _Room:
         return Buffer(memory[:numel])
 
 
-def arriving(step: Step, merges: Sequence[Merge]) -> list[int]:
-    """Merges whose sums the step takes in."""
-    return [k for k, m in enumerate(merges) if m.members[0] < step.first <= m.members[-1]]
-
-
-def leaving(step: Step, merges: Sequence[Merge]) -> list[int]:
-    """Merges whose sums the step hands on."""
-    return [k for k, m in enumerate(merges) if m.members[0] <= step.last < m.members[-1]]
-
-
-def ending(step: Step, merges: Sequence[Merge]) -> list[int]:
-    """Merges that the step finishes, and writes."""
-    return [k for k, m in enumerate(merges) if step.first <= m.members[-1] <= step.last]
-
-
-def sources_of(step: Step, merges: Sequence[Merge]) -> list[int]:
-    """Sources that the step reads; others may be in the plan for merges made already."""
-    used = {j for merge in merges for j in merge.members}
-    return [j for j in range(step.first, step.last + 1) if j in used]
-
-
-def cost_of(
-    held: Sequence[Held], steps: Sequence[Step], checks: Sequence[Place], merges: Sequence[Merge]
-) -> int:
-    """Bytes that :meth:`Chain.run` reads and writes."""
-    total = 0
-    for step in steps:
-        task, written = held[step.number].task, len(ending(step, merges))
-        copied = task.recipe.rule is Rule.COPY
-        read = 1 if copied else len(sources_of(step, merges))
-        total += task.box.numel * _cost(task, read, written)
-    for number, _ in checks:
-        task = held[number].task
-        total += task.box.numel * task.recipe.input_dtypes[1].itemsize
-    return total
-
-
-def bytes_sent(held: Sequence[Held], merges: Sequence[Merge]) -> int:
-    """Bytes that go from rank to rank."""
-    sums = ((one.task, s) for n, one in enumerate(held) if one.travels for s in steps_of(n, one))
-    return sum(8 * task.box.numel * len(leaving(step, merges)) for task, step in sums)
-
-
-def _cost(task: Task, sources: int, merges: int) -> int:
-    """Bytes read and written for one element; the model tensors of main params do not count."""
-    outputs = sum(output.dtype.itemsize for output in task.recipe.outputs)
-    return sources * task.recipe.input_dtypes[0].itemsize + merges * outputs
-
-
 def _tile_elements(task: Task, sources: int) -> int:
     element = sum(dtype.itemsize for dtype in task.recipe.input_dtypes)
     return max(LEAST_ELEMENTS, TILE_BYTES // (max(1, sources) * element))
-
-
-def _tickets(
-    steps: Sequence[Step], merges: Sequence[Merge]
-) -> dict[tuple[int, int, str], tuple[int, int]]:
-    """Peer and ticket of every message, by task, first source, and which way it goes."""
-    turns: Counter[int] = Counter()
-    tickets = {}
-    for step in steps:
-        ways = (
-            ("before", step.before, arriving(step, merges)),
-            ("after", step.after, leaving(step, merges)),
-        )
-        for way, peer, sums in ways:
-            if peer is not None and sums:
-                tickets[step.number, step.first, way] = peer, turns[peer]
-                turns[peer] += 1
-    return tickets

@@ -15,7 +15,6 @@ from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.chain import bytes_sent, cost_of
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
@@ -31,6 +30,7 @@ from wsm_megatron.engine.sources import (
 )
 from wsm_megatron.engine.spread import Spread
 from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.turns import bytes_sent, cost_of
 from wsm_megatron.window import Checkpoint
 
 logger = logging.getLogger(__name__)

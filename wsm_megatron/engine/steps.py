@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.distributed import Ranks
-from wsm_megatron.engine.chain import Chain, Digests, Place, ending, sources_of
+from wsm_megatron.engine.chain import Chain, Digests
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.device import choose_device, local_rank
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
@@ -21,6 +21,7 @@ from wsm_megatron.engine.plan import Rule
 from wsm_megatron.engine.publish import copy_side_files
 from wsm_megatron.engine.run import Progress, Target, wrong_main
 from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.turns import Place, ending, sources_of
 from wsm_megatron.engine.wire import Wire, open_wire
 
 STEP_BYTES = 16 * TRAVEL_ELEMENTS
