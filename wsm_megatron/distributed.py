@@ -37,13 +37,35 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, line: Line | None = None):
         assert (line is None) == (size == 1)
         self.rank, self.size, self._line = rank, size, line
+        self.phase = "starting"
         self._turn = 0
         self._taken: list[str] = []
+        self._checks: list[Callable[[], None]] = []
+        if line is not None:
+            line.health = self._check_here
 
     def check(self) -> None:
-        """Raise where another rank has failed or is lost. Not collective; cheap."""
+        """Raise where the job has failed, on this rank or another. Not collective; cheap."""
+        self._check_here()
         if self._line is not None:
             self._line.check()
+
+    @contextmanager
+    def watching(self, check: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a ``MergeError`` of ``check`` fails the job on every rank.
+
+        ``check`` is called in :meth:`check`, and every second from another thread, which finds what
+        is wrong also while this rank is stuck in a call to the system. It must not block itself.
+        """
+        self._checks.append(check)
+        try:
+            yield
+        finally:
+            self._checks.remove(check)
+
+    def _check_here(self) -> None:
+        for check in tuple(self._checks):
+            check()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
@@ -54,6 +76,7 @@ class Ranks:
             naming the rank and the phase, on every other rank, also where that rank's failure
             led to one here.
         """
+        self._enter(phase)
         try:
             yield
         except Exception as error:
@@ -94,6 +117,11 @@ class Ranks:
         self._line.put(key, values[0])
         self._taken.append(key)
         return values[0]
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        if self._line is not None:
+            self._line.phase = phase
 
     def _next(self) -> str:
         self._turn += 1

@@ -45,6 +45,7 @@ class Failure:
     rank: int
     message: str
     kind: type[Exception] = MergeError
+    phase: str = ""
 
     def error(self) -> Exception:
         return self.kind(self.message)
@@ -55,15 +56,23 @@ class Line:
 
     Args:
         store: of all ranks of this job, and of no other job.
+
+    Attributes:
+        phase: what this rank is doing, for messages.
+        health: called at every beat, on the line's thread; what it raises fails the job, also
+            while the rank's own thread is stuck in a call to the system.
+        failure: why the job has failed; None while it has not.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         self._store: Any = store  # its stubs know of no bytes
         self.rank, self.size = rank, size
+        self.phase = "starting"
+        self.health: Callable[[], None] = lambda: None
+        self.failure: Failure | None = None
         self._requests: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue]] = (
             queue.SimpleQueue()
         )
-        self._failure: Failure | None = None
         self._silence: dict[int, float] = {}
         self._heard: dict[int, bytes] = {}
         self._contact = time.monotonic()
@@ -73,8 +82,8 @@ class Line:
 
     def check(self) -> None:
         """Raise where the job has failed on another rank, or the others are out of reach."""
-        if self._failure is not None:
-            raise self._failure.error()
+        if self.failure is not None:
+            raise self.failure.error()
         if time.monotonic() - self._contact > LOST_AFTER + 5 * BEAT:
             raise LostError(f"{self._who(0)} does not answer: its node or its network is gone")
 
@@ -110,14 +119,13 @@ class Line:
         Returns:
             the failure of another rank where that came first, and may have led to this one.
         """
-        message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
-        failure = Failure(self.rank, message, _kind(error))
+        failure = self._own(error, phase)
         with contextlib.suppress(MergeError):  # the others are gone
             self._ask(partial(self._declare, failure))
             self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
             if self.rank == 0:
                 self._wait_for("ended", _STOP_WITHIN * BEAT)
-        first = self._failure or failure
+        first = self.failure or failure
         return first.error() if first.rank != self.rank else None
 
     def leave(self) -> None:
@@ -125,14 +133,14 @@ class Line:
         with contextlib.suppress(MergeError):  # the others are gone
             self._ask(partial(self._store.set, f"left/{self.rank}", b"1"))
             if self.rank == 0:
-                self._wait_for("left", LOST_AFTER if self._failure is None else _STOP_WITHIN * BEAT)
+                self._wait_for("left", LOST_AFTER if self.failure is None else _STOP_WITHIN * BEAT)
         self._leaving.set()
         self._thread.join(BEAT)
 
     def _wait_for(self, word: str, patience: float) -> None:
         """Until every other rank that is not lost has said a word."""
         until = time.monotonic() + patience
-        failure = self._failure
+        failure = self.failure
         lost = {failure.rank} if failure and failure.kind is LostError else set()
         for rank in set(range(1, self.size)) - lost:
             check = partial(self._store.check, [f"{word}/{rank}"])
@@ -168,7 +176,7 @@ class Line:
                 self._answer(max(0.0, due - time.monotonic()))
         except RuntimeError as error:  # the store's: its process has ended
             logger.debug("rank %d: %s", self.rank, error)
-            self._failure = self._failure or self._gone()
+            self.failure = self.failure or self._gone()
 
     def _answer(self, timeout: float) -> None:
         try:
@@ -181,8 +189,13 @@ class Line:
     def _beat(self) -> None:
         sign = f"{socket.gethostname()} pid {os.getpid()} {time.monotonic()}"
         self._store.set(f"beat/{self.rank}", sign)
-        if self._failure is None and self._store.check([_FAILED]):
-            self._failure = pickle.loads(self._store.get(_FAILED))
+        if self.failure is None and self._store.check([_FAILED]):
+            self.failure = pickle.loads(self._store.get(_FAILED))
+        if self.failure is None:
+            try:
+                self.health()
+            except MergeError as error:
+                self._declare(self._own(error, self.phase))
         # Rank 0 looks after all, all look after rank 0.
         for rank in range(1, self.size) if self.rank == 0 else (0,):
             self._listen(rank)
@@ -204,24 +217,29 @@ class Line:
             self._store.set(_FAILED, pickle.dumps(failure))
         else:
             failure = pickle.loads(self._store.get(_FAILED))  # waits until it is there
-        self._failure = self._failure or failure
+        self.failure = self.failure or failure
+
+    def _own(self, error: BaseException, phase: str) -> Failure:
+        message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
+        return Failure(self.rank, message, _kind(error), phase)
 
     def _lost(self, rank: int) -> Failure:
         if rank not in self._heard:
             message = f"rank {rank} did not start within {START_WITHIN:.0f} s"
-            return Failure(rank, message, kind=LostError)
+            return Failure(rank, message, LostError, self.phase)
         return Failure(
             rank,
             f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out of "
             "memory, or its node is gone)",
-            kind=LostError,
+            LostError,
+            self.phase,
         )
 
     def _gone(self) -> Failure:
-        if self._failure is not None:
-            return self._failure
+        if self.failure is not None:
+            return self.failure
         message = f"{self._who(0)} is lost, and with it the store that the job shares"
-        return Failure(0, message, kind=LostError)
+        return Failure(0, message, LostError, self.phase)
 
     def _who(self, rank: int) -> str:
         host = self._heard.get(rank, b"").decode().rpartition(" ")[0]

@@ -19,9 +19,11 @@ from typing import Any
 
 from wsm_megatron import cli, line
 from wsm_megatron.checkpoint import patience
+from wsm_megatron.checkpoint.writer import CheckpointFile
 from wsm_megatron.engine import crew, merge, publish, run
+from wsm_megatron.engine.publish import Staging
 
-FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "rank exception")
+FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "stalled write", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
 LOST_AFTER, STALLED_AFTER = 2.0, 1.0
 
@@ -61,6 +63,8 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "write": (os, "pwrite"),
     "publish": (merge, "_complete"),
     "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved
+    "sync": (CheckpointFile, "close"),
+    "rename": (Staging, "commit"),
 }
 """What is called in a stage. Only rank 0 plans and publishes; another one waits for it."""
 
@@ -68,14 +72,27 @@ _PLACES: dict[str, tuple[Any, str]] = {
 def _inject(case: Case) -> None:
     """Let the third call in the stage go wrong, and, of an error of storage, all that follow."""
     owner, name = _PLACES[case.stage]
-    third = 1 if case.stage in ("publish", "track") else 3
+    third = 3 if case.stage in ("plan", "read", "reduce", "write") else 1
     if case.rank != 0 and case.stage in ("plan", "publish"):
         owner, name = line.Line, "take"
         third = {"plan": 1, "publish": 5}[case.stage]
-    if case.fault == "stalled read" and case.stage in ("reduce", "write"):
-        _when(owner, name, third, lambda: _when(os, "preadv", 1, _FAULTS[case.fault]))
+    call = _STALLS.get((case.fault, case.stage))
+    if call is not None:
+        _when(owner, name, third, lambda: _when(os, call, 1, _FAULTS[case.fault]))
         return
     _when(owner, name, third, _FAULTS[case.fault], ever=case.fault in ("EIO", "ENOSPC"))
+
+
+_STALLS = {
+    ("stalled read", "reduce"): "preadv",
+    ("stalled read", "write"): "preadv",
+    ("stalled write", "read"): "pwrite",
+    ("stalled write", "reduce"): "pwrite",
+    ("stalled write", "sync"): "fsync",
+    ("stalled write", "publish"): "fsync",
+    ("stalled write", "rename"): "rename",
+}
+"""The call that hangs, where it is not the one that the stage is told by but the next after it."""
 
 
 def _when(owner: Any, name: str, call: int, then: Callable[[], None], ever: bool = False) -> None:
@@ -119,5 +136,6 @@ _FAULTS: dict[str, Callable[[], None]] = {
     "ENOSPC": _fail(errno.ENOSPC),
     "EIO": _fail(errno.EIO),
     "stalled read": lambda: time.sleep(60),
+    "stalled write": lambda: time.sleep(60),
     "rank exception": _break,
 }

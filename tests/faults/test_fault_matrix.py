@@ -24,12 +24,17 @@ WITHIN = 60.0
 """Seconds after which a rank counts as hanging. A lost rank is noticed after 2 here."""
 CASES = [Case(f, s, r) for f in FAULTS for s in STAGES for r in range(RANKS)]
 CASES.append(Case("SIGKILL", "track", 0))
+CASES += [Case("stalled write", "sync", r) for r in range(RANKS)]
+CASES.append(Case("stalled write", "rename", 0))
 NOT_THERE = {
     Case("stalled read", "publish", 0): "reads nothing",
     Case("stalled read", "publish", 1): "reads nothing",
     Case("stalled read", "plan", 1): "reads nothing",
+    Case("stalled write", "plan", 0): "writes nothing",
+    Case("stalled write", "plan", 1): "writes nothing",
+    Case("stalled write", "publish", 1): "writes nothing",
 }
-"""Cases that do not exist: there the rank does not read."""
+"""Cases that do not exist: there the rank does not read, or does not write."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -128,6 +133,8 @@ def test_fault_matrix(server: ForkServerContext, tmp_path: Path) -> None:
             assert all(first.status), f"a rank takes the merge for done: {case} {first}"
             assert "latest_checkpointed_iteration.txt" not in first.left, case
             assert f"rank {case.rank}" in first.said[1 - case.rank], (case, first)
+        if case.fault.startswith("stalled") and case.stage != "plan":
+            assert "the storage hangs" in first.said[1 - case.rank], (case, first)
         assert second.status == [0, 0] and second.files == clean.files, (case, first, second)
         assert second.left == clean.left, (case, second)
 

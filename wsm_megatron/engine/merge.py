@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -28,12 +29,13 @@ from wsm_megatron.checkpoint.writer import (
 )
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
+from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.job import Job, Product, places, prepare_job
 from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.run import Progress, Share, Target
-from wsm_megatron.errors import MergeError, PassingError
+from wsm_megatron.errors import MergeError, PassingError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
     started = time.monotonic()
-    with job_ranks() as ranks:
+    with job_ranks() as ranks, ranks.watching(check_storage):
         job, missing = ranks.from_first(lambda: _prepare(config), "planning")
         results = []
         if missing:
@@ -229,10 +231,6 @@ def _run_share(
             for product, directory in zip(job.products, directories, strict=True)
         ]
 
-        def check() -> None:
-            ranks.check()
-            check_storage()
-
         bar = progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
         try:
             share = Share(
@@ -242,14 +240,13 @@ def _run_share(
                 allow_nonfinite=job.config.allow_nonfinite,
                 progress=stack.enter_context(bar),
             )
-            share.run(tasks, job.config.threads or default_threads(), check)
+            share.run(tasks, job.config.threads or default_threads(), ranks.check)
         except BaseException:
-            for target in targets:
-                target.file.abandon()
+            _abandon([target.file for target in targets])
             raise
-        for target in targets:
-            result.files.append({target.file.path.name: target.file.close()})
-            result.bytes_written += target.file.bytes_written
+        closed = _close([target.file for target in targets], ranks.check)
+        result.files = [{file.path.name: size_and_crc} for file, size_and_crc in closed]
+        result.bytes_written = sum(target.file.bytes_written for target in targets)
         result.ledgers = [reader.ledger for reader in readers]
         result.bytes_read = sum(reader.bytes_read for reader in readers)
     return result
@@ -271,6 +268,27 @@ def _open_target(
             common = one.item.key == job.common_key(product)
             file.write_bytes(one, product.common if common else _object(reader, one))
     return Target(file, places(placed))
+
+
+def _close(
+    files: list[CheckpointFile], check: Callable[[], None]
+) -> list[tuple[CheckpointFile, tuple[int, int]]]:
+    """Make files durable, several at a time; each with its size and CRC-32, in order."""
+    closed: dict[CheckpointFile, tuple[int, int]] = {}
+
+    def close(file: CheckpointFile) -> None:
+        closed[file] = file.close()
+
+    work_through(files, close, min(len(files), MAX_THREADS), threading.Event(), check)
+    return [(file, closed[file]) for file in files]
+
+
+def _abandon(files: list[CheckpointFile]) -> None:
+    """Close files after a failure. Storage that hangs is not waited for."""
+    try:
+        work_through(files, CheckpointFile.abandon, 1, threading.Event(), check_storage)
+    except StorageError as error:
+        logger.warning("%s; what is not synced is made again", error)
 
 
 def _object(reader: CheckpointReader, placed: Placed) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
 from wsm_megatron.engine.lock import Lock
 from wsm_megatron.errors import MergeError
@@ -42,11 +43,13 @@ class Staging:
         """
         self._refuse_existing()
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            with watched(lambda: f"{self.root}: creating"):
+                self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._refuse_existing()  # published before the lock was free
             self._remove_leftovers()
-            self.path.mkdir(exist_ok=True)
+            with watched(lambda: f"{self.path}: creating"):
+                self.path.mkdir(exist_ok=True)
             there = sum(file.stat().st_size for file in self.path.iterdir())
             free = shutil.disk_usage(self.path).free + there
         except OSError as error:
@@ -64,11 +67,13 @@ class Staging:
         try:
             self._lock.check()
             for journal in self._journals():
-                journal.unlink()
+                with watched(lambda: f"{self.path}: removing its journals"):
+                    journal.unlink()
             sync_directory(self.path)
             if os.path.lexists(self.target):
                 raise MergeError(f"{self.target} appeared during the merge; it is left alone")
-            os.rename(self.path, self.target)
+            with watched(lambda: f"{self.path}: renaming to {self.target.name}"):
+                os.rename(self.path, self.target)
             sync_directory(self.root)
             self._lock.release()
             write_tracker(self.root, self.iteration)
@@ -133,7 +138,8 @@ def copy_side_files(source: Path, directory: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    with open(source, "rb") as reading, open(target, "xb") as writing:
+    place = watched(lambda: f"{source}: copying to {target}")
+    with place, open(source, "rb") as reading, open(target, "xb") as writing:
         shutil.copyfileobj(reading, writing)
         writing.flush()
         os.fsync(writing.fileno())

@@ -10,6 +10,7 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.common import load_common, summarize
 from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
@@ -64,7 +65,8 @@ class Decay:
 def fingerprint(path: Path) -> Fingerprint:
     """Name, size and modification time of every file directly in a checkpoint."""
     try:
-        entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
+        with watched(lambda: f"{path}: listing"):
+            entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
     except OSError as error:
         raise MergeError(f"{path}: cannot list: {error.strerror}") from error
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
