@@ -33,9 +33,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def storage() -> Iterator[threading.Event]:
     """Storage that answers again once the event is set; it is when the test is over."""
-    answers = threading.Event()
+    before, answers = set(threading.enumerate()), threading.Event()
     yield answers
     answers.set()
+    for thread in set(threading.enumerate()) - before:  # those that hung, before the next test
+        thread.join(30)
 
 
 def hang(
@@ -97,13 +99,14 @@ def test_other_ranks_hear_of_a_rank_whose_own_thread_hangs(
     """Its beats go on all the while: it is not lost, and must not be waited for either."""
     monkeypatch.setattr(line, "BEAT", 0.05)
     store = dist.HashStore()
-    ranks = [Ranks(rank, 2, Line(store, rank, 2)) for rank in range(2)]
+    lines = [Line(store, rank, 2) for rank in range(2)]
+    ranks = [Ranks(one.rank, 2, one) for one in lines]
 
     def stuck() -> None:
         one = ranks[1]
-        with suppress(PassingError), one.watching(check_storage), one.together("publishing"):
-            with watched(lambda: "renaming iter_8"):
-                storage.wait(30)
+        place = watched(lambda: "renaming iter_8")
+        with suppress(PassingError), one.watching(check_storage), one.together("publishing"), place:
+            storage.wait(30)
 
     thread = threading.Thread(target=stuck)
     thread.start()
@@ -114,6 +117,8 @@ def test_other_ranks_hear_of_a_rank_whose_own_thread_hangs(
         pass
     storage.set()
     thread.join()
+    for one in lines:
+        one.leave()
 
 
 def test_one_sync_never_has_much_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
