@@ -7,6 +7,7 @@ of Python.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron import cli, line
-from wsm_megatron.checkpoint import patience
+from wsm_megatron.checkpoint import patience, visible
 from wsm_megatron.checkpoint.writer import CheckpointFile
-from wsm_megatron.engine import crew, merge, publish, run
+from wsm_megatron.engine import crew, merge, publish, run, watch
 from wsm_megatron.engine.publish import Staging
 
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "stalled write", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
-LOST_AFTER, STALLED_AFTER = 2.0, 1.0
+LOST_AFTER, STALLED_AFTER, SEEN_WITHIN = 2.0, 1.0, 2.0
+
+_run: Path
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,11 @@ def run_rank(
     line.BEAT, line.LOST_AFTER = 0.2, LOST_AFTER
     patience.STALLED_AFTER, patience.FIRST_PAUSE = STALLED_AFTER, 0.01
     cli.GRACE, crew._PATIENCE = 2.0, 0.2
+    global _run
+    _run = Path(argv[argv.index("--load") + 1])
+    visible.VISIBLE_WITHIN, watch.LOOK_EVERY = SEEN_WITHIN, 0.1
     if case is not None and case.rank == rank:
-        _inject(case)
+        _UNSEEN.get((case.fault, case.stage), lambda: _inject(case))()
     sys.exit(cli.main(argv))
 
 
@@ -126,6 +132,16 @@ def _fail(code: int) -> Callable[[], None]:
     return fail
 
 
+def _change(change: Callable[[Path], None]) -> Callable[[], None]:
+    """Change a file of a source that nobody reads any more, then be busy."""
+
+    def then() -> None:
+        change(_run / "iter_0000004" / "common.pt")
+        time.sleep(60)
+
+    return then
+
+
 def _break() -> None:
     raise RuntimeError("injected")
 
@@ -138,4 +154,55 @@ _FAULTS: dict[str, Callable[[], None]] = {
     "stalled read": lambda: time.sleep(60),
     "stalled write": lambda: time.sleep(60),
     "rank exception": _break,
+    "source deleted": _change(Path.unlink),
+    "source rewritten": _change(os.utime),
 }
+
+
+def _hide_directory(looks: float) -> Callable[[], None]:
+    """Let the first looks for the staging directory find nothing, as with NFS."""
+
+    def hide() -> None:
+        sees, count = visible._sees, 0
+
+        def late(path: Path) -> bool:
+            nonlocal count
+            count += 1
+            return count > looks and sees(path)
+
+        visible._sees = late
+
+    return hide
+
+
+def _shorten_file() -> None:
+    """Let the first look at another rank's file find only a part of it."""
+    size, seen = visible._size, set()
+
+    def late(path: Path) -> int | None:
+        if path in seen:
+            return size(path)
+        seen.add(path)
+        return 100
+
+    visible._size = late
+
+
+def _truncate_file() -> None:
+    close = CheckpointFile.close
+
+    def cut(file: CheckpointFile) -> tuple[int, int]:
+        closed = close(file)
+        os.truncate(file.path, 100)
+        return closed
+
+    CheckpointFile.close = cut  # type: ignore[method-assign]
+
+
+_UNSEEN: dict[tuple[str, str], Callable[[], None]] = {
+    ("seen late", "directory"): _hide_directory(3),
+    ("never seen", "directory"): _hide_directory(math.inf),
+    ("seen late", "file"): _shorten_file,
+    ("cut short", "file"): _truncate_file,
+}
+"""What goes wrong between two ranks."""

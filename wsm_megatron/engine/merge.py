@@ -9,8 +9,8 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FI
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.run import write_tracker
+from wsm_megatron.checkpoint.visible import wait_for_directory, wait_for_files
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
     Placed,
@@ -35,6 +36,7 @@ from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.run import Progress, Share, Target
+from wsm_megatron.engine.watch import SourceWatch
 from wsm_megatron.errors import MergeError, PassingError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -160,13 +162,14 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
     ]
     try:
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
-        with ranks.together("merging"):
-            shares = job.shares(ranks.size)
-            result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
-        results = ranks.gather(result)
+        with _watching_sources(job, ranks):
+            with ranks.together("merging"):
+                shares = job.shares(ranks.size)
+                result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
+            results = ranks.gather(result)
         with ranks.together("publishing"):
             if ranks.rank == 0:
-                _publish(job, shares, staging, results)
+                _publish(job, ranks, shares, staging, results)
     except BaseException as error:
         in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
             error, PassingError
@@ -175,6 +178,16 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
             one.discard() if in_vain else one.keep()
         raise
     return results
+
+
+@contextmanager
+def _watching_sources(job: Job, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 looks at the sources while they are read; all ranks raise when one has changed."""
+    if ranks.rank != 0:
+        yield
+        return
+    with SourceWatch(job.sources) as watch, ranks.watching(watch.check):
+        yield
 
 
 def _key(job: Job, product: Product, ranks: int) -> str:
@@ -226,6 +239,8 @@ def _run_share(
         readers = [CheckpointReader(source.layout, retries) for source in job.sources]
         for reader in readers:
             stack.callback(reader.close)
+        for directory in directories:
+            wait_for_directory(directory, ranks.check)
         targets = [
             _open_target(job, product, ranks.rank, tasks, directory, readers)
             for product, directory in zip(job.products, directories, strict=True)
@@ -295,7 +310,9 @@ def _object(reader: CheckpointReader, placed: Placed) -> bytes:
     return reader.read_object(reader.layout.objects[placed.item.key])
 
 
-def _publish(job: Job, shares: Shares, staging: list[Staging], results: list[_RankResult]) -> None:
+def _publish(
+    job: Job, ranks: Ranks, shares: Shares, staging: list[Staging], results: list[_RankResult]
+) -> None:
     """Check what was read, complete every product's directory, give it its name. On rank 0."""
     for j, source in enumerate(job.sources):
         reader = CheckpointReader(source.layout)
@@ -308,6 +325,8 @@ def _publish(job: Job, shares: Shares, staging: list[Staging], results: list[_Ra
         files: Files = {}
         for result in results:
             files.update(result.files[k])
+        sizes = {name: size for name, (size, _) in files.items()}
+        wait_for_files(stage.path, sizes, ranks.check)
         _complete(job, product, shares, stage.path, files)
         path = stage.commit()
         logger.info("published %s", path)

@@ -41,6 +41,11 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
+        if not self.path.is_dir():
+            raise MergeError(
+                f"{self.path} was deleted while it was read (does the run keep its newest "
+                "checkpoints only?); nothing was published"
+            )
         if fingerprint(self.path) != self.fingerprint:
             raise MergeError(
                 f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
