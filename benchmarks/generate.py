@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.run import checkpoint_path, write_tracker
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
@@ -115,7 +116,7 @@ def write_checkpoint(
             assert box is not None and one.item.dtype is not None
             start = (iteration * 7919 + k * 104729) % (noise.numel() // 2)
             for part in box.split(noise.numel() // 2):
-                chunk.append(noise[start : start + part.numel].to(one.item.dtype))
+                chunk.append(Buffer(noise[start : start + part.numel].to(one.item.dtype)))
             chunk.finish()
             placed.append(one)
         file.close()

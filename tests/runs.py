@@ -10,6 +10,7 @@ import torch
 
 from tests.reference import RUNS, load_tensors
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.writer import CheckpointFile, Item, file_name, place, write_metadata
@@ -74,7 +75,7 @@ def rewrite(
         box = one.item.box
         where = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
         chunk = file.chunk(one)
-        chunk.append(tensors[one.item.key][where].contiguous().view(-1))
+        chunk.append(Buffer(tensors[one.item.key][where].contiguous().view(-1)))
         chunk.finish()
     file.close()
     write_metadata(path, placed, {})

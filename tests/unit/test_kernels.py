@@ -18,7 +18,7 @@ from wsm_megatron.kernels.reference import round_once
 
 def native(sources, coefficients, outputs):
     module = pytest.importorskip("wsm_megatron.kernels.native", exc_type=ImportError)
-    return module.weighted_sum(sources, coefficients, outputs)
+    return module.bind(sources, coefficients, outputs)()
 
 
 def eager(sources, coefficients, outputs):

@@ -81,3 +81,11 @@ def span_of(box: Box, shape: tuple[int, ...]) -> Span:
         stride *= extent
     length = last - start + 1
     return Span(start, length, length == box.numel)
+
+
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Elements from one index to the next along each axis of a row-major array."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides[: len(shape)]))

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.container import Frame
 from wsm_megatron.checkpoint.journal import Journal
 from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE
@@ -193,9 +194,9 @@ class ChunkWriter:
         self._position = offset + container.prefix_bytes
         self._crc = 0
 
-    def append(self, elements: torch.Tensor) -> None:
-        """Write the next elements: a contiguous 1-D CPU tensor of the chunk's dtype."""
-        data = elements.view(torch.uint8).numpy().data
+    def append(self, elements: Buffer) -> None:
+        """Write the next elements, of the chunk's dtype."""
+        data = elements.data
         self._crc = crc32(data, self._crc)
         self._file._write(data, self._position)
         self._position += len(data)

@@ -19,7 +19,6 @@ from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
-from wsm_megatron.engine.run import Merge
 from wsm_megatron.engine.sources import (
     Decay,
     Source,
@@ -28,6 +27,7 @@ from wsm_megatron.engine.sources import (
     read_common,
     select_checkpoints,
 )
+from wsm_megatron.engine.tile import Merge
 from wsm_megatron.window import Checkpoint
 
 logger = logging.getLogger(__name__)

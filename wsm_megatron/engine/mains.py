@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import PARAM_ALIGNMENT, Role, is_flat_bucket, main_of
@@ -159,7 +160,7 @@ def _lies_at(
 def read_box(reader: CheckpointReader, key: str, box: Box) -> torch.Tensor:
     """A box of a tensor, as 1-D CPU tensor in row-major order."""
     out = torch.empty(box.numel, dtype=reader.layout.tensors[key].dtype)
-    reader.cover(key, box).read(box, out)
+    reader.cover(key, box).read(box, Buffer(out))
     return out
 
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.reader import CheckpointReader, Cover
+from wsm_megatron.checkpoint.cover import Cover
+from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.plan import Output, Recipe, Rule, Task
+from wsm_megatron.engine.tile import Merge, Outcome, Tile, Workspace
 from wsm_megatron.errors import MergeError
-from wsm_megatron.kernels import weighted_sum
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,6 @@ _TILE_ELEMENTS = (2**14, 2**18)
 
 Progress = Callable[[int], None]
 """Called from worker threads with the bytes read and written since the last call."""
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Coefficients of one merged checkpoint, for some of the sources, oldest first."""
-
-    members: tuple[int, ...]
-    coefficients: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -68,31 +61,29 @@ class Share:
         self._allow_nonfinite = allow_nonfinite
         self._progress = progress or (lambda _: None)
         self._stop = threading.Event()
-        self._groups = _same_members(merges)
 
     def run(
         self, tasks: Sequence[Task], threads: int, check: Callable[[], None] | None = None
     ) -> None:
         """Run all tasks; the first failure, also of ``check``, stops the others and is raised."""
-        scratch = threading.local()
-        work_through(
-            tasks,
-            lambda task: self._run_task(task, scratch),
-            threads,
-            self._stop,
-            check or (lambda: None),
-        )
+        local = threading.local()
 
-    def _run_task(self, task: Task, scratch: threading.local) -> None:
+        def work(task: Task) -> None:
+            if not hasattr(local, "workspace"):
+                local.workspace = Workspace(len(self._readers), self._merges)
+            self._run_task(task, local.workspace)
+
+        work_through(tasks, work, threads, self._stop, check or (lambda: None))
+
+    def _run_task(self, task: Task, workspace: Workspace) -> None:
         if self._stop.is_set():
             return
         if self._is_finished(task):
             self._leave_out(task)
-            return
-        if task.recipe.rule is Rule.COPY:
-            self._copy(task, _Scratch.of(scratch))
+        elif task.recipe.rule is Rule.COPY:
+            self._copy(task, workspace)
         else:
-            self._sum(task, _Scratch.of(scratch))
+            self._sum(task, workspace)
 
     def _is_finished(self, task: Task) -> bool:
         """Whether an earlier merge, which died, has written all that the task writes."""
@@ -110,7 +101,7 @@ class Share:
                 reader.cover(key, part).leave_out(part)
         self._progress(task.box.numel * recipe.cost(len(self._readers), len(self._targets)))
 
-    def _sum(self, task: Task, scratch: _Scratch) -> None:
+    def _sum(self, task: Task, workspace: Workspace) -> None:
         recipe, box = task.recipe, task.box
         covers = [
             [r.cover(key, task.part(key, box)) for key in recipe.inputs] for r in self._readers
@@ -119,126 +110,83 @@ class Share:
             [t.chunk(output, task.part(output.key, box)) for output in recipe.outputs]
             for t in self._targets
         ]
-        for tile in box.split(_tile_elements(recipe, len(covers))):
+        for part in box.split(_tile_elements(recipe, len(covers))):
             if self._stop.is_set():
                 return
-            sources = _read(task, covers, tile, scratch)
-            if recipe.rule is Rule.SUM_MAIN:
-                self._check_mains(recipe, sources)
-            for group in self._groups:
-                self._reduce(task, tile, sources, group, writers, scratch)
-            self._progress(tile.numel * recipe.cost(len(covers), len(writers)))
+            tile = workspace.tile(recipe, part.numel)
+            _read(task, covers, part, tile)
+            self._check(task, tile, tile.sum())
+            _write(writers, tile)
+            self._progress(part.numel * recipe.cost(len(covers), len(writers)))
         _finish(covers, writers)
 
-    def _reduce(
-        self,
-        task: Task,
-        tile: Box,
-        sources: list[list[torch.Tensor]],
-        group: Sequence[int],
-        writers: list[list[ChunkWriter]],
-        scratch: _Scratch,
-    ) -> None:
-        """Sum one tile for the merges ``group``, which have their sources in common."""
-        members = self._merges[group[0]].members
-        outputs = task.recipe.outputs
-        sums = [scratch.take(("sum", k), outputs[0].dtype, tile.numel) for k in group]
-        coefficients = [self._merges[k].coefficients for k in group]
-        finite = weighted_sum([sources[j][0] for j in members], coefficients, sums)
-        if not finite and not self._allow_nonfinite:
-            self._explain_nonfinite(task, sources, members, outputs[0])
-        for k, merged in zip(group, sums, strict=True):
-            writers[k][0].append(merged)
-            if len(outputs) == 2:  # the model tensor is the main param rounded, as in Megatron
-                model = scratch.take("model", outputs[1].dtype, tile.numel)
-                writers[k][1].append(model.copy_(merged))
-
-    def _copy(self, task: Task, scratch: _Scratch) -> None:
+    def _copy(self, task: Task, workspace: Workspace) -> None:
         recipe, box = task.recipe, task.box
         for merge, target in zip(self._merges, self._targets, strict=True):
             reader = self._readers[merge.members[-1]]
-            covers = [[reader.cover(recipe.key, box)]]
-            writers = [[target.chunk(recipe.outputs[0], box)]]
-            for tile in box.split(_tile_elements(recipe, 1)):
+            cover = reader.cover(recipe.key, box)
+            writer = target.chunk(recipe.outputs[0], box)
+            for part in box.split(_tile_elements(recipe, 1)):
                 if self._stop.is_set():
                     return
-                ((data,),) = _read(task, covers, tile, scratch)
-                if data.is_floating_point() and not self._allow_nonfinite:
-                    self._check_finite(task, reader, data)
-                writers[0][0].append(data)
-                self._progress(tile.numel * recipe.cost(1, 1))
-            _finish(covers, writers)
+                buffer = workspace.buffer(recipe.input_dtypes[0], part.numel)
+                cover.read(part, buffer)
+                if not self._allow_nonfinite:
+                    self._check_finite(task, reader, buffer.elements)
+                writer.append(buffer)
+                self._progress(part.numel * recipe.cost(1, 1))
+            _finish([[cover]], [[writer]])
 
-    def _check_mains(self, recipe: Recipe, sources: list[list[torch.Tensor]]) -> None:
-        for reader, (main, model) in zip(self._readers, sources, strict=True):
-            if not _same_bits(main.to(model.dtype), model):
-                raise MergeError(
-                    f"{reader.layout.path}: the main param {recipe.inputs[0]} does not belong to "
-                    f"the model tensor {recipe.inputs[1]}: rounded to {model.dtype} it differs. "
-                    "Megatron-LM through core_r0.19 can save such mains with fully_reshardable "
-                    "optimizer state and several DDP buckets; the model tensors are right. Merge "
-                    "with --mains-from-model (but for flat buckets), or --optimizer-state drop"
-                )
+    def _check(self, task: Task, tile: Tile, outcome: Outcome) -> None:
+        if outcome.wrong_main is not None:
+            raise self._wrong_main(task.recipe, self._readers[outcome.wrong_main])
+        for k in outcome.nonfinite if not self._allow_nonfinite else ():
+            self._explain_nonfinite(task, tile, self._merges[k].members)
+
+    def _wrong_main(self, recipe: Recipe, reader: CheckpointReader) -> MergeError:
+        main, model = recipe.inputs
+        return MergeError(
+            f"{reader.layout.path}: the main param {main} does not belong to the model tensor "
+            f"{model}: rounded to {recipe.input_dtypes[1]} it differs. Megatron-LM through "
+            "core_r0.19 can save such mains with fully_reshardable optimizer state and several DDP "
+            "buckets; the model tensors are right. Merge with --mains-from-model (but for flat "
+            "buckets), or --optimizer-state drop"
+        )
 
     def _check_finite(self, task: Task, reader: CheckpointReader, data: torch.Tensor) -> None:
         key = task.recipe.key
-        if torch.isfinite(data).all() or _is_padding(key, task.box):
+        if not data.is_floating_point() or torch.isfinite(data).all():
+            return
+        if _is_padding(key, task.box):
             return
         raise MergeError(_nonfinite_message(reader, key, data))
 
-    def _explain_nonfinite(
-        self,
-        task: Task,
-        sources: list[list[torch.Tensor]],
-        members: Sequence[int],
-        output: Output,
-    ) -> None:
+    def _explain_nonfinite(self, task: Task, tile: Tile, members: Sequence[int]) -> None:
         """A sum is not finite: name the source that is to blame, or the overflow."""
         key = task.recipe.inputs[0]
         if _is_padding(key, task.part(key, task.box)):
             return
         for j in members:
-            if not torch.isfinite(sources[j][0]).all():
-                raise MergeError(_nonfinite_message(self._readers[j], key, sources[j][0]))
+            elements = tile.sources[j][0].elements
+            if not torch.isfinite(elements).all():
+                raise MergeError(_nonfinite_message(self._readers[j], key, elements))
         raise MergeError(
-            f"{key}: the merged values overflow {output.dtype} although every source is finite; "
-            "choose another --dtype"
+            f"{key}: the merged values overflow {task.recipe.outputs[0].dtype} although every "
+            "source is finite; choose another --dtype"
         )
 
 
-class _Scratch:
-    """A thread's buffers, kept from tile to tile."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[object, torch.dtype], torch.Tensor] = {}
-
-    @staticmethod
-    def of(local: threading.local) -> _Scratch:
-        if not hasattr(local, "scratch"):
-            local.scratch = _Scratch()
-        return local.scratch
-
-    def take(self, slot: object, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        buffer = self._buffers.get((slot, dtype))
-        if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[slot, dtype] = torch.empty(numel, dtype=dtype)
-        return buffer[:numel]
+def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:
+    boxes = [task.part(key, part) for key in task.recipe.inputs]
+    for inputs, buffers in zip(covers, tile.sources, strict=True):
+        for cover, box, buffer in zip(inputs, boxes, buffers, strict=True):
+            cover.read(box, buffer)
 
 
-def _read(
-    task: Task, covers: list[list[Cover]], tile: Box, scratch: _Scratch
-) -> list[list[torch.Tensor]]:
-    sources = []
-    recipe = task.recipe
-    boxes = [task.part(key, tile) for key in recipe.inputs]
-    for j, inputs in enumerate(covers):
-        buffers = []
-        for i, (cover, dtype) in enumerate(zip(inputs, recipe.input_dtypes, strict=True)):
-            buffer = scratch.take(("source", j, i), dtype, tile.numel)
-            cover.read(boxes[i], buffer)
-            buffers.append(buffer)
-        sources.append(buffers)
-    return sources
+def _write(writers: list[list[ChunkWriter]], tile: Tile) -> None:
+    for outputs, buffers in zip(writers, tile.outputs, strict=True):
+        for writer, buffer in zip(outputs, buffers, strict=True):
+            writer.append(buffer)
 
 
 def _finish(covers: list[list[Cover]], writers: list[list[ChunkWriter]]) -> None:
@@ -250,21 +198,10 @@ def _finish(covers: list[list[Cover]], writers: list[list[ChunkWriter]]) -> None
             writer.finish()
 
 
-def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for k, merge in enumerate(merges):
-        groups.setdefault(merge.members, []).append(k)
-    return list(groups.values())
-
-
 def _tile_elements(recipe: Recipe, sources: int) -> int:
     low, high = _TILE_ELEMENTS
     wanted = TILE_BYTES // (sources * sum(dtype.itemsize for dtype in recipe.input_dtypes))
     return min(max(wanted, low), high)
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 def _is_padding(key: str, box: Box) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.common import load_common
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader, size_and_crc
@@ -90,7 +91,7 @@ def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]
             cover = reader.cover(key, box)
             for tile in box.split(_TILE_ELEMENTS):
                 data = torch.empty(tile.numel, dtype=entry.dtype)
-                cover.read(tile, data)
+                cover.read(tile, Buffer(data))
                 yield box, key, data
             cover.settle()
 
@@ -178,7 +179,7 @@ def _compare(
     for output, values in zip(task.recipe.outputs, expected, strict=True):
         stored = torch.empty(box.numel, dtype=output.dtype)
         place = task.part(output.key, box)
-        merged.cover(output.key, place).read(place, stored)
+        merged.cover(output.key, place).read(place, Buffer(stored))
         if not torch.equal(stored.view(torch.uint8), values.view(torch.uint8)):
             raise MergeError(
                 f"{merged.layout.path}: {output.key} at {box.offsets} is not the merge of its "
@@ -195,12 +196,12 @@ def _recompute(
     box = task.part(key, box)
     if recipe.rule is Rule.COPY:
         data = torch.empty(box.numel, dtype=dtype)
-        sources[-1].cover(key, box).read(box, data)
+        sources[-1].cover(key, box).read(box, Buffer(data))
         return [data]
     total = torch.zeros(0, dtype=torch.float64)
     for coefficient, source in zip(coefficients, sources, strict=True):
         data = torch.empty(box.numel, dtype=dtype)
-        source.cover(key, box).read(box, data)
+        source.cover(key, box).read(box, Buffer(data))
         product = data.double() * coefficient
         total = product if total.numel() == 0 else total + product
     first = reference.round_once(total, recipe.outputs[0].dtype)

@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_Path = Callable[[Sequence[Tensor], Sequence[Sequence[float]], Sequence[Tensor]], bool]
+_Path = Callable[
+    [Sequence[Tensor], Sequence[Sequence[float]], Sequence[Tensor]], Callable[[], bool]
+]
 
 
 def weighted_sum(
@@ -51,11 +53,21 @@ def weighted_sum(
     Raises:
         ValueError: an argument is not as described.
     """
+    return bind(sources, coefficients, outputs)()
+
+
+def bind(
+    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
+) -> Callable[[], bool]:
+    """:func:`weighted_sum` of these tensors, to be called again whenever their contents changed.
+
+    Checking the arguments takes longer than summing a tile; here it is done once.
+    """
     _check(sources, coefficients, outputs)
     if outputs[0].numel() == 0:
-        return True
-    path, _ = _path(outputs[0].device.type)
-    return path(sources, coefficients, outputs)
+        return lambda: True
+    bind_on, _ = _path(outputs[0].device.type)
+    return bind_on(sources, coefficients, outputs)
 
 
 def backend(device: torch.device | str) -> str:
@@ -77,16 +89,16 @@ def _native() -> tuple[_Path, str]:
     try:
         from wsm_megatron.kernels import native
     except ImportError as error:
-        return reference.weighted_sum, f"eager: the C extension was not built ({error})"
-    return native.weighted_sum, "native: the compiled C extension"
+        return reference.bind, f"eager: the C extension was not built ({error})"
+    return native.bind, "native: the compiled C extension"
 
 
 def _triton() -> tuple[_Path, str]:
     try:
         from wsm_megatron.kernels import triton_kernel
     except ImportError as error:
-        return reference.weighted_sum, f"eager: Triton is not installed ({error})"
-    return triton_kernel.weighted_sum, "triton: the fused CUDA kernel"
+        return reference.bind, f"eager: Triton is not installed ({error})"
+    return triton_kernel.bind, "triton: the fused CUDA kernel"
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -13,16 +13,23 @@ from wsm_megatron.kernels._weighted_sum import run
 _CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 
 
-def weighted_sum(
+def bind(
     sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
-) -> bool:
-    """See :func:`wsm_megatron.kernels.weighted_sum`; arguments are taken as checked."""
-    return run(
+) -> Callable[[], bool]:
+    """See :func:`wsm_megatron.kernels.bind`; arguments are taken as checked."""
+    kept = (*sources, *outputs)  # as long as their addresses are used
+    arguments = (
         outputs[0].numel(),
         *_addresses(sources),
         tuple(chain.from_iterable(coefficients)),
         *_addresses(outputs),
     )
+
+    def weighted_sum() -> bool:
+        assert kept
+        return run(*arguments)
+
+    return weighted_sum
 
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], bytes]:

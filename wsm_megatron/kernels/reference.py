@@ -5,7 +5,8 @@ Needs no compiler, runs on CPU and CUDA, and is what the faster paths must agree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ CUDA_BLOCK = 1 << 24
 
 #: The bits of a float64 below its 14 most significant ones.
 LOW_BITS = (1 << 39) - 1
+
+
+def bind(
+    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
+) -> Callable[[], bool]:
+    """See :func:`wsm_megatron.kernels.bind`; arguments are taken as checked."""
+    return partial(weighted_sum, sources, coefficients, outputs)
 
 
 @torch.no_grad()

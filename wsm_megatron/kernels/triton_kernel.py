@@ -15,8 +15,8 @@ by NVIDIA's throughput tables for compute capability 9.0: arithmetic, not a meas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -38,6 +38,13 @@ def block_size(m: int) -> int:
 
 def outputs_per_pass(n: int) -> int:
     return 4 if n <= 32 else 1
+
+
+def bind(
+    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
+) -> Callable[[], bool]:
+    """See :func:`wsm_megatron.kernels.bind`; arguments are taken as checked."""
+    return partial(weighted_sum, sources, coefficients, outputs)
 
 
 def weighted_sum(
