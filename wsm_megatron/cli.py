@@ -178,7 +178,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     for line in report.merged(done):
         print(line)
     if arguments.json:
-        _print_json(report.merged_data(done))
+        _print_json(done.as_data())
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from typing import Any
 from wsm_megatron import cli, line
 from wsm_megatron.checkpoint import patience, visible
 from wsm_megatron.checkpoint.writer import CheckpointFile
-from wsm_megatron.engine import crew, merge, publish, run, watch
+from wsm_megatron.engine import crew, merge, publish, watch
 from wsm_megatron.engine.publish import Staging
+from wsm_megatron.engine.tile import Tile
 
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "stalled write", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
@@ -65,7 +66,7 @@ def run_rank(
 _PLACES: dict[str, tuple[Any, str]] = {
     "plan": (Path, "read_bytes"),
     "read": (os, "preadv"),
-    "reduce": (run, "weighted_sum"),
+    "reduce": (Tile, "sum"),
     "write": (os, "pwrite"),
     "publish": (merge, "_complete"),
     "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved

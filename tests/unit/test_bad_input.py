@@ -359,13 +359,13 @@ def test_no_permission(tmp_path, monkeypatch, merge_fails):
 
 def test_a_source_that_changes_during_the_merge(tmp_path, monkeypatch, merge_fails):
     run = damaged(tmp_path)
-    original = engine._run_share
+    original = engine.run_share
 
     def touch_and_run(*arguments):
         result = original(*arguments)
         os.utime(runs.checkpoint(run, 4) / "__0_0.distcp")
         return result
 
-    monkeypatch.setattr(engine, "_run_share", touch_and_run)
+    monkeypatch.setattr(engine, "run_share", touch_and_run)
     message = merge_fails(run, status=EXIT_FAILED)
     assert "changed while it was read" in message and "iter_0000004" in message

@@ -5,111 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import resource
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.patience import check_storage
-from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.run import write_tracker
-from wsm_megatron.checkpoint.visible import wait_for_directory, wait_for_files
+from wsm_megatron.checkpoint.visible import wait_for_files
 from wsm_megatron.checkpoint.writer import (
-    CheckpointFile,
-    Placed,
-    file_name,
     write_file,
     write_marker,
     write_metadata,
 )
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
-from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.job import Job, Product, places, prepare_job
+from wsm_megatron.engine.job import Job, Product, prepare_job
+from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
+from wsm_megatron.engine.phases import Phases, RankReport
 from wsm_megatron.engine.plan import Task
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
-from wsm_megatron.engine.run import Progress, Share, Target
+from wsm_megatron.engine.rank import Files, ProgressFactory, RankResult, run_share
 from wsm_megatron.engine.watch import SourceWatch
-from wsm_megatron.errors import MergeError, PassingError, StorageError
+from wsm_megatron.errors import MergeError, PassingError
 
 logger = logging.getLogger(__name__)
 
-MAX_THREADS = 16
-
-ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
-"""Called on every rank with its number and the bytes it will read and write."""
-
-Files = dict[str, tuple[int, int]]
-"""Size and CRC-32 of files, by name."""
-
-
 Shares = Sequence[Sequence[Task]]
 """Every rank's tasks."""
-
-
-@dataclass(frozen=True)
-class MergedCheckpoint:
-    """One published checkpoint.
-
-    Attributes:
-        iterations: of its sources, oldest first; as coefficients.
-        resume: what became of the optimizer state and how to launch Megatron, as in
-            ``wsm_merge.json``.
-    """
-
-    output: Path
-    iterations: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    effective_lr: tuple[float, ...]
-    resume: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. Bytes are those of tensors and objects, over all ranks."""
-
-    merged: tuple[MergedCheckpoint, ...]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-
-    @property
-    def output(self) -> Path:
-        """The merged checkpoint; of several, the last one published."""
-        return self.merged[-1].output
-
-    @property
-    def iterations(self) -> tuple[int, ...]:
-        return self.merged[-1].iterations
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        return self.merged[-1].coefficients
-
-    @property
-    def effective_lr(self) -> tuple[float, ...]:
-        return self.merged[-1].effective_lr
-
-    @property
-    def resume(self) -> dict[str, Any]:
-        return self.merged[-1].resume
-
-
-@dataclass
-class _RankResult:
-    """What a rank hands to rank 0: its files for each product, and its unfinished checksums."""
-
-    files: list[Files] = field(default_factory=list)
-    ledgers: list[Ledger] = field(default_factory=list)
-    bytes_read: int = 0
-    bytes_written: int = 0
 
 
 def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> MergeReport:
@@ -127,18 +54,20 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
         ValueError: the options do not fit the run.
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
-    started = time.monotonic()
+    started, phases = time.monotonic(), Phases()
     with job_ranks() as ranks, ranks.watching(check_storage):
-        job, missing = ranks.from_first(lambda: _prepare(config), "planning")
-        results = []
+        with phases("planning" if ranks.rank == 0 else "waiting"):
+            job, missing = ranks.from_first(lambda: _prepare(config), "planning")
+        reports: list[RankReport] = []
         if missing:
             products = tuple(job.products[k] for k in missing)
-            results = _merge_products(replace(job, products=products), ranks, progress)
+            reports = _merge_products(replace(job, products=products), ranks, progress, phases)
     return MergeReport(
         merged=tuple(_merged(job, product) for product in job.products),
-        bytes_read=sum(result.bytes_read for result in results),
-        bytes_written=sum(result.bytes_written for result in results),
+        bytes_read=sum(report.bytes_read for report in reports),
+        bytes_written=sum(report.bytes_written for report in reports),
         seconds=time.monotonic() - started,
+        ranks=tuple(reports),
     )
 
 
@@ -155,19 +84,22 @@ def _prepare(config: MergeConfig) -> tuple[Job, list[int]]:
     return job, missing
 
 
-def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) -> list[_RankResult]:
+def _merge_products(
+    job: Job, ranks: Ranks, progress: ProgressFactory | None, phases: Phases
+) -> list[RankReport]:
     staging = [
         Staging(product.root, product.iteration, _key(job, product, ranks.size))
         for product in job.products
     ]
     try:
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
+        shares = job.shares(ranks.size)
         with _watching_sources(job, ranks):
             with ranks.together("merging"):
-                shares = job.shares(ranks.size)
-                result = _run_share(job, ranks, shares[ranks.rank], directories, progress)
+                tasks = shares[ranks.rank]
+                result = run_share(job, ranks, tasks, directories, progress, phases)
             results = ranks.gather(result)
-        with ranks.together("publishing"):
+        with ranks.together("publishing"), phases("publishing"):
             if ranks.rank == 0:
                 _publish(job, ranks, shares, staging, results)
     except BaseException as error:
@@ -177,7 +109,15 @@ def _merge_products(job: Job, ranks: Ranks, progress: ProgressFactory | None) ->
         for one in staging if ranks.rank == 0 else ():
             one.discard() if in_vain else one.keep()
         raise
-    return results
+    return _reports(results, phases)
+
+
+def _reports(results: list[RankResult], phases: Phases) -> list[RankReport]:
+    """Each rank's report, with its wait for the slowest; rank 0 has published meanwhile."""
+    slowest = max(result.report.seconds for result in results)
+    reports = [one.report.with_seconds("waiting", slowest - one.report.seconds) for one in results]
+    published = phases.seconds(1).get("publishing", 0.0)
+    return [reports[0].with_seconds("publishing", published), *reports[1:]]
 
 
 @contextmanager
@@ -198,11 +138,6 @@ def _key(job: Job, product: Product, ranks: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def default_threads() -> int:
-    """The cores that this process may use, at most 16: more wait for each other."""
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
-
-
 def _merged(job: Job, product: Product) -> MergedCheckpoint:
     return MergedCheckpoint(
         output=product.path,
@@ -218,100 +153,8 @@ def _create(staging: list[Staging], job: Job) -> list[Path]:
     return [one.create(share) for one in staging]
 
 
-def _allow_many_files() -> None:
-    """Many sources times many files each can pass the usual soft limit of 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _run_share(
-    job: Job,
-    ranks: Ranks,
-    tasks: Sequence[Task],
-    directories: list[Path],
-    progress: ProgressFactory | None,
-) -> _RankResult:
-    _allow_many_files()
-    result = _RankResult()
-    with ExitStack() as stack:
-        retries = job.config.retries
-        readers = [CheckpointReader(source.layout, retries) for source in job.sources]
-        for reader in readers:
-            stack.callback(reader.close)
-        for directory in directories:
-            wait_for_directory(directory, ranks.check)
-        targets = [
-            _open_target(job, product, ranks.rank, tasks, directory, readers)
-            for product, directory in zip(job.products, directories, strict=True)
-        ]
-
-        bar = progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
-        try:
-            share = Share(
-                readers,
-                [product.merge for product in job.products],
-                targets,
-                allow_nonfinite=job.config.allow_nonfinite,
-                progress=stack.enter_context(bar),
-            )
-            share.run(tasks, job.config.threads or default_threads(), ranks.check)
-        except BaseException:
-            _abandon([target.file for target in targets])
-            raise
-        closed = _close([target.file for target in targets], ranks.check)
-        result.files = [{file.path.name: size_and_crc} for file, size_and_crc in closed]
-        result.bytes_written = sum(target.file.bytes_written for target in targets)
-        result.ledgers = [reader.ledger for reader in readers]
-        result.bytes_read = sum(reader.bytes_read for reader in readers)
-    return result
-
-
-def _open_target(
-    job: Job,
-    product: Product,
-    rank: int,
-    tasks: Sequence[Task],
-    directory: Path,
-    readers: list[CheckpointReader],
-) -> Target:
-    placed = job.placed(product, rank, tasks)
-    file = CheckpointFile(directory / file_name(rank), keep_journal=True)
-    reader = readers[product.members[-1]]
-    for one in placed:
-        if one.item.box is None:
-            common = one.item.key == job.common_key(product)
-            file.write_bytes(one, product.common if common else _object(reader, one))
-    return Target(file, places(placed))
-
-
-def _close(
-    files: list[CheckpointFile], check: Callable[[], None]
-) -> list[tuple[CheckpointFile, tuple[int, int]]]:
-    """Make files durable, several at a time; each with its size and CRC-32, in order."""
-    closed: dict[CheckpointFile, tuple[int, int]] = {}
-
-    def close(file: CheckpointFile) -> None:
-        closed[file] = file.close()
-
-    work_through(files, close, min(len(files), MAX_THREADS), threading.Event(), check)
-    return [(file, closed[file]) for file in files]
-
-
-def _abandon(files: list[CheckpointFile]) -> None:
-    """Close files after a failure. Storage that hangs is not waited for."""
-    try:
-        work_through(files, CheckpointFile.abandon, 1, threading.Event(), check_storage)
-    except StorageError as error:
-        logger.warning("%s; what is not synced is made again", error)
-
-
-def _object(reader: CheckpointReader, placed: Placed) -> bytes:
-    return reader.read_object(reader.layout.objects[placed.item.key])
-
-
 def _publish(
-    job: Job, ranks: Ranks, shares: Shares, staging: list[Staging], results: list[_RankResult]
+    job: Job, ranks: Ranks, shares: Shares, staging: list[Staging], results: list[RankResult]
 ) -> None:
     """Check what was read, complete every product's directory, give it its name. On rank 0."""
     for j, source in enumerate(job.sources):
@@ -341,7 +184,3 @@ def _complete(job: Job, product: Product, shares: Shares, directory: Path, files
     copy_side_files(newest.path, directory)
     files[MARKER_FILE] = write_marker(directory, job.marker(product))
     write_provenance(directory, product.provenance, files)
-
-
-def _ignore(_: int) -> None:
-    """Progress that nobody watches."""
