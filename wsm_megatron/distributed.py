@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
 from wsm_megatron.line import Line
+from wsm_megatron.sign import Failure
 from wsm_megatron.slurm import task_of_step
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,15 @@ class Ranks:
         self._turn = 0
         self._taken: list[str] = []
         self._checks: list[Callable[[], None]] = []
+        self._count, self._counting = 0, threading.Lock()
+        self._hear: Callable[[Any], None] = lambda _: None
         if line is not None:
-            line.health = self._check_here
+            line.health, line.count = self._check_here, lambda: self._count
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the job has failed, as far as it is known here."""
+        return None if self._line is None else self._line.failure
 
     def check(self) -> None:
         """Raise where the job has failed, on this rank or another. Not collective; cheap."""
@@ -66,6 +75,33 @@ class Ranks:
     def _check_here(self) -> None:
         for check in tuple(self._checks):
             check()
+
+    def count(self, number: int) -> None:
+        """Add to what this rank has done; from any thread."""
+        with self._counting:
+            self._count += number
+
+    def counted(self) -> int:
+        """What all ranks have done by their last sign of life. On rank 0."""
+        return self._count + (0 if self._line is None else self._line.counted())
+
+    def tell(self, value: Any) -> None:
+        """Let rank 0 hear a small picklable value, within seconds or never. Never waits."""
+        if self.rank == 0 or self._line is None:
+            self._hear(value)
+        else:
+            self._line.tell(value)
+
+    def hear(self, listener: Callable[[Any], None]) -> None:
+        """On rank 0: call ``listener``, which must not wait, with what any rank tells."""
+        self._hear = listener
+        if self._line is not None:
+            self._line.hear = listener
+
+    def exchange(self) -> None:
+        """Give a sign of life now and, on rank 0, listen to the others'. Not collective."""
+        if self._line is not None:
+            self._line.exchange()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:

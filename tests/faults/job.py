@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from tests.faults.rank import Case, run_rank
 from tests.reference import RUNS
@@ -21,12 +22,13 @@ WITHIN = 60.0
 
 @dataclass(frozen=True)
 class Run:
-    """Exit statuses of the ranks, what they said, and what is under ``--save``."""
+    """Exit statuses of the ranks, what they said, what is under ``--save``, and all events."""
 
     status: list[int | None]
     said: list[str]
     left: list[str]
     files: dict[str, str] | None
+    events: list[dict[str, Any]]
 
 
 def run_all(
@@ -44,6 +46,7 @@ def run_all(
 def _start(server: ForkServerContext, folder: Path, case: Case | None) -> list[ForkServerProcess]:
     run = folder / "run" if (folder / "run").exists() else RUNS / DENSE
     argv = ["merge", "--load", str(run), "--save", str(folder / "out"), "--threads", "2"]
+    argv += ["--log-json", str(folder / "events.jsonl")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +71,9 @@ def _end(ranks: list[ForkServerProcess], folder: Path, deadline: float) -> Run:
     left = sorted(path.name for path in (folder / "out").glob("*"))
     logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
     said = [log.read_text() if log.exists() else "" for log in logs]
-    return Run(status, said, left, _files(folder / "out" / "iter_0000008"))
+    log = folder / "events.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return Run(status, said, left, _files(folder / "out" / "iter_0000008"), events)
 
 
 def _files(checkpoint: Path) -> dict[str, str] | None:

@@ -46,8 +46,23 @@ def test_fault_matrix(server: ForkServerContext, tmp_path: Path) -> None:
             assert f"rank {case.rank}" in first.said[1 - case.rank], (case, first)
         if case.fault.startswith("stalled") and case.stage != "plan":
             assert "the storage hangs" in first.said[1 - case.rank], (case, first)
+        _check_events(case, first)
+        assert second.events[-1]["event"] == "finished", case
         assert second.status == [0, 0] and second.files == clean.files, (case, first, second)
         assert second.left == clean.left, (case, second)
+
+
+def _check_events(case: Case, first: Run) -> None:
+    """The log names the rank that failed, unless rank 0 could not write any more."""
+    last = first.events[-1]
+    if case.rank == 0 and case.fault == "SIGKILL":
+        assert last["event"] not in ("failed", "finished"), (case, last)
+        return
+    assert (last["event"], last["rank"]) == ("failed", case.rank), (case, last)
+    assert last["exit_code"] == first.status[0], (case, last)
+    if case.fault == "EIO" and case.stage == "read":
+        retried = [one for one in first.events if one["event"] == "retried"]
+        assert case.rank in [one["rank"] for one in retried], (case, first.events)
 
 
 def _table(outcomes: dict[Case, tuple[Run, Run]]) -> str:

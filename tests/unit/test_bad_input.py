@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from tests import runs
 from tests.reference import RUNS, load_tensors
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.cli import EXIT_FAILED, EXIT_USAGE, main
+from wsm_megatron.cli import main
 from wsm_megatron.engine import merge as engine
+from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
 

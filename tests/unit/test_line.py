@@ -129,3 +129,40 @@ def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
     for rank in {0, 1, 2} - {dead}:
         assert isinstance(outcomes[rank], MergeError)
         assert str(outcomes[rank]).startswith(f"rank {dead} (") and "lost" in str(outcomes[rank])
+
+
+def test_rank_0_hears_what_others_tell_and_count(ranks: list[Ranks]) -> None:
+    heard: list[Any] = []
+    ranks[0].hear(heard.append)
+    for one in ranks:
+        one.count(10 ** (one.rank + 1))
+        for number in range(3):
+            one.tell((one.rank, number))
+    for one in reversed(ranks):
+        one.exchange()
+    assert sorted(heard) == [(rank, number) for rank in range(3) for number in range(3)]
+    assert [told for told in heard if told[0] == 2] == [(2, 0), (2, 1), (2, 2)]
+    assert ranks[0].counted() == 10 + 100 + 1000
+
+
+def test_a_rank_that_tells_too_much_is_not_heard_out(
+    ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that fails at every read must not fill the store."""
+    heard: list[int] = []
+    ranks[0].hear(heard.append)
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def wait() -> int:
+        blocked.set()
+        go_on.wait(30)
+        return 0
+
+    monkeypatch.setattr(ranks[1]._line, "count", wait)
+    assert blocked.wait(30)
+    for number in range(1000):
+        ranks[1].tell(number)
+    go_on.set()
+    ranks[1].exchange()
+    ranks[0].exchange()
+    assert heard == list(range(900, 1000))

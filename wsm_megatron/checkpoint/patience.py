@@ -61,7 +61,9 @@ def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RE
                 times = f" {attempt + 1} times" if attempt else ""
                 kind = MergeError if error.errno in _FOR_GOOD else StorageError
                 raise kind(f"{where()} failed{times}: {error.strerror}") from error
-            logger.warning("%s failed: %s; trying again", where(), error.strerror)
+            logger.warning(
+                "%s failed: %s; trying again", where(), error.strerror, extra={"event": "retried"}
+            )
         time.sleep(FIRST_PAUSE * 2**attempt)
         attempt += 1
 

@@ -8,9 +8,11 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import wsm_megatron
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader
@@ -32,6 +34,7 @@ from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.rank import Files, ProgressFactory, RankResult, run_share
 from wsm_megatron.engine.watch import SourceWatch
 from wsm_megatron.errors import MergeError, PassingError
+from wsm_megatron.events import Events, job_events
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +58,28 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
     started, phases = time.monotonic(), Phases()
-    with job_ranks() as ranks, ranks.watching(check_storage):
+    with (
+        job_ranks() as ranks,
+        ranks.watching(check_storage),
+        job_events(config.log_json, ranks, wsm_megatron.__version__, asdict(config)) as events,
+    ):
         with phases("planning" if ranks.rank == 0 else "waiting"):
             job, missing = ranks.from_first(lambda: _prepare(config), "planning")
         reports: list[RankReport] = []
         if missing:
             products = tuple(job.products[k] for k in missing)
-            reports = _merge_products(replace(job, products=products), ranks, progress, phases)
-    return MergeReport(
-        merged=tuple(_merged(job, product) for product in job.products),
-        bytes_read=sum(report.bytes_read for report in reports),
-        bytes_written=sum(report.bytes_written for report in reports),
-        seconds=time.monotonic() - started,
-        ranks=tuple(reports),
-    )
+            to_do = replace(job, products=products)
+            reports = _merge_products(to_do, ranks, progress, phases, events)
+        report = MergeReport(
+            merged=tuple(_merged(job, product) for product in job.products),
+            bytes_read=sum(one.bytes_read for one in reports),
+            bytes_written=sum(one.bytes_written for one in reports),
+            seconds=time.monotonic() - started,
+            ranks=tuple(reports),
+        )
+        events.exchange()
+        events.tell("finished", **report.as_data())
+    return report
 
 
 def _prepare(config: MergeConfig) -> tuple[Job, list[int]]:
@@ -85,7 +96,11 @@ def _prepare(config: MergeConfig) -> tuple[Job, list[int]]:
 
 
 def _merge_products(
-    job: Job, ranks: Ranks, progress: ProgressFactory | None, phases: Phases
+    job: Job,
+    ranks: Ranks,
+    progress: ProgressFactory | None,
+    phases: Phases,
+    events: Events,
 ) -> list[RankReport]:
     staging = [
         Staging(product.root, product.iteration, _key(job, product, ranks.size))
@@ -94,14 +109,16 @@ def _merge_products(
     try:
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
         shares = job.shares(ranks.size)
-        with _watching_sources(job, ranks):
+        events.tell("planned", **_plan_data(job, shares))
+        with _watching_sources(job, ranks), events.progress(sum(map(job.cost, shares))):
             with ranks.together("merging"):
                 tasks = shares[ranks.rank]
                 result = run_share(job, ranks, tasks, directories, progress, phases)
+            events.exchange()
             results = ranks.gather(result)
         with ranks.together("publishing"), phases("publishing"):
             if ranks.rank == 0:
-                _publish(job, ranks, shares, staging, results)
+                _publish(job, ranks, shares, staging, results, events)
     except BaseException as error:
         in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
             error, PassingError
@@ -110,6 +127,16 @@ def _merge_products(
             one.discard() if in_vain else one.keep()
         raise
     return _reports(results, phases)
+
+
+def _plan_data(job: Job, shares: Shares) -> dict[str, Any]:
+    return {
+        "sources": [str(source.path) for source in job.sources],
+        "products": [str(product.path) for product in job.products],
+        "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
+        "bytes_to_write": job.bytes_to_write(),
+        "tasks_per_rank": [len(tasks) for tasks in shares],
+    }
 
 
 def _reports(results: list[RankResult], phases: Phases) -> list[RankReport]:
@@ -154,7 +181,12 @@ def _create(staging: list[Staging], job: Job) -> list[Path]:
 
 
 def _publish(
-    job: Job, ranks: Ranks, shares: Shares, staging: list[Staging], results: list[RankResult]
+    job: Job,
+    ranks: Ranks,
+    shares: Shares,
+    staging: list[Staging],
+    results: list[RankResult],
+    events: Events,
 ) -> None:
     """Check what was read, complete every product's directory, give it its name. On rank 0."""
     for j, source in enumerate(job.sources):
@@ -165,6 +197,7 @@ def _publish(
             reader.close()
         source.check_unchanged()
     for k, (product, stage) in enumerate(zip(job.products, staging, strict=True)):
+        started = time.monotonic()
         files: Files = {}
         for result in results:
             files.update(result.files[k])
@@ -173,6 +206,7 @@ def _publish(
         _complete(job, product, shares, stage.path, files)
         path = stage.commit()
         logger.info("published %s", path)
+        events.tell("published", path=str(path), publishing_seconds=time.monotonic() - started)
 
 
 def _complete(job: Job, product: Product, shares: Shares, directory: Path, files: Files) -> None:

@@ -103,7 +103,7 @@ def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
 
 
 def _options(config: MergeConfig) -> dict[str, Any]:
-    skipped = ("load", "save", "threads", "retries")
+    skipped = ("load", "save", "threads", "retries", "log_json")
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(config).items()

@@ -69,6 +69,11 @@ def run_share(
         bar = stack.enter_context(
             progress(ranks.rank, job.cost(tasks)) if progress else nullcontext(_ignore)
         )
+
+        def moved(nbytes: int) -> None:
+            ranks.count(nbytes)
+            bar(nbytes)
+
         targets = _open_targets(job, ranks, tasks, directories, readers, phases)
         files = [target.file for target in targets]
         share = Share(
@@ -76,7 +81,7 @@ def run_share(
             [product.merge for product in job.products],
             targets,
             allow_nonfinite=job.config.allow_nonfinite,
-            progress=bar,
+            progress=moved,
             phases=phases,
         )
         try:
