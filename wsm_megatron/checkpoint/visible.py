@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from wsm_megatron.checkpoint.patience import watched
+from wsm_megatron.checkpoint.patience import patiently, watched
 from wsm_megatron.errors import StorageError
 
 VISIBLE_WITHIN = 90.0
@@ -68,18 +69,23 @@ def _comes_true(seen: Callable[[], bool], check: Callable[[], None]) -> bool:
 
 
 def _sees(path: Path) -> bool:
-    if path.is_dir():
-        return True
     _ask_anew(path.parent)
-    return False
+    return patiently(path.is_dir, lambda: f"{path}: looking")
 
 
 def _size(path: Path) -> int | None:
-    with watched(lambda: f"{path}: looking"):
-        return path.stat().st_size if path.exists() else None
+    """Bytes in a file; None where there is none."""
+
+    def look() -> int | None:
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            return None
+
+    return patiently(look, lambda: f"{path}: looking")
 
 
 def _ask_anew(directory: Path) -> None:
     """Opening a directory lets an NFS client ask the server for what has changed in it."""
-    with watched(lambda: f"{directory}: looking"):
+    with suppress(OSError), watched(lambda: f"{directory}: opening"):  # the look itself will tell
         os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))

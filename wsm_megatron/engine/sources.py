@@ -10,7 +10,7 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.common import load_common, summarize
 from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, Layout, read_layout
-from wsm_megatron.checkpoint.patience import watched
+from wsm_megatron.checkpoint.patience import patiently, watched
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
@@ -41,7 +41,7 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
-        if not self.path.is_dir():
+        if not patiently(self.path.is_dir, lambda: f"{self.path}: looking"):
             raise MergeError(
                 f"{self.path} was deleted while it was read (does the run keep its newest "
                 "checkpoints only?); nothing was published"
