@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
@@ -45,13 +47,14 @@ class Staging:
         try:
             with watched(lambda: f"{self.root}: creating"):
                 self.root.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            with watched(lambda: f"{self._lock.path}: locking"):
+                self._lock.acquire()
             self._refuse_existing()  # published before the lock was free
             self._remove_leftovers()
             with watched(lambda: f"{self.path}: creating"):
                 self.path.mkdir(exist_ok=True)
-            there = sum(file.stat().st_size for file in self.path.iterdir())
-            free = shutil.disk_usage(self.path).free + there
+                there = sum(file.stat().st_size for file in self.path.iterdir())
+                free = shutil.disk_usage(self.path).free + there
         except OSError as error:
             raise MergeError(f"{self.path}: cannot create: {error.strerror}") from error
         if free < nbytes:
@@ -65,7 +68,8 @@ class Staging:
     def commit(self) -> Path:
         """Give the finished directory its final name, then move the tracker. Durable."""
         try:
-            self._lock.check()
+            with watched(lambda: f"{self._lock.path}: reading"):
+                self._lock.check()
             for journal in self._journals():
                 with watched(lambda: f"{self.path}: removing its journals"):
                     journal.unlink()
@@ -83,7 +87,7 @@ class Staging:
 
     def discard(self) -> None:
         """Remove what a failed merge has written."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         self._lock.release()
 
     def keep(self) -> None:
@@ -110,7 +114,17 @@ class Staging:
                 _remove_all_but_shares(old)
                 continue
             logger.warning("%s is left of a merge that died; removing it", old)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """As far as it can be; file by file, because large ones take their time."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(OSError), watched(partial("{}: removing".format, path)):
+                path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _remove_all_but_shares(directory: Path) -> None:
