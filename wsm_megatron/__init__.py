@@ -1,21 +1,27 @@
 """WSM for Megatron: the effect of learning-rate decay by merging checkpoints (arXiv 2507.17634)."""
 
-__version__ = "0.1.0"
+from __future__ import annotations
 
-from wsm_megatron.config import MergeConfig
-from wsm_megatron.decay import coefficients, effective_lr
-from wsm_megatron.engine.merge import MergeReport, merge
-from wsm_megatron.engine.verify import VerifyReport, verify
-from wsm_megatron.errors import MergeError
-from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wsm_megatron.config import MergeConfig
+    from wsm_megatron.decay import coefficients, effective_lr
+    from wsm_megatron.engine.merge import MergeReport, merge
+    from wsm_megatron.engine.verify import VerifyReport, verify
+    from wsm_megatron.errors import MergeError
+    from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
+
+__version__ = "0.1.0"
 
 __all__ = [
     "WSM",
-    "WSMConfig",
     "MergeConfig",
     "MergeError",
     "MergeReport",
     "VerifyReport",
+    "WSMConfig",
     "coefficients",
     "effective_lr",
     "install",
@@ -23,3 +29,20 @@ __all__ = [
     "uninstall",
     "verify",
 ]
+
+_HOMES = {
+    "config": ("MergeConfig",),
+    "decay": ("coefficients", "effective_lr"),
+    "engine.merge": ("MergeReport", "merge"),
+    "engine.verify": ("VerifyReport", "verify"),
+    "errors": ("MergeError",),
+    "plugin": ("WSM", "WSMConfig", "install", "uninstall"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module: the command need not import the plugin."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"wsm_megatron.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -111,7 +112,8 @@ def _add_option(parser: Any, option: Field) -> None:
     elif option.default == ():
         more.update(action="append", metavar="PATTERN")
     else:
-        more["type"] = _TYPES[str(option.type).removesuffix(" | None")]
+        kind = option.metadata.get("parse", str(option.type).removesuffix(" | None"))
+        more["type"] = _TYPES[kind]
         more["choices"] = option.metadata.get("choices")
         more["metavar"] = option.metadata.get("metavar")
         if option.default not in (MISSING, None):
@@ -147,6 +149,15 @@ def _floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+def _bytes(text: str) -> int:
+    """A size: 1000000, 256MiB, 2GB."""
+    match = re.fullmatch(r"(\d+)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB")
+    number, unit, binary = match.groups()
+    return int(number) * (1024 if binary else 1000) ** ("kmgt".index(unit) + 1 if unit else 0)
+
+
 _TYPES: dict[str, Callable[[str], Any]] = {
     "Path": Path,
     "int": int,
@@ -154,6 +165,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "str": str,
     "tuple[int, ...]": _integers,
     "tuple[float, ...]": _floats,
+    "bytes": _bytes,
 }
 
 

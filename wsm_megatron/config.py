@@ -12,6 +12,7 @@ from wsm_megatron.window import Window
 OPTIMIZER_STATE = ("drop", "last", "merge")
 BUFFERS = ("merge", "last")
 DTYPES = ("same", "bf16", "fp16", "fp32")
+DEVICES = ("auto", "cpu", "cuda")
 FORMATS = ("same", "0.16", "0.19")
 
 
@@ -112,6 +113,21 @@ class MergeConfig:
     threads: int | None = _option(
         None, "worker threads a rank (default: the cores it may use, at most 16)", group="job"
     )
+    device: str = _option(
+        "auto",
+        "what sums: auto measures both and takes the faster",
+        choices=DEVICES,
+        group="job",
+    )
+    memory: int | None = _option(
+        None,
+        "bytes in flight on a rank, tiles and what is read ahead of them: 256MiB, 2GiB (default: "
+        "an eighth of the free memory, at most 512MiB)",
+        group="job",
+        metavar="SIZE",
+        parse="bytes",
+    )
+    direct_io: bool = _option(False, "read tensors past the page cache (O_DIRECT)", group="job")
     retries: int = _option(
         3, "how often a read that failed is tried again", group="job", metavar="N"
     )
@@ -195,6 +211,8 @@ class MergeConfig:
             raise ValueError(f"--output-iteration {self.output_iteration} is negative")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads {self.threads} must be at least 1")
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"--memory {self.memory} must be positive")
         if self.retries < 0:
             raise ValueError(f"--retries {self.retries} is negative")
         if self.save.resolve() == self.load.resolve():

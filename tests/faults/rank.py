@@ -66,7 +66,7 @@ def run_rank(
 _PLACES: dict[str, tuple[Any, str]] = {
     "plan": (Path, "read_bytes"),
     "read": (os, "preadv"),
-    "reduce": (Tile, "sum"),
+    "reduce": (Tile, "start"),
     "write": (os, "pwrite"),
     "publish": (merge, "_complete"),
     "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved

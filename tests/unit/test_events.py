@@ -59,12 +59,12 @@ def test_a_merge_from_its_start_to_its_end(config: MergeConfig) -> None:
         assert when.utcoffset().total_seconds() == 0 and event["seconds"] >= 0  # type: ignore[union-attr]
 
 
-def test_the_log_is_not_part_of_the_merge(config: MergeConfig, tmp_path: Path) -> None:
-    """The same merge with another log is found published, and says so in the log."""
+def test_how_a_job_runs_is_not_part_of_the_merge(config: MergeConfig, tmp_path: Path) -> None:
+    """The same merge with another log and more is found published, and says so in the log."""
     merge(config)
     other = tmp_path / "other.jsonl"
-    assert main(["merge", "--load", str(config.load), "--save", str(config.save)]) == 0
     arguments = ["--load", str(config.load), "--save", str(config.save), "--log-json", str(other)]
+    arguments += ["--threads", "1", "--retries", "1", "--memory", "100MB", "--device", "cpu"]
     assert main(["merge", *arguments]) == 0
     _, warning, finished = told(other)
     assert warning["event"] == "warning" and "holds this very merge" in warning["message"]

@@ -62,7 +62,9 @@ def test_a_phase_that_fails_counts(clock: Clock) -> None:
 
 
 def test_seconds_are_added_in_the_order_of_the_phases() -> None:
-    one = RankReport(3, "node", 1, 10, 20, 2.0, {"reading": 1.0}).with_seconds("planning", 4.0)
+    one = RankReport(3, "node", "cpu", 1, 10, 20, 2.0, {"reading": 1.0}).with_seconds(
+        "planning", 4.0
+    )
     assert list(one.phases.items()) == [("planning", 4.0), ("reading", 1.0)]
     assert one.with_seconds("reading", 1.0).phases["reading"] == 2.0
     assert one.bytes_per_second == 15.0
@@ -81,7 +83,7 @@ def test_a_merge_reports_its_rank(tmp_path: Path) -> None:
 
 def table(number: int) -> list[str]:
     ranks = tuple(
-        RankReport(k, f"node{k // 8}", 4, 10**9, 10**8, 10.0 + k, {"reading": 5.0 + k})
+        RankReport(k, f"node{k // 8}", "cpu", 4, 10**9, 10**8, 10.0 + k, {"reading": 5.0 + k})
         for k in range(number)
     )
     resume = {"main_params": "dropped", "moments": "dropped", "launch": {}}

@@ -20,6 +20,8 @@ class SourceFiles:
         retries: how often an operation that failed is tried again.
     """
 
+    flags = os.O_RDONLY | os.O_CLOEXEC
+
     def __init__(self, path: Path, retries: int = RETRIES):
         self.path, self._retries = path, retries
         self._descriptors: dict[str, int] = {}
@@ -68,13 +70,12 @@ class SourceFiles:
         return self._open(name) if descriptor is None else descriptor
 
     def _open(self, name: str) -> int:
+        path = self.path / name
         with self._lock:
             if name not in self._descriptors:
-                path = self.path / name
+                opened = partial(os.open, path, self.flags)
                 self._descriptors[name] = patiently(
-                    partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC),
-                    lambda: f"{path}: opening",
-                    self._retries,
+                    opened, lambda: f"{path}: opening", self._retries
                 )
             return self._descriptors[name]
 

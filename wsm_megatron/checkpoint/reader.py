@@ -14,6 +14,7 @@ from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.chunks import ChunkIndex
 from wsm_megatron.checkpoint.container import Record, locate
 from wsm_megatron.checkpoint.cover import Cover, Piece, Segment
+from wsm_megatron.checkpoint.direct import DirectFiles
 from wsm_megatron.checkpoint.files import SourceFiles
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry
 from wsm_megatron.checkpoint.patience import RETRIES, patiently
@@ -33,14 +34,21 @@ class CheckpointReader:
 
     Args:
         retries: how often a read that failed is tried again.
-        ahead: bytes of a chunk that the kernel is told to read in advance; 0: it decides.
+        ahead: bytes of a chunk that are read in advance; 0: as the kernel decides.
+        direct: past the page cache, in blocks of ``ahead`` bytes.
     """
 
-    def __init__(self, layout: Layout, retries: int = RETRIES, ahead: int = 0):
+    def __init__(
+        self, layout: Layout, retries: int = RETRIES, ahead: int = 0, direct: bool = False
+    ):
         self.layout = layout
         self.bytes_read = 0
         self.ledger: Ledger = {}
-        self._files = SourceFiles(layout.path, retries)
+        self._files = (
+            DirectFiles(layout.path, retries, ahead)
+            if direct
+            else SourceFiles(layout.path, retries)
+        )
         self._ahead = ahead
         self._indices: dict[str, ChunkIndex] = {}
         self._lock = threading.Lock()

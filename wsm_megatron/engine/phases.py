@@ -66,6 +66,7 @@ class RankReport:
     """What one rank did.
 
     Attributes:
+        device: that it summed on.
         bytes_read: of tensors and objects; as bytes_written.
         seconds: of its share, from the first read until its files were on disk.
         phases: seconds by phase (:data:`PHASES`), of the worker threads their mean.
@@ -73,6 +74,7 @@ class RankReport:
 
     rank: int
     host: str
+    device: str
     threads: int
     bytes_read: int
     bytes_written: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,12 @@ def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
 
 
 def _options(config: MergeConfig) -> dict[str, Any]:
-    skipped = ("load", "save", "threads", "retries", "log_json")
+    """What is merged and how; not how the job runs, which leaves no trace in the result."""
+    values = {
+        option.name: getattr(config, option.name)
+        for option in fields(config)
+        if option.metadata["group"] in ("which", "how")
+    }
     return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(config).items()
-        if name not in skipped
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
     }

@@ -13,12 +13,15 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from wsm_megatron.checkpoint.direct import STREAMS
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.visible import wait_for_directory
 from wsm_megatron.checkpoint.writer import CheckpointFile, Placed, file_name
 from wsm_megatron.distributed import Ranks
+from wsm_megatron.engine.budget import Budget, default_memory, make_budget
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.device import Device, choose_device, local_rank
 from wsm_megatron.engine.job import Job, Product, places
 from wsm_megatron.engine.phases import Phases, RankReport
 from wsm_megatron.engine.plan import Task
@@ -61,9 +64,13 @@ def run_share(
     """
     _allow_many_files()
     started = time.perf_counter()
-    threads = job.config.threads or default_threads()
+    device = _device(job, tasks)
+    budget = _budget(job, device)
     with ExitStack() as stack:
-        readers = [CheckpointReader(one.layout, job.config.retries) for one in job.sources]
+        readers = [
+            CheckpointReader(source.layout, job.config.retries, budget.ahead, job.config.direct_io)
+            for source in job.sources
+        ]
         for reader in readers:
             stack.callback(reader.close)
         bar = stack.enter_context(
@@ -80,12 +87,14 @@ def run_share(
             readers,
             [product.merge for product in job.products],
             targets,
+            budget,
+            device,
             allow_nonfinite=job.config.allow_nonfinite,
             progress=moved,
             phases=phases,
         )
         try:
-            share.run(tasks, threads, ranks.check)
+            share.run(tasks, ranks.check)
         except BaseException:
             _abandon(files)
             raise
@@ -94,11 +103,12 @@ def run_share(
     report = RankReport(
         rank=ranks.rank,
         host=socket.gethostname(),
-        threads=threads,
+        device=str(device.torch_device),
+        threads=budget.threads,
         bytes_read=sum(reader.bytes_read for reader in readers),
         bytes_written=sum(file.bytes_written for file in files),
         seconds=time.perf_counter() - started,
-        phases=phases.seconds(threads),
+        phases=phases.seconds(budget.threads),
     )
     return RankResult(
         files=[{file.path.name: closed[file]} for file in files],
@@ -165,6 +175,29 @@ def _abandon(files: list[CheckpointFile]) -> None:
 
 def _object(reader: CheckpointReader, placed: Placed) -> bytes:
     return reader.read_object(reader.layout.objects[placed.item.key])
+
+
+def _device(job: Job, tasks: Sequence[Task]) -> Device:
+    sources, merges = len(job.sources), len(job.products)
+    read = sum(task.box.numel * task.recipe.cost(sources, 0) for task in tasks)
+    threads = job.config.threads or default_threads()
+    device = choose_device(job.config.device, sources, merges, read, threads, local_rank())
+    logger.info("sums on %s: %s", device.torch_device, device.reason)
+    return device
+
+
+def _budget(job: Job, device: Device) -> Budget:
+    config = job.config
+    return make_budget(
+        config.memory or default_memory(),
+        config.threads or default_threads(),
+        len(job.sources),
+        len(job.products),
+        job.plan.recipes,
+        blocks=STREAMS if config.direct_io else 1,
+        depth=device.depth,
+        wanted_bytes=device.wanted_bytes,
+    )
 
 
 def default_threads() -> int:

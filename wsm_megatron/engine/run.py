@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,17 +20,15 @@ from wsm_megatron.checkpoint.cover import Cover
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
+from wsm_megatron.engine.budget import Budget
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.device import Device
 from wsm_megatron.engine.phases import Phases
 from wsm_megatron.engine.plan import Output, Recipe, Rule, Task
 from wsm_megatron.engine.tile import Merge, Outcome, Tile, Workspace
 from wsm_megatron.errors import MergeError
 
 logger = logging.getLogger(__name__)
-
-TILE_BYTES = 2 * 2**20
-"""Bytes of all sources together in one tile: about a core's share of cache."""
-_TILE_ELEMENTS = (2**14, 2**18)
 
 Progress = Callable[[int], None]
 """Called from worker threads with the bytes read and written since the last call."""
@@ -54,29 +53,30 @@ class Share:
         readers: Sequence[CheckpointReader],
         merges: Sequence[Merge],
         targets: Sequence[Target],
+        budget: Budget,
+        device: Device,
         *,
         allow_nonfinite: bool = False,
         progress: Progress | None = None,
         phases: Phases | None = None,
     ):
         self._readers, self._merges, self._targets = readers, merges, targets
+        self._budget, self._device = budget, device
         self._allow_nonfinite = allow_nonfinite
         self._progress = progress or (lambda _: None)
         self._phases = phases or Phases()
         self._stop = threading.Event()
 
-    def run(
-        self, tasks: Sequence[Task], threads: int, check: Callable[[], None] | None = None
-    ) -> None:
+    def run(self, tasks: Sequence[Task], check: Callable[[], None] | None = None) -> None:
         """Run all tasks; the first failure, also of ``check``, stops the others and is raised."""
         local = threading.local()
 
         def work(task: Task) -> None:
             if not hasattr(local, "workspace"):
-                local.workspace = Workspace(len(self._readers), self._merges)
+                local.workspace = self._device.workspace(len(self._readers), self._merges)
             self._run_task(task, local.workspace)
 
-        work_through(tasks, work, threads, self._stop, check or (lambda: None))
+        work_through(tasks, work, self._budget.threads, self._stop, check or (lambda: None))
 
     def _run_task(self, task: Task, workspace: Workspace) -> None:
         if self._stop.is_set():
@@ -116,17 +116,29 @@ class Share:
             [t.chunk(output, task.part(output.key, box)) for output in recipe.outputs]
             for t in self._targets
         ]
-        for part in box.split(_tile_elements(recipe, len(covers))):
+        started: deque[Tile] = deque()
+
+        def write_oldest() -> None:
+            tile = started.popleft()
+            with self._phases("reducing"):
+                self._check(task, tile, tile.finish())
+            with self._phases("writing"):
+                _write(writers, tile)
+
+        for part in box.split(self._budget.tile_elements(recipe)):
             if self._stop.is_set():
                 return
             tile = workspace.tile(recipe, part.numel)
             with self._phases("reading"):
                 _read(task, covers, part, tile)
             with self._phases("reducing"):
-                self._check(task, tile, tile.sum())
-            with self._phases("writing"):
-                _write(writers, tile)
+                tile.start()
+            started.append(tile)
+            if len(started) == workspace.depth:
+                write_oldest()
             self._progress(part.numel * recipe.cost(len(covers), len(writers)))
+        while started:
+            write_oldest()
         with self._phases("writing"):
             _finish(covers, writers)
 
@@ -136,7 +148,7 @@ class Share:
             reader = self._readers[merge.members[-1]]
             cover = reader.cover(recipe.key, box)
             writer = target.chunk(recipe.outputs[0], box)
-            for part in box.split(_tile_elements(recipe, 1)):
+            for part in box.split(self._budget.tile_elements(recipe)):
                 if self._stop.is_set():
                     return
                 buffer = workspace.buffer(recipe.input_dtypes[0], part.numel)
@@ -209,12 +221,6 @@ def _finish(covers: list[list[Cover]], writers: list[list[ChunkWriter]]) -> None
     for outputs in writers:
         for writer in outputs:
             writer.finish()
-
-
-def _tile_elements(recipe: Recipe, sources: int) -> int:
-    low, high = _TILE_ELEMENTS
-    wanted = TILE_BYTES // (sources * sum(dtype.itemsize for dtype in recipe.input_dtypes))
-    return min(max(wanted, low), high)
 
 
 def _is_padding(key: str, box: Box) -> bool:

@@ -9,10 +9,13 @@ import torch
 
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.engine.plan import Recipe, Rule
-from wsm_megatron.kernels import bind
+from wsm_megatron.kernels import Finite, bind
 
 _TILES = 64
 """Tiles of different recipes and sizes that a thread keeps bound; they share their memory."""
+
+Dtypes = Sequence[Sequence[torch.dtype]]
+Tensors = list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,6 @@ class Outcome:
     nonfinite: tuple[int, ...]
 
 
-class Tile:
-    """Buffers for one tile of a recipe: inputs of every source, outputs of every merge.
-
-    Attributes:
-        sources: ``[source][input]``, to be read into.
-        outputs: ``[merge][output]``, filled by :meth:`sum`.
-    """
-
-    def __init__(
-        self,
-        sources: list[list[Buffer]],
-        outputs: list[list[Buffer]],
-        recipe: Recipe,
-        merges: Sequence[Merge],
-    ):
-        self.sources, self.outputs = sources, outputs
-        self._sum = Summation(
-            [[buffer.elements for buffer in inputs] for inputs in sources],
-            [[buffer.elements for buffer in merged] for merged in outputs],
-            recipe,
-            merges,
-        )
-
-    def sum(self) -> Outcome:
-        return self._sum()
-
-
 class Summation:
     """The weighted sums of one tile, bound to tensors of one device.
 
@@ -70,13 +46,7 @@ class Summation:
         inputs: ``[source][input]``. outputs: ``[merge][output]``; all of one size.
     """
 
-    def __init__(
-        self,
-        inputs: list[list[torch.Tensor]],
-        outputs: list[list[torch.Tensor]],
-        recipe: Recipe,
-        merges: Sequence[Merge],
-    ):
+    def __init__(self, inputs: Tensors, outputs: Tensors, recipe: Recipe, merges: Sequence[Merge]):
         self._inputs, self._outputs = inputs, outputs
         self._has_mains = recipe.rule is Rule.SUM_MAIN
         self._groups = _same_members(merges)
@@ -88,39 +58,69 @@ class Summation:
             )
             for group in self._groups
         ]
+        self._wrong: list[Finite] = []
+        self._finite: list[Finite] = []
 
-    def __call__(self) -> Outcome:
-        wrong = self._wrong_main() if self._has_mains else None
-        finite = [weighted_sum() for weighted_sum in self._sums]
+    def start(self) -> None:
+        """Compute; on CUDA without waiting, on the current stream."""
+        if self._has_mains:
+            self._wrong = [_differ(main.to(model.dtype), model) for main, model in self._inputs]
+        self._finite = [weighted_sum() for weighted_sum in self._sums]
         for main, *models in self._outputs:
             for model in models:  # the main param rounded, as Megatron copies mains to weights
                 model.copy_(main)
-        bad = [
-            k for group, good in zip(self._groups, finite, strict=True) if not good for k in group
-        ]
-        return Outcome(wrong, tuple(bad))
 
-    def _wrong_main(self) -> int | None:
-        for j, (main, model) in enumerate(self._inputs):
-            if not _same_bits(main.to(model.dtype), model):
-                return j
-        return None
+    def outcome(self) -> Outcome:
+        """What the last :meth:`start` found; waits for it."""
+        wrong = [j for j, differs in enumerate(self._wrong) if differs]
+        bad = [
+            k
+            for group, finite in zip(self._groups, self._finite, strict=True)
+            if not finite
+            for k in group
+        ]
+        return Outcome(wrong[0] if wrong else None, tuple(bad))
+
+
+class Tile:
+    """Buffers for one tile of a recipe: inputs of every source, outputs of every merge.
+
+    Attributes:
+        sources: ``[source][input]``, to be read into before :meth:`start`.
+        outputs: ``[merge][output]``, filled when :meth:`finish` returns.
+    """
+
+    def __init__(self, inputs: Tensors, outputs: Tensors, summation: Summation):
+        self.sources = [[Buffer(one) for one in row] for row in inputs]
+        self.outputs = [[Buffer(one) for one in row] for row in outputs]
+        self._summation = summation
+
+    def start(self) -> None:
+        """Sum what was read, or begin to."""
+        self._summation.start()
+
+    def finish(self) -> Outcome:
+        """Wait until the outputs hold the sums."""
+        return self._summation.outcome()
 
 
 class Workspace:
-    """One thread's buffers, kept from tile to tile.
+    """One thread's memory, carved anew into the buffers of every kind of tile.
 
     Args:
         sources: how many there are. merges: what is made of them.
     """
 
+    depth = 1
+    """Tiles that may be under way at once: read, started and not finished."""
+
     def __init__(self, sources: int, merges: Sequence[Merge]):
         self._sources, self._merges = sources, merges
-        self._memory: dict[tuple[object, torch.dtype], torch.Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._tiles: dict[tuple[Recipe, int], Tile] = {}
 
     def tile(self, recipe: Recipe, numel: int) -> Tile:
-        """Buffers for ``numel`` elements of a recipe; valid until another tile is asked for."""
+        """Buffers for ``numel`` elements of a recipe, until ``depth`` more tiles are asked for."""
         found = self._tiles.get((recipe, numel))
         if found is None:
             if len(self._tiles) >= _TILES:
@@ -129,32 +129,49 @@ class Workspace:
         return found
 
     def buffer(self, dtype: torch.dtype, numel: int) -> Buffer:
-        """Room for elements that are copied."""
-        return Buffer(self._take("copy", dtype, numel))
+        """Room for elements that are copied, until something else is asked for."""
+        self._grow(numel * dtype.itemsize)
+        return Buffer(self._memory[: numel * dtype.itemsize].view(dtype))
 
     def _make(self, recipe: Recipe, numel: int) -> Tile:
-        sources = [
-            [
-                Buffer(self._take(("source", j, i), dtype, numel))
-                for i, dtype in enumerate(recipe.input_dtypes)
-            ]
-            for j in range(self._sources)
-        ]
-        outputs = [
-            [
-                Buffer(self._take(("output", k, o), output.dtype, numel))
-                for o, output in enumerate(recipe.outputs)
-            ]
-            for k in range(len(self._merges))
-        ]
-        return Tile(sources, outputs, recipe, self._merges)
+        inputs, outputs = self._dtypes(recipe)
+        self._grow(room_for(inputs, numel) + room_for(outputs, numel))
+        sources = carve(self._memory, inputs, numel)
+        merged = carve(self._memory[room_for(inputs, numel) :], outputs, numel)
+        return Tile(sources, merged, Summation(sources, merged, recipe, self._merges))
 
-    def _take(self, slot: object, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        memory = self._memory.get((slot, dtype))
-        if memory is None or memory.numel() < numel:
-            self._tiles.clear()  # those bound to the old memory would keep it
-            memory = self._memory[slot, dtype] = torch.empty(numel, dtype=dtype)
-        return memory[:numel]
+    def _dtypes(self, recipe: Recipe) -> tuple[Dtypes, Dtypes]:
+        """Of ``[source][input]`` and ``[merge][output]``."""
+        written = [output.dtype for output in recipe.outputs]
+        return [recipe.input_dtypes] * self._sources, [written] * len(self._merges)
+
+    def _grow(self, nbytes: int) -> None:
+        if self._memory.numel() < nbytes:
+            self._tiles.clear()  # they would keep the old memory
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+
+
+def carve(memory: torch.Tensor, dtypes: Dtypes, numel: int) -> Tensors:
+    """Tensors of ``numel`` elements, end to end in ``memory`` (uint8)."""
+    start = 0
+    carved: Tensors = []
+    for row in dtypes:
+        carved.append([])
+        for dtype in row:
+            carved[-1].append(memory[start : start + numel * dtype.itemsize].view(dtype))
+            start += _room(dtype, numel)
+    return carved
+
+
+def room_for(dtypes: Dtypes, numel: int) -> int:
+    """Bytes that :func:`carve` needs."""
+    return sum(_room(dtype, numel) for row in dtypes for dtype in row)
+
+
+def _room(dtype: torch.dtype, numel: int) -> int:
+    """Bytes between buffers: whole lines; not a multiple of 4096, which shares cache sets."""
+    room = -(-numel * dtype.itemsize // 64) * 64
+    return room + 320 if room % 4096 == 0 else room
 
 
 def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
@@ -164,5 +181,7 @@ def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+def _differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
+    """Whether any bit differs; on a CPU at once, on CUDA as a tensor."""
+    left, right = left.view(torch.uint8), right.view(torch.uint8)
+    return not torch.equal(left, right) if left.device.type == "cpu" else (left != right).any()

@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_Path = Callable[
-    [Sequence[Tensor], Sequence[Sequence[float]], Sequence[Tensor]], Callable[[], bool]
-]
+Finite = bool | Tensor
+"""True when every value written is finite. On CUDA a tensor: to ask it is to wait for the sum."""
+BoundSum = Callable[[], Finite]
+_Path = Callable[[Sequence[Tensor], Sequence[Sequence[float]], Sequence[Tensor]], BoundSum]
 
 
 def weighted_sum(
@@ -53,15 +54,16 @@ def weighted_sum(
     Raises:
         ValueError: an argument is not as described.
     """
-    return bind(sources, coefficients, outputs)()
+    return bool(bind(sources, coefficients, outputs)())
 
 
 def bind(
     sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
-) -> Callable[[], bool]:
+) -> BoundSum:
     """:func:`weighted_sum` of these tensors, to be called again whenever their contents changed.
 
-    Checking the arguments takes longer than summing a tile; here it is done once.
+    Checking the arguments takes longer than summing a tile; here it is done once. On CUDA a call
+    starts the sum on the current stream and does not wait for it.
     """
     _check(sources, coefficients, outputs)
     if outputs[0].numel() == 0:

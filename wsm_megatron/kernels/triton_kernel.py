@@ -15,8 +15,9 @@ by NVIDIA's throughput tables for compute capability 9.0: arithmetic, not a meas
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import triton
@@ -26,6 +27,8 @@ from torch import Tensor
 from wsm_megatron.kernels import reference
 
 NUM_WARPS = 4
+_launching = threading.Lock()
+"""Triton's just-in-time compiler is not meant for several threads."""
 #: The kernel is unrolled over its sources and outputs. What does not fit into the registers takes
 #: several passes over the sources, or, above MAX_SOURCES, the torch path.
 MAX_SOURCES = 64
@@ -42,18 +45,11 @@ def outputs_per_pass(n: int) -> int:
 
 def bind(
     sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
-) -> Callable[[], bool]:
+) -> Callable[[], bool | Tensor]:
     """See :func:`wsm_megatron.kernels.bind`; arguments are taken as checked."""
-    return partial(weighted_sum, sources, coefficients, outputs)
-
-
-def weighted_sum(
-    sources: Sequence[Tensor], coefficients: Sequence[Sequence[float]], outputs: Sequence[Tensor]
-) -> bool:
-    """See :func:`wsm_megatron.kernels.weighted_sum`; arguments are taken as checked."""
     if len(sources) > MAX_SOURCES:
-        return reference.weighted_sum(sources, coefficients, outputs)
-    return not launch(sources, coefficients, outputs).item()
+        return reference.bind(sources, coefficients, outputs)
+    return lambda: launch(sources, coefficients, outputs) == 0
 
 
 def launch(
@@ -67,7 +63,7 @@ def launch(
     device = outputs[0].device
     stored_sources = tuple(map(_as_stored, sources))
     step = outputs_per_pass(len(sources))
-    with torch.cuda.device_of(outputs[0]):
+    with _launching, torch.cuda.device_of(outputs[0]):
         flag = torch.zeros(1, dtype=torch.int32, device=device)
         for k in range(0, len(outputs), step):
             rows = _on_device(tuple(map(tuple, coefficients[k : k + step])), device)

@@ -1,0 +1,150 @@
+"""Memory divided among threads, and what is read ahead."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import runs
+from tests.reference import RUNS, load_tensors, same_bits
+from wsm_megatron import MergeConfig, MergeError, merge
+from wsm_megatron.checkpoint import direct
+from wsm_megatron.checkpoint.roles import Role
+from wsm_megatron.cli import main
+from wsm_megatron.engine import budget, device
+from wsm_megatron.engine.budget import default_memory, make_budget
+from wsm_megatron.engine.plan import Output, Recipe, Rule
+from wsm_megatron.errors import EXIT_USAGE
+
+
+def recipe(rule: Rule, inputs: list[torch.dtype], outputs: list[torch.dtype]) -> Recipe:
+    return Recipe(
+        rule,
+        Role.MODEL,
+        tuple(f"in{i}" for i in range(len(inputs))),
+        tuple(Output(f"out{i}", dtype, (4,)) for i, dtype in enumerate(outputs)),
+        tuple(inputs),
+    )
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+RECIPES = [
+    recipe(Rule.SUM, [BF16], [BF16]),
+    recipe(Rule.SUM_MAIN, [FP32, BF16], [FP32, BF16]),
+    recipe(Rule.COPY, [FP32], [FP32]),
+]
+
+
+@given(
+    memory=st.integers(2**20, 2**34),
+    threads=st.integers(1, 64),
+    sources=st.integers(2, 200),
+    merges=st.integers(1, 100),
+    blocks=st.integers(1, 2),
+    depth=st.integers(1, 2),
+)
+def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, blocks, depth):
+    try:
+        found = make_budget(memory, threads, sources, merges, RECIPES, blocks=blocks, depth=depth)
+    except ValueError as error:
+        assert "--memory" in str(error) and str(memory) in str(error)
+        smallest = 2**14 * max(r.cost(sources, merges) for r in RECIPES[:2])
+        assert memory < depth * smallest
+        return
+    assert 1 <= found.threads <= threads
+    for one in RECIPES:
+        numel = found.tile_elements(one)
+        assert numel >= 1
+        tile = numel * (4 if one.rule is Rule.COPY else one.cost(sources, merges))
+        ahead = found.ahead * sources * blocks
+        assert found.threads * (depth * tile + ahead) <= memory
+
+
+def test_the_default_is_an_eighth_of_what_is_free(monkeypatch):
+    sizes = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    assert default_memory() == 1000 * 4096 // 8
+    sizes["SC_AVPHYS_PAGES"] = 2**30
+    assert default_memory() == 512 * 2**20
+
+
+def merged(tmp_path, name, run=runs.FULLY, **options):
+    config = MergeConfig(load=RUNS / run, save=tmp_path / name, **options)
+    return load_tensors(merge(config).output)
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        assert same_bits(tensor, right[key]), key
+
+
+@pytest.mark.parametrize("size", ["x", "12Q", "-1", "1.5GiB"])
+def test_a_size_that_is_none(tmp_path, size, capsys):
+    arguments = ["--load", str(tmp_path), "--save", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", *arguments, f"--memory={size}"])
+    assert stopped.value.code == 2
+    assert "is not a size" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_refused(tmp_path, capsys):
+    arguments = ["--load", str(RUNS / runs.DENSE), "--save", str(tmp_path / "out")]
+    assert main(["merge", *arguments, "--memory", "64KiB"]) == EXIT_USAGE
+    assert "--memory 65536 is too little" in capsys.readouterr().err
+    assert main(["merge", *arguments, "--memory", "1mb"]) == 0
+
+
+def test_direct_io_gives_the_same_bits(tmp_path, monkeypatch):
+    """Also through blocks smaller than a tensor, which begin and end inside it."""
+    expected = merged(tmp_path, "cached", optimizer_state="last")
+    assert_same(merged(tmp_path, "direct", optimizer_state="last", direct_io=True), expected)
+    monkeypatch.setattr(direct, "ALIGNMENT", 512)
+    monkeypatch.setattr(direct.DirectFiles, "flags", os.O_RDONLY)  # 512 is not enough everywhere
+    small = {"direct_io": True, "memory": 2**22}
+    assert_same(merged(tmp_path, "small", optimizer_state="last", **small), expected)
+
+
+def test_a_file_system_without_direct_io(tmp_path, monkeypatch):
+    def no_direct_io(path, flags, *mode):
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return opened(path, flags, *mode)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", no_direct_io)
+    with pytest.raises(ValueError, match=r"iter_000000\d.*no O_DIRECT; leave out --direct-io"):
+        merged(tmp_path, "out", direct_io=True)
+
+
+def test_a_truncated_file_is_named_with_direct_io(tmp_path):
+    run = runs.copy_run(runs.DENSE, tmp_path / "run")
+    config = MergeConfig(load=run, save=tmp_path / "out", direct_io=True)
+    path = max((run / "iter_0000004").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size // 2)
+    with pytest.raises(MergeError, match="iter_0000004"):
+        merge(config)
+
+
+def test_reading_ahead_stays_inside_the_window(tmp_path, monkeypatch):
+    """Chunks of several tiles are announced, piece after piece; advice that is refused is left."""
+    monkeypatch.setattr(budget, "LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(device, "TILE_BYTES", 1024)
+    advised = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, length, what: advised.append((start, length, what))
+    )
+    expected = merged(tmp_path, "out", memory=2**28)
+    assert advised and {what for *_, what in advised} == {os.POSIX_FADV_WILLNEED}
+    assert all(length > 0 for _, length, _ in advised)
+
+    def refuse(*arguments):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert_same(merged(tmp_path, "refused", memory=2**28), expected)
