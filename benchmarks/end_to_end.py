@@ -1,70 +1,30 @@
-"""A merge against raw reading plus writing of the same bytes, in one run.
+"""A merge against raw reading plus writing of the same bytes, in one run: one table.
 
     python benchmarks/end_to_end.py [--checkpoints 8] [--gib 1] [--ranks 1,2] [--repeat 3]
 
-Prints one table: seconds, GB/s and the ratio to the floor (``cat`` of the sources' files into
-/dev/null, then writing and syncing as many bytes as the merged checkpoint has), all with the page
-cache warm, and the peak resident memory of a rank. Where ``MEGATRON_LM_DIR`` names a checkout with
-``tools/checkpoint/weighted_merge.py``, that tool merges the same files in the same run, and the two
-outputs are compared. Options that this script does not know go to ``wsm merge``.
+Rows: seconds, GB/s and the ratio to the floor (``cat`` of the sources' files into /dev/null, then
+writing and syncing as many bytes as the merged checkpoint has), all with the page cache warm, and
+the peak resident memory of a rank. Four merges of the same sources show what a further merge costs.
+Where ``MEGATRON_LM_DIR`` names a checkout with ``tools/checkpoint/weighted_merge.py``, that tool
+merges the same files in turn with ours, and the two outputs are compared. Options that this script
+does not know go to ``wsm merge``: ``--device cuda``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from generate import add_arguments, generate
+from measure import Run, launch, merge_command, raw_read, raw_write, where
 
-_PIECE = 8 * 2**20
-
-
-def timed(command: list[str]) -> tuple[float, int, str]:
-    """Wall seconds, peak resident bytes of the largest process, output."""
-    marker = ["/usr/bin/time", "-f", "peak %M"] if Path("/usr/bin/time").exists() else []
-    start = time.perf_counter()
-    done = subprocess.run([*marker, *command], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    peaks = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("peak ")]
-    return seconds, int(peaks[-1]) * 1024 if peaks else 0, done.stdout
-
-
-def raw_read(files: list[Path]) -> float:
-    with open(os.devnull, "wb") as sink:
-        start = time.perf_counter()
-        subprocess.run(["cat", *map(str, files)], stdout=sink, check=True)
-        return time.perf_counter() - start
-
-
-def raw_write(folder: Path, nbytes: int) -> float:
-    data = os.urandom(_PIECE)
-    path = folder / "raw"
-    start = time.perf_counter()
-    with path.open("wb", buffering=0) as stream:
-        for _ in range(0, nbytes, _PIECE):
-            stream.write(data)
-        os.fsync(stream.fileno())
-    seconds = time.perf_counter() - start
-    path.unlink()
-    return seconds
-
-
-def merge_command(run: Path, out: Path, ranks: int, options: list[str]) -> list[str]:
-    arguments = ["-m", "wsm_megatron", "merge", "--load", str(run), "--save", str(out), "--json"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *(launcher if ranks > 1 else []), *arguments, *options]
+FOUR = "mean,linear,1-sqrt,ema"
 
 
 def reference_tool() -> Path | None:
@@ -74,12 +34,11 @@ def reference_tool() -> Path | None:
     return tool if tool and tool.is_file() else None
 
 
-def reference_command(tool: Path, run: Path, out: Path, ranks: int) -> list[str]:
+def reference_command(tool: Path, run: Path, out: Path) -> list[str]:
     last = int((run / "latest_checkpointed_iteration.txt").read_text())
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     options = ["--merge-inputs", str(run), "--start-checkpoint", "1000"]
     options += ["--end-checkpoint", str(last), "--merge-output", str(out)]
-    return [sys.executable, *launcher, str(tool), *options]
+    return [str(tool), *options]
 
 
 def compare(left: Path, right: Path) -> str:
@@ -110,44 +69,62 @@ def load_model(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+class Table:
+    """Medians of rounds, in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[tuple[float, int, int]]] = {}
+
+    def add(self, name: str, seconds: float, moved: int, peak: int = 0) -> None:
+        self._rows.setdefault(name, []).append((seconds, moved, peak))
+
+    def median(self, name: str) -> float:
+        return statistics.median(row[0] for row in self._rows[name])
+
+    def show(self, floor: float) -> None:
+        print("| | seconds | GB/s | x floor | peak MiB |\n|---|---|---|---|---|")
+        for name, rows in self._rows.items():
+            seconds = self.median(name)
+            peak = max(row[2] for row in rows)
+            rate = f"{rows[0][1] / seconds / 1e9:.2f}"
+            shown = f"{peak / 2**20:.0f}" if peak else ""
+            print(f"| {name} | {seconds:.2f} | {rate} | {seconds / floor:.2f} | {shown} |")
+
+
+def ours(table: Table, run: Path, out: Path, ranks: int, name: str, options: list[str]) -> Run:
+    shutil.rmtree(out, ignore_errors=True)
+    done = launch(merge_command(run, out, *options), ranks)
+    moved = done.report["bytes_read"] + done.report["bytes_written"]
+    table.add(name, done.seconds, moved, done.peak)
+    table.add(f"{name}: without start and end of Python", done.report["seconds"], moved)
+    return done
+
+
 def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: list[str]) -> None:
     files = sorted(run.glob("iter_*/*.distcp"))
     size = sum(file.stat().st_size for file in files)
+    tool, compared, table = reference_tool(), "", Table()
     raw_read(files)
-    print(f"{len(files)} files, {size / 1e9:.2f} GB; {os.cpu_count()} cores; medians of {repeat}")
-    print(f"{'':28} {'seconds':>8} {'GB/s':>7} {'x floor':>8} {'peak MiB':>9}")
-    rows: dict[str, list[tuple[float, int]]] = {}
-    tool, compared = reference_tool(), ""
-    moved = 0.0
-    floors = []
+    print(where())
+    print(f"{len(files)} files, {size / 1e9:.2f} GB; medians of {repeat} rounds")
+    written = 0
     for _ in range(repeat):
         for count in ranks:
-            out = scratch / "out"
-            seconds, peak, text = timed(merge_command(run, out, count, options))
-            report = json.loads(text.strip().splitlines()[-1])
-            moved = report["bytes_read"] + report["bytes_written"]
-            rows.setdefault(f"wsm merge, {count} rank(s)", []).append((seconds, peak))
-            rows.setdefault(f"  of it merging, {count} rank(s)", []).append((report["seconds"], 0))
+            of = f"{count} rank" + "s" * (count > 1)
+            four = ["--decay", FOUR, *options]
+            ours(table, run, scratch / "four", count, f"4 merges, {of}", four)
+            done = ours(table, run, scratch / "out", count, f"wsm merge, {of}", options)
+            written = done.report["bytes_written"]
             if tool is not None:
                 other = scratch / "reference"
-                seconds, peak, _ = timed(reference_command(tool, run, other, count))
-                rows.setdefault(f"reference tool, {count} rank(s)", []).append((seconds, peak))
-                name = Path(report["output"]).name
-                compared = compare(out / name, other / name)
+                theirs = launch(reference_command(tool, run, other), count)
+                table.add(f"reference tool, {of}", theirs.seconds, size + written, theirs.peak)
+                name = Path(done.report["output"]).name
+                compared = compared or compare(scratch / "out" / name, other / name)
                 shutil.rmtree(other)
-            shutil.rmtree(out)
-        read, write = raw_read(files), raw_write(scratch, report["bytes_written"])
-        rows.setdefault("cat", []).append((read, 0))
-        rows.setdefault("raw write and sync", []).append((write, 0))
-        floors.append(read + write)
-    floor = statistics.median(floors)
-    for name, values in rows.items():
-        seconds = statistics.median(value[0] for value in values)
-        peak = max(value[1] for value in values)
-        shown = f"{peak / 2**20:9.0f}" if peak else ""
-        print(
-            f"{name:28} {seconds:8.2f} {moved / seconds / 1e9:7.2f} {seconds / floor:8.2f} {shown}"
-        )
+        table.add("cat", raw_read(files), size)
+        table.add("raw write and sync", raw_write(scratch, written), written)
+    table.show(table.median("cat") + table.median("raw write and sync"))
     if compared:
         print(compared)
 

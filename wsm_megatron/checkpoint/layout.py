@@ -177,7 +177,7 @@ def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
     for index, info in metadata.storage_data.items():
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"{path}: entry {index.fqn!r} is compressed or transformed on disk")
-        if Path(info.relative_path).name != info.relative_path:
+        if info.relative_path in ("", ".", "..") or "/" in info.relative_path:
             raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")
         location = Location(info.relative_path, info.offset, info.length)
         locations[_index_key(index)] = location
