@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _DCP_VERSION = "1.0.0"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One thing to store: a chunk of a tensor (``box``), or bytes (``nbytes``) where it is None."""
 
@@ -62,7 +62,7 @@ class Item:
         return frame(self.dtype, self.box.sizes).total_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placed:
     """An item and where it is stored."""
 
