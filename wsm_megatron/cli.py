@@ -25,16 +25,17 @@ from wsm_megatron.engine.merge import merge, prepare
 from wsm_megatron.engine.resume import check_resume
 from wsm_megatron.engine.sources import Decay, decay_over, select_checkpoints
 from wsm_megatron.engine.verify import verify
-from wsm_megatron.errors import MergeError, StoppedError
+from wsm_megatron.errors import (
+    EXIT_DOES_NOT_RESUME,
+    EXIT_FAILED,
+    MergeError,
+    StoppedError,
+    exit_code,
+)
 from wsm_megatron.progress import progress_bar
 from wsm_megatron.window import Checkpoint
 
-EXIT_FAILED = 1
-"""A merge or a check failed: a damaged checkpoint, no space, a rank lost. 128 + n: signal n."""
-EXIT_USAGE = 2
-"""The options are wrong, or do not fit the run."""
-EXIT_DOES_NOT_RESUME = 3
-"""``resume-check``: plain ``--load`` does not resume from a checkpoint that is otherwise sound."""
+logger = logging.getLogger(__name__)
 
 GRACE = 10.0
 """Seconds that a merge has to end by itself once storage hangs."""
@@ -51,12 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         status: int | None = arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, MergeError) as error:
         print(f"wsm {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except MergeError as error:
-        print(f"wsm {arguments.command}: {error}", file=sys.stderr)
-        return 128 + error.number if isinstance(error, StoppedError) else EXIT_FAILED
+        return exit_code(error)
     return status or 0
 
 
@@ -189,7 +187,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     for line in report.merged(done):
         print(line)
     if arguments.json:
-        _print_json(report.merged_data(done))
+        _print_json(done.as_data())
 
 
 @contextmanager
@@ -222,7 +220,7 @@ def _exit_when_storage_hangs() -> Iterator[None]:
                 check_storage()
             except MergeError as error:
                 if not over.wait(GRACE):  # where only a worker hangs, the merge ends by itself
-                    print(f"wsm merge: {error}; nothing was published", file=sys.stderr, flush=True)
+                    _say_last(f"{error}; nothing was published")
                     os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -230,6 +228,13 @@ def _exit_when_storage_hangs() -> Iterator[None]:
         yield
     finally:
         over.set()
+
+
+def _say_last(message: str) -> None:
+    """Before the process ends without anything else."""
+    logger.error(message, extra={"event": "failed", "fields": {"exit_code": EXIT_FAILED}})
+    for handler in logging.getLogger("wsm_megatron").handlers:
+        handler.flush()
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -137,10 +137,20 @@ class MergeConfig:
     retries: int = _option(
         3, "how often a read that failed is tried again", group="job", metavar="N"
     )
+    log_json: Path | None = field(
+        default=None,
+        metadata={
+            "help": "append what happens to this file, for all ranks: one JSON object a line",
+            "group": "job",
+            "metavar": "FILE",
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("load", "save"):
             object.__setattr__(self, name, Path(getattr(self, name)))
+        if self.log_json is not None:
+            object.__setattr__(self, "log_json", Path(self.log_json))
         for option in fields(self):
             choices = option.metadata.get("choices")
             value = getattr(self, option.name)

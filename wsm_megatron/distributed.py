@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
 from wsm_megatron.line import Line
+from wsm_megatron.sign import Failure
 from wsm_megatron.slurm import task_of_step
 
 logger = logging.getLogger(__name__)
@@ -43,13 +45,69 @@ class Ranks:
     ):
         assert (line is None) == (size == 1)
         self.rank, self.size, self._line, self._store = rank, size, line, store
+        self.phase = "starting"
         self._turn = 0
         self._taken: list[str] = []
+        self._checks: list[Callable[[], None]] = []
+        self._count, self._counting = 0, threading.Lock()
+        self._hear: Callable[[Any], None] = lambda _: None
+        if line is not None:
+            line.health, line.count = self._check_here, lambda: self._count
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the job has failed, as far as it is known here."""
+        return None if self._line is None else self._line.failure
 
     def check(self) -> None:
-        """Raise where another rank has failed or is lost. Not collective; cheap."""
+        """Raise where the job has failed, on this rank or another. Not collective; cheap."""
+        self._check_here()
         if self._line is not None:
             self._line.check()
+
+    @contextmanager
+    def watching(self, check: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a ``MergeError`` of ``check`` fails the job on every rank.
+
+        ``check`` is called in :meth:`check`, and every second from another thread, which finds what
+        is wrong also while this rank is stuck in a call to the system. It must not block itself.
+        """
+        self._checks.append(check)
+        try:
+            yield
+        finally:
+            self._checks.remove(check)
+
+    def _check_here(self) -> None:
+        for check in tuple(self._checks):
+            check()
+
+    def count(self, number: int) -> None:
+        """Add to what this rank has done; from any thread."""
+        with self._counting:
+            self._count += number
+
+    def counted(self) -> int:
+        """What all ranks have done by their last sign of life. On rank 0."""
+        return self._count + (0 if self._line is None else self._line.counted())
+
+    def tell(self, value: Any) -> None:
+        """Let rank 0 hear a small picklable value, within seconds or never. Never waits."""
+        if self.rank == 0 or self._line is None:
+            self._hear(value)
+        else:
+            self._line.tell(value)
+
+    def hear(self, listener: Callable[[Any], None]) -> None:
+        """On rank 0: call ``listener``, which must not wait, with what any rank tells."""
+        self._hear = listener
+        if self._line is not None:
+            self._line.hear = listener
+
+    def exchange(self) -> None:
+        """Give a sign of life now and, on rank 0, listen to the others'. Not collective."""
+        if self._line is not None:
+            self._line.exchange()
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
@@ -60,6 +118,7 @@ class Ranks:
             naming the rank and the phase, on every other rank, also where that rank's failure
             led to one here.
         """
+        self._enter(phase)
         try:
             yield
         except Exception as error:
@@ -121,6 +180,11 @@ class Ranks:
         assert self._store is not None
         store = self._store.clone() if hasattr(self._store, "clone") else self._store
         return dist.PrefixStore(self._next(), store)
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        if self._line is not None:
+            self._line.phase = phase
 
     def _next(self) -> str:
         self._turn += 1

@@ -1,4 +1,11 @@
-"""What a merge raises beside ``ValueError``."""
+"""What a merge raises beside ``ValueError``, and the exit status that ``wsm`` then has."""
+
+EXIT_FAILED = 1
+"""A merge or a check failed: a damaged checkpoint, no space, a rank lost. 128 + n: signal n."""
+EXIT_USAGE = 2
+"""The options are wrong, or do not fit the run."""
+EXIT_DOES_NOT_RESUME = 3
+"""``resume-check``: plain ``--load`` does not resume from a checkpoint that is otherwise sound."""
 
 
 class MergeError(RuntimeError):
@@ -27,3 +34,10 @@ class StoppedError(PassingError):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.number = number
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit status of ``wsm`` after an error; Python's own for errors that are none of these."""
+    if isinstance(error, StoppedError):
+        return 128 + error.number
+    return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED

@@ -14,14 +14,15 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from wsm_megatron.errors import LostError, MergeError, PassingError
+from wsm_megatron.sign import Failure, Sign
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +35,10 @@ START_WITHIN = 600.0
 _PART_BYTES = 4 * 2**20
 """The TCP store takes values of up to 8 MiB."""
 _FAILED = "failed"
+_TOLD_A_BEAT = 100
+"""Values that a rank tells rank 0 in one beat at most; of more, the newest."""
 _STOP_WITHIN = 5
 """Beats within which every rank is to stop after a failure."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why the job failed: the first rank that said so, or was found lost."""
-
-    rank: int
-    message: str
-    kind: type[Exception] = MergeError
-
-    def error(self) -> Exception:
-        return self.kind(self.message)
 
 
 class Line:
@@ -55,15 +46,29 @@ class Line:
 
     Args:
         store: of all ranks of this job, and of no other job.
+
+    Attributes:
+        phase: what this rank is doing, for messages.
+        health: called at every beat, on the line's thread; what it raises fails the job, also
+            while the rank's own thread is stuck in a call to the system.
+        failure: why the job has failed; None while it has not.
+        count: what this rank has done, in any unit; told with every beat.
+        hear: called on rank 0, on the line's thread, with what other ranks tell.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         self._store: Any = store  # its stubs know of no bytes
         self.rank, self.size = rank, size
+        self.phase = "starting"
+        self.health: Callable[[], None] = lambda: None
+        self.failure: Failure | None = None
+        self.count: Callable[[], int] = lambda: 0
+        self.hear: Callable[[Any], None] = lambda _: None
+        self._to_tell: deque[Any] = deque(maxlen=_TOLD_A_BEAT)
+        self._told = 0
         self._requests: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue]] = (
             queue.SimpleQueue()
         )
-        self._failure: Failure | None = None
         self._silence: dict[int, float] = {}
         self._heard: dict[int, bytes] = {}
         self._contact = time.monotonic()
@@ -73,8 +78,8 @@ class Line:
 
     def check(self) -> None:
         """Raise where the job has failed on another rank, or the others are out of reach."""
-        if self._failure is not None:
-            raise self._failure.error()
+        if self.failure is not None:
+            raise self.failure.error()
         if time.monotonic() - self._contact > LOST_AFTER + 5 * BEAT:
             raise LostError(f"{self._who(0)} does not answer: its node or its network is gone")
 
@@ -102,6 +107,18 @@ class Line:
         for name in (key, *(f"{key}#{i}" for i in range(count))):
             self._ask(partial(self._store.delete_key, name))
 
+    def tell(self, value: Any) -> None:
+        """Have rank 0 hear a small picklable value with a next beat; too many are left out."""
+        self._to_tell.append(value)
+
+    def counted(self) -> int:
+        """The other ranks' counts together, by their last beat. On rank 0."""
+        return sum(Sign.read(sign).counted for sign in tuple(self._heard.values()) if sign)
+
+    def exchange(self) -> None:
+        """Beat at once."""
+        self._ask(self._beat)
+
     def fail(self, error: BaseException, phase: str) -> Exception | None:
         """Tell the other ranks that this one has failed, and how it did.
 
@@ -110,14 +127,14 @@ class Line:
         Returns:
             the failure of another rank where that came first, and may have led to this one.
         """
-        message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
-        failure = Failure(self.rank, message, _kind(error))
+        failure = self._own(error, phase)
         with contextlib.suppress(MergeError):  # the others are gone
+            self._ask(self._speak)
             self._ask(partial(self._declare, failure))
             self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
             if self.rank == 0:
                 self._wait_for("ended", _STOP_WITHIN * BEAT)
-        first = self._failure or failure
+        first = self.failure or failure
         return first.error() if first.rank != self.rank else None
 
     def leave(self) -> None:
@@ -125,14 +142,14 @@ class Line:
         with contextlib.suppress(MergeError):  # the others are gone
             self._ask(partial(self._store.set, f"left/{self.rank}", b"1"))
             if self.rank == 0:
-                self._wait_for("left", LOST_AFTER if self._failure is None else _STOP_WITHIN * BEAT)
+                self._wait_for("left", LOST_AFTER if self.failure is None else _STOP_WITHIN * BEAT)
         self._leaving.set()
         self._thread.join(BEAT)
 
     def _wait_for(self, word: str, patience: float) -> None:
         """Until every other rank that is not lost has said a word."""
         until = time.monotonic() + patience
-        failure = self._failure
+        failure = self.failure
         lost = {failure.rank} if failure and failure.kind is LostError else set()
         for rank in set(range(1, self.size)) - lost:
             check = partial(self._store.check, [f"{word}/{rank}"])
@@ -168,7 +185,7 @@ class Line:
                 self._answer(max(0.0, due - time.monotonic()))
         except RuntimeError as error:  # the store's: its process has ended
             logger.debug("rank %d: %s", self.rank, error)
-            self._failure = self._failure or self._gone()
+            self.failure = self.failure or self._gone()
 
     def _answer(self, timeout: float) -> None:
         try:
@@ -179,20 +196,42 @@ class Line:
         self._contact = time.monotonic()
 
     def _beat(self) -> None:
-        sign = f"{socket.gethostname()} pid {os.getpid()} {time.monotonic()}"
-        self._store.set(f"beat/{self.rank}", sign)
-        if self._failure is None and self._store.check([_FAILED]):
-            self._failure = pickle.loads(self._store.get(_FAILED))
+        self._speak()
+        if self.failure is None and self._store.check([_FAILED]):
+            self.failure = pickle.loads(self._store.get(_FAILED))
+        if self.failure is None:
+            try:
+                self.health()
+            except MergeError as error:
+                self._declare(self._own(error, self.phase))
         # Rank 0 looks after all, all look after rank 0.
         for rank in range(1, self.size) if self.rank == 0 else (0,):
             self._listen(rank)
         self._contact = time.monotonic()
 
+    def _speak(self) -> None:
+        """Tell what is to be told, then give a sign of life, which says how much was told."""
+        while self._to_tell:
+            value = pickle.dumps(self._to_tell.popleft())
+            self._store.set(f"told/{self.rank}/{self._told}", value)
+            self._told += 1
+        sign = Sign(socket.gethostname(), os.getpid(), self._told, self.count(), time.monotonic())
+        self._store.set(f"beat/{self.rank}", sign.write())
+
+    def _hear_out(self, rank: int, before: bytes, sign: bytes) -> None:
+        first = Sign.read(before).told if before else 0
+        for k in range(first, Sign.read(sign).told):
+            self.hear(pickle.loads(self._store.get(f"told/{rank}/{k}")))
+            self._store.delete_key(f"told/{rank}/{k}")
+
     def _listen(self, rank: int) -> None:
         """Count the beats in which a rank was not heard: a pause of all ranks counts as one."""
         key = f"beat/{rank}"
         sign = self._store.get(key) if self._store.check([key]) else b""
-        if sign != self._heard.get(rank, b"") or self._store.check([f"left/{rank}"]):
+        before = self._heard.get(rank, b"")
+        if self.rank == 0 and sign != before:
+            self._hear_out(rank, before, sign)
+        if sign != before or self._store.check([f"left/{rank}"]):
             self._silence[rank], self._heard[rank] = 0.0, sign
             return
         self._silence[rank] = self._silence.get(rank, 0.0) + BEAT
@@ -204,28 +243,35 @@ class Line:
             self._store.set(_FAILED, pickle.dumps(failure))
         else:
             failure = pickle.loads(self._store.get(_FAILED))  # waits until it is there
-        self._failure = self._failure or failure
+        self.failure = self.failure or failure
+
+    def _own(self, error: BaseException, phase: str) -> Failure:
+        message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
+        return Failure(self.rank, message, _kind(error), phase)
 
     def _lost(self, rank: int) -> Failure:
         if rank not in self._heard:
             message = f"rank {rank} did not start within {START_WITHIN:.0f} s"
-            return Failure(rank, message, kind=LostError)
+            return Failure(rank, message, LostError, self.phase)
         return Failure(
             rank,
             f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out of "
             "memory, or its node is gone)",
-            kind=LostError,
+            LostError,
+            self.phase,
         )
 
     def _gone(self) -> Failure:
-        if self._failure is not None:
-            return self._failure
+        if self.failure is not None:
+            return self.failure
         message = f"{self._who(0)} is lost, and with it the store that the job shares"
-        return Failure(0, message, kind=LostError)
+        return Failure(0, message, LostError, self.phase)
 
     def _who(self, rank: int) -> str:
-        host = self._heard.get(rank, b"").decode().rpartition(" ")[0]
-        return f"rank {rank} ({host})" if host else f"rank {rank}"
+        if not (sign := self._heard.get(rank, b"")):
+            return f"rank {rank}"
+        seen = Sign.read(sign)
+        return f"rank {rank} ({seen.host} pid {seen.pid})"
 
 
 def _kind(error: BaseException) -> type[Exception]:

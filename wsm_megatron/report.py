@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import mean
 from typing import Any
 
 from wsm_megatron.engine.flags import GOALS, as_data
 from wsm_megatron.engine.inspect import CheckpointContents, RunContents
 from wsm_megatron.engine.job import Job
-from wsm_megatron.engine.merge import MergeReport
+from wsm_megatron.engine.outcome import MergeReport
+from wsm_megatron.engine.phases import PHASES, RankReport
 from wsm_megatron.engine.plan import Recipe
 from wsm_megatron.engine.resume import ResumeReport
 from wsm_megatron.engine.sources import Decay
 from wsm_megatron.engine.verify import VerifyReport
+
+_RANKS_SHOWN = 16
 
 
 def size(nbytes: float) -> str:
@@ -33,21 +36,11 @@ def merged(done: MergeReport) -> Iterator[str]:
         )
     yield f"read {size(done.bytes_read)}, wrote {size(done.bytes_written)}"
     yield f"{done.seconds:.2f} s, {size(moved / max(done.seconds, 1e-9))}/s"
+    yield from _rank_lines(done.ranks)
     for one in done.merged:
         yield f"merged checkpoint: {one.output}"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
     yield from launch_lines(done.resume["launch"], str(done.output.parent))
-
-
-def merged_data(done: MergeReport) -> dict[str, Any]:
-    checkpoints = [{**asdict(one), "output": str(one.output)} for one in done.merged]
-    return {
-        **checkpoints[-1],
-        "bytes_read": done.bytes_read,
-        "bytes_written": done.bytes_written,
-        "seconds": done.seconds,
-        "merged": checkpoints,
-    }
 
 
 def planned(job: Job) -> Iterator[str]:
@@ -243,6 +236,31 @@ def _recipe_lines(recipes: Iterable[Recipe]) -> Iterator[str]:
         for output in recipe.outputs:
             dtype = str(output.dtype).removeprefix("torch.")
             yield f"  {recipe.rule.value:35} {output.key} {dtype} {list(output.shape)}"
+
+
+def _rank_lines(ranks: Sequence[RankReport]) -> Iterator[str]:
+    """Where the time of each rank went; of many ranks, of the slowest ones and their mean."""
+    shown = list(ranks)
+    if len(shown) > _RANKS_SHOWN:
+        yield f"the slowest {_RANKS_SHOWN} of {len(shown)} ranks, and the mean of all:"
+        shown = sorted(shown, key=lambda one: one.seconds, reverse=True)[:_RANKS_SHOWN]
+    phases = [name for name in PHASES if any(one.phases.get(name, 0.0) > 0.005 for one in ranks)]
+    if shown:
+        heads = [f"{name + ' s':>12}" for name in phases]
+        yield f"{'rank':>5} {'host':16}{'read':>9}{'written':>9}{'speed':>11}{''.join(heads)}"
+    for one in shown:
+        yield _rank_line(f"{one.rank:>5} {one.host:16.16}", [one], phases)
+    if len(ranks) > 1:
+        yield _rank_line(f"{'mean':>5} {'':16}", ranks, phases)
+
+
+def _rank_line(name: str, ranks: Sequence[RankReport], phases: Sequence[str]) -> str:
+    """The mean of ranks, or one."""
+    read = mean(one.bytes_read for one in ranks)
+    written = mean(one.bytes_written for one in ranks)
+    speed = f"{size(mean(one.bytes_per_second for one in ranks))}/s"
+    seconds = [f"{mean(one.phases.get(phase, 0.0) for one in ranks):>12.2f}" for phase in phases]
+    return f"{name}{size(read):>9}{size(written):>9}{speed:>11}{''.join(seconds)}"
 
 
 def _shape(entry: Any) -> str:

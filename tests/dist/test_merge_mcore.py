@@ -252,7 +252,7 @@ def _fail_in(config: MergeConfig, stage: str, failing: int) -> str:
     """The message with which this rank's merge fails, having left nothing behind."""
     import torch.distributed as dist
 
-    from wsm_megatron.checkpoint import reader, writer
+    from wsm_megatron.checkpoint import files, writer
     from wsm_megatron.engine import merge as engine
     from wsm_megatron.engine import publish
 
@@ -261,7 +261,7 @@ def _fail_in(config: MergeConfig, stage: str, failing: int) -> str:
 
     owner, name = {
         "planning": (engine, "prepare_job"),
-        "reading": (reader.CheckpointReader, "read_record"),
+        "reading": (files.SourceFiles, "read_some"),
         "writing": (writer.CheckpointFile, "_write"),
         "publishing": (publish.Staging, "commit"),
     }[stage]

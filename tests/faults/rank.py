@@ -7,6 +7,7 @@ of Python.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -18,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron import cli, line
-from wsm_megatron.checkpoint import patience
-from wsm_megatron.engine import crew, merge, publish, tile
+from wsm_megatron.checkpoint import patience, visible
+from wsm_megatron.checkpoint.writer import CheckpointFile
+from wsm_megatron.engine import crew, merge, publish, watch
+from wsm_megatron.engine.publish import Staging
+from wsm_megatron.engine.tile import Tile
 
-FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "rank exception")
+FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "stalled write", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
-LOST_AFTER, STALLED_AFTER = 2.0, 1.0
+LOST_AFTER, STALLED_AFTER, SEEN_WITHIN = 2.0, 1.0, 2.0
+
+_run: Path
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,23 @@ def run_rank(
     line.BEAT, line.LOST_AFTER = 0.2, LOST_AFTER
     patience.STALLED_AFTER, patience.FIRST_PAUSE = STALLED_AFTER, 0.01
     cli.GRACE, crew._PATIENCE = 2.0, 0.2
+    global _run
+    _run = Path(argv[argv.index("--load") + 1])
+    visible.VISIBLE_WITHIN, watch.LOOK_EVERY = SEEN_WITHIN, 0.1
     if case is not None and case.rank == rank:
-        _inject(case)
+        _UNSEEN.get((case.fault, case.stage), lambda: _inject(case))()
     sys.exit(cli.main(argv))
 
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "plan": (Path, "read_bytes"),
     "read": (os, "preadv"),
-    "reduce": (tile.Tile, "sum"),
+    "reduce": (Tile, "start"),
     "write": (os, "pwrite"),
     "publish": (merge, "_complete"),
     "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved
+    "sync": (CheckpointFile, "close"),
+    "rename": (Staging, "commit"),
 }
 """What is called in a stage. Only rank 0 plans and publishes; another one waits for it."""
 
@@ -68,14 +79,27 @@ _PLACES: dict[str, tuple[Any, str]] = {
 def _inject(case: Case) -> None:
     """Let the third call in the stage go wrong, and, of an error of storage, all that follow."""
     owner, name = _PLACES[case.stage]
-    third = 1 if case.stage in ("publish", "track") else 3
+    third = 3 if case.stage in ("plan", "read", "reduce", "write") else 1
     if case.rank != 0 and case.stage in ("plan", "publish"):
         owner, name = line.Line, "take"
         third = {"plan": 1, "publish": 5}[case.stage]
-    if case.fault == "stalled read" and case.stage in ("reduce", "write"):
-        _when(owner, name, third, lambda: _when(os, "preadv", 1, _FAULTS[case.fault]))
+    call = _STALLS.get((case.fault, case.stage))
+    if call is not None:
+        _when(owner, name, third, lambda: _when(os, call, 1, _FAULTS[case.fault]))
         return
     _when(owner, name, third, _FAULTS[case.fault], ever=case.fault in ("EIO", "ENOSPC"))
+
+
+_STALLS = {
+    ("stalled read", "reduce"): "preadv",
+    ("stalled read", "write"): "preadv",
+    ("stalled write", "read"): "pwrite",
+    ("stalled write", "reduce"): "pwrite",
+    ("stalled write", "sync"): "fsync",
+    ("stalled write", "publish"): "fsync",
+    ("stalled write", "rename"): "rename",
+}
+"""The call that hangs, where it is not the one that the stage is told by but the next after it."""
 
 
 def _when(owner: Any, name: str, call: int, then: Callable[[], None], ever: bool = False) -> None:
@@ -109,6 +133,16 @@ def _fail(code: int) -> Callable[[], None]:
     return fail
 
 
+def _change(change: Callable[[Path], None]) -> Callable[[], None]:
+    """Change a file of a source that nobody reads any more, then be busy."""
+
+    def then() -> None:
+        change(_run / "iter_0000004" / "common.pt")
+        time.sleep(60)
+
+    return then
+
+
 def _break() -> None:
     raise RuntimeError("injected")
 
@@ -119,5 +153,57 @@ _FAULTS: dict[str, Callable[[], None]] = {
     "ENOSPC": _fail(errno.ENOSPC),
     "EIO": _fail(errno.EIO),
     "stalled read": lambda: time.sleep(60),
+    "stalled write": lambda: time.sleep(60),
     "rank exception": _break,
+    "source deleted": _change(Path.unlink),
+    "source rewritten": _change(os.utime),
 }
+
+
+def _hide_directory(looks: float) -> Callable[[], None]:
+    """Let the first looks for the staging directory find nothing, as with NFS."""
+
+    def hide() -> None:
+        sees, count = visible._sees, 0
+
+        def late(path: Path) -> bool:
+            nonlocal count
+            count += 1
+            return count > looks and sees(path)
+
+        visible._sees = late
+
+    return hide
+
+
+def _shorten_file() -> None:
+    """Let the first look at another rank's file find only a part of it."""
+    size, seen = visible._size, set()
+
+    def late(path: Path) -> int | None:
+        if path in seen:
+            return size(path)
+        seen.add(path)
+        return 100
+
+    visible._size = late
+
+
+def _truncate_file() -> None:
+    close = CheckpointFile.close
+
+    def cut(file: CheckpointFile) -> tuple[int, int]:
+        closed = close(file)
+        os.truncate(file.path, 100)
+        return closed
+
+    CheckpointFile.close = cut  # type: ignore[method-assign]
+
+
+_UNSEEN: dict[tuple[str, str], Callable[[], None]] = {
+    ("seen late", "directory"): _hide_directory(3),
+    ("never seen", "directory"): _hide_directory(math.inf),
+    ("seen late", "file"): _shorten_file,
+    ("cut short", "file"): _truncate_file,
+}
+"""What goes wrong between two ranks."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,13 +45,18 @@ def test_two_nodes_give_the_bits_of_one_process(
 ) -> None:
     job = cluster.submit(
         *(*TWO_BY_TWO, "--output", str(tmp_path / "log"), SCRIPT, *options(tmp_path / "out")),
-        env={"LAUNCHER": launcher},
+        env={"LAUNCHER": launcher, "LOG_JSON": str(tmp_path / "events")},
     )
     done = cluster.wait(job, "COMPLETED")
     output = tmp_path / "out" / "iter_0000008"
     assert f"{output}" in cluster.output(done)
     assert len(list(output.glob("*.distcp"))) == 4, "a file of each rank"
     assert done["NodeList"] == "wsm[1-2]"
+    started, *_, finished = events(tmp_path / "events" / f"{job}.jsonl")
+    assert started["ranks"] == len(started["hosts"]) == 4 and started["slurm"]["job"] == job
+    assert finished["event"] == "finished"
+    assert [one["rank"] for one in finished["ranks"]] == [0, 1, 2, 3]
+    assert sum(one["bytes_read"] for one in finished["ranks"]) == finished["bytes_read"]
     assert_same(output, alone(tmp_path / "alone"))
 
 
@@ -63,6 +70,7 @@ def test_an_array_merges_every_end_point(cluster: Cluster, tmp_path: Path) -> No
         "GPUS_PER_NODE": "1",
         "PARTITION": "gpu",
         "SBATCH_ARGS": f"--parsable --output {tmp_path}/log-%a",
+        "LOG_JSON": str(tmp_path / "events"),
     }
     command = [SCRIPT, *options(tmp_path / "out"), "--last", "2"]
     job = cluster.call(*command, env=settings).strip()
@@ -70,11 +78,14 @@ def test_an_array_merges_every_end_point(cluster: Cluster, tmp_path: Path) -> No
         cluster.wait(f"{job}_{k}", "COMPLETED")
         expected = alone(tmp_path / "alone", last=2, to=end)
         assert_same(tmp_path / "out" / expected.name, expected)
+        last = events(tmp_path / "events" / f"{job}_{k}.jsonl")[-1]
+        assert last["event"] == "finished" and last["iterations"][-1] == end
 
 
 def test_a_job_requeued_in_the_middle_finishes(cluster: Cluster, tmp_path: Path) -> None:
     started = tmp_path / "started"
     settings = {"WSM": "python -m tests.slurm.gated", "STARTED": str(started)}
+    settings["LOG_JSON"] = str(tmp_path / "events")
     command = [*TWO_BY_TWO, "--output", str(tmp_path / "log"), SCRIPT]
     job = cluster.submit(*command, *options(tmp_path / "out"), env=settings)
     wait_for(started)
@@ -83,6 +94,8 @@ def test_a_job_requeued_in_the_middle_finishes(cluster: Cluster, tmp_path: Path)
     cluster.start_now(job)
     done = cluster.wait(job, "COMPLETED")
     assert done["Restarts"] == "1"
+    told = [event["event"] for event in events(tmp_path / "events" / f"{job}.jsonl")]
+    assert told.count("started") == 2 and told[-1] == "finished"
     assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
 
 
@@ -98,6 +111,11 @@ def test_shortly_before_its_time_is_over_a_job_requeues_itself(
     cluster.start_now(job)
     cluster.wait(job, "COMPLETED")
     assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """What a job has told."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_dry_run() -> None:

@@ -14,10 +14,11 @@ from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, MergeError, merge
 from wsm_megatron.checkpoint import direct
 from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.cli import EXIT_USAGE, main
+from wsm_megatron.cli import main
 from wsm_megatron.engine import budget, device
 from wsm_megatron.engine.budget import default_memory, make_budget
 from wsm_megatron.engine.plan import Output, Recipe, Rule
+from wsm_megatron.errors import EXIT_USAGE
 
 
 def recipe(rule: Rule, inputs: list[torch.dtype], outputs: list[torch.dtype]) -> Recipe:

@@ -12,7 +12,8 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import __version__, coefficients
-from wsm_megatron.cli import EXIT_USAGE, main
+from wsm_megatron.cli import main
+from wsm_megatron.errors import EXIT_USAGE
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_nothing_finished_leaves_nothing(
         raise STOPPED
 
     monkeypatch.setattr(ChunkWriter, "append", stop)
-    monkeypatch.setattr("wsm_megatron.engine.merge.CheckpointFile.write_bytes", stop)
+    monkeypatch.setattr("wsm_megatron.engine.rank.CheckpointFile.write_bytes", stop)
     with pytest.raises(StoppedError):
         merge(config)
     assert list(config.save.iterdir()) == []

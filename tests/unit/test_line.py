@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from wsm_megatron import MergeError, line
+from wsm_megatron.checkpoint import visible
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.steps import check_shared
 from wsm_megatron.line import Line
@@ -133,7 +134,10 @@ def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
         assert str(outcomes[rank]).startswith(f"rank {dead} (") and "lost" in str(outcomes[rank])
 
 
-def test_a_target_that_not_all_ranks_see_is_refused(ranks: list[Ranks], tmp_path: Path) -> None:
+def test_a_target_that_not_all_ranks_see_is_refused(
+    ranks: list[Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visible, "VISIBLE_WITHIN", 0.1)
     for name in ("shared", "local"):
         (tmp_path / name).mkdir()
 
@@ -141,5 +145,42 @@ def test_a_target_that_not_all_ranks_see_is_refused(ranks: list[Ranks], tmp_path
         check_shared(tmp_path / ("local" if one.rank == 2 else "shared"), one)
 
     for outcome in on_all(ranks, check):
-        assert isinstance(outcome, ValueError)
-        assert "rank 2 does not see" in str(outcome)
+        assert isinstance(outcome, MergeError)
+        assert "do all nodes see the same --save" in str(outcome)
+
+
+def test_rank_0_hears_what_others_tell_and_count(ranks: list[Ranks]) -> None:
+    heard: list[Any] = []
+    ranks[0].hear(heard.append)
+    for one in ranks:
+        one.count(10 ** (one.rank + 1))
+        for number in range(3):
+            one.tell((one.rank, number))
+    for one in reversed(ranks):
+        one.exchange()
+    assert sorted(heard) == [(rank, number) for rank in range(3) for number in range(3)]
+    assert [told for told in heard if told[0] == 2] == [(2, 0), (2, 1), (2, 2)]
+    assert ranks[0].counted() == 10 + 100 + 1000
+
+
+def test_a_rank_that_tells_too_much_is_not_heard_out(
+    ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that fails at every read must not fill the store."""
+    heard: list[int] = []
+    ranks[0].hear(heard.append)
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def wait() -> int:
+        blocked.set()
+        go_on.wait(30)
+        return 0
+
+    monkeypatch.setattr(ranks[1]._line, "count", wait)
+    assert blocked.wait(30)
+    for number in range(1000):
+        ranks[1].tell(number)
+    go_on.set()
+    ranks[1].exchange()
+    ranks[0].exchange()
+    assert heard == list(range(900, 1000))

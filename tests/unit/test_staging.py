@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.engine import device, staging
-from wsm_megatron.engine import merge as engine
+from wsm_megatron.engine import device, rank, staging
 from wsm_megatron.engine.device import Device, Rates, choose_device, measure
 
 STAND_IN = Device(torch.device("cpu"), "a CPU in place of a device", staged=True)
@@ -24,7 +23,7 @@ STAND_IN = Device(torch.device("cpu"), "a CPU in place of a device", staged=True
 def staged_merge(monkeypatch, **options):
     """A merge whose tiles are all staged, small ones so that there are many."""
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "choose_device", lambda *_: STAND_IN)
+        patch.setattr(rank, "choose_device", lambda *_: STAND_IN)
         patch.setattr(device, "STAGED_BYTES", 2**14)
         patch.setattr("wsm_megatron.engine.budget.LEAST_ELEMENTS", 64)
         return merge(MergeConfig(**options))
@@ -90,7 +89,7 @@ def interpreted(folder: str) -> None:
     launch = triton_kernel.launch
     triton_kernel.launch = lambda *arguments: (calls.append(1), launch(*arguments))[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "choose_device", lambda *_: STAND_IN)
+        patch.setattr(rank, "choose_device", lambda *_: STAND_IN)
         found = load_tensors(merge(MergeConfig(save=Path(folder) / "triton", **options)).output)
     assert calls
     assert all(same_bits(found[key], tensor) for key, tensor in expected.items())

@@ -11,7 +11,8 @@ from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.cli import EXIT_FAILED, main
+from wsm_megatron.cli import main
+from wsm_megatron.errors import EXIT_FAILED
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
 

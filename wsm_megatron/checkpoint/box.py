@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Box:
     """An axis-aligned region of a tensor."""
 
@@ -58,7 +58,7 @@ def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
     return (*values[:axis], value, *values[axis + 1 :])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """Where a box lies in a row-major array: elements ``start .. start + length``.
 

@@ -6,14 +6,19 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from isal.isal_zlib import crc32
+
+from wsm_megatron.checkpoint.patience import patiently, watched
 
 logger = logging.getLogger(__name__)
 
 SYNC_EVERY = 30.0
 """Seconds between two syncs: what a killed merge does at most again."""
+SYNC_BYTES = 4 * 2**30
+"""Bytes between two syncs at most: no single sync has so much to do that it looks like hanging."""
 SUFFIX = ".journal"
 _READ_BYTES = 4 * 2**20
 
@@ -29,11 +34,11 @@ class Journal:
     """
 
     def __init__(self, path: Path, descriptor: int):
-        self._descriptor = descriptor
+        self._descriptor, self._file = descriptor, path
         self._path = path.with_name(path.name + SUFFIX)
-        self._lock = threading.Lock()
+        self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._new: list[Part] = []
-        self._synced = time.monotonic()
+        self._synced, self._unsynced = time.monotonic(), 0
         self._old = {offset: (length, crc) for offset, length, crc in _read(self._path)}
 
     def holds(self, offset: int, length: int) -> Part | None:
@@ -42,7 +47,10 @@ class Journal:
         if found is None or found[0] != length:
             return None
         for start in range(offset, offset + length, _READ_BYTES):
-            data = os.pread(self._descriptor, min(_READ_BYTES, offset + length - start), start)
+            count = min(_READ_BYTES, offset + length - start)
+            data = patiently(
+                partial(os.pread, self._descriptor, count, start), partial(self._place, start)
+            )
             crc = crc32(data, crc)
         return (offset, length, crc) if crc == found[1] else None
 
@@ -50,23 +58,29 @@ class Journal:
         """A part has been written; now and then, everything new goes to disk."""
         with self._lock:
             self._new.append(part)
-            due = time.monotonic() - self._synced > SYNC_EVERY
+            self._unsynced += part[1]
+            due = time.monotonic() - self._synced > SYNC_EVERY or self._unsynced > SYNC_BYTES
             if due:
-                self._synced = time.monotonic()
+                self._synced, self._unsynced = time.monotonic(), 0
         if due:
             self.sync()
 
     def sync(self) -> None:
         """Put the parts on disk, then the lines that say so."""
-        with self._lock:
-            new, self._new = self._new, []
-        if not new:
-            return
-        os.fsync(self._descriptor)
-        with self._lock, self._path.open("a") as stream:
-            stream.writelines(f"{offset} {length} {crc:08x}\n" for offset, length, crc in new)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with self._syncing:
+            with self._lock:
+                new, self._new = self._new, []
+            if not new:
+                return
+            with watched(lambda: f"{self._file}: syncing"):
+                os.fsync(self._descriptor)
+            with watched(lambda: f"{self._path}: writing"), self._path.open("a") as stream:
+                stream.writelines(f"{offset} {length} {crc:08x}\n" for offset, length, crc in new)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def _place(self, position: int) -> str:
+        return f"{self._file}: reading at byte {position}"
 
 
 def _read(path: Path) -> list[Part]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ COMMON_KEY = "common_state/shard_0_1"
 """Where the common state is from Megatron 0.19 on (``save`` in dist_checkpointing)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Location:
     """A byte range of one file of a checkpoint."""
 
@@ -35,7 +37,7 @@ class Location:
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A box of a global tensor, stored row-major in one container."""
 
@@ -45,7 +47,7 @@ class Chunk:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.sizes).numel()
+        return prod(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
         if isinstance(value, TensorStorageMetadata):
             tensors[key] = _tensor_entry(path, key, value, locations)
         elif isinstance(value, BytesStorageMetadata):
-            location = _location_of(path, key, locations, MetadataIndex(key))
+            location = _location_of(path, key, locations, None)
             objects[key] = ObjectEntry(key, object_role(key), location)
         else:
             raise MergeError(f"{path}: entry {key!r} has metadata of type {type(value).__name__}")
@@ -222,9 +224,11 @@ def _index_key(index: MetadataIndex) -> tuple:
     return index.fqn, None if index.offset is None else tuple(index.offset)
 
 
-def _location_of(path: Path, key: str, locations: dict, index: MetadataIndex) -> Location:
+def _location_of(
+    path: Path, key: str, locations: dict[tuple, Location], offsets: tuple[int, ...] | None
+) -> Location:
     try:
-        return locations[_index_key(index)]
+        return locations[key, offsets]
     except KeyError:
         raise MergeError(f"{path}: .metadata has no storage for {key!r}; it is damaged") from None
 
@@ -234,9 +238,14 @@ def _tensor_entry(
 ) -> TensorEntry:
     chunks = []
     for chunk in value.chunks:
-        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-        location = _location_of(path, key, locations, MetadataIndex(key, torch.Size(offsets)))
-        chunks.append(Chunk(offsets, sizes, location))
+        offsets, sizes = _one(tuple(chunk.offsets)), _one(tuple(chunk.sizes))
+        chunks.append(Chunk(offsets, sizes, _location_of(path, key, locations, offsets)))
     chunks.sort(key=lambda chunk: chunk.offsets)
     dtype = value.properties.dtype
     return TensorEntry(key, tensor_role(key, dtype), dtype, tuple(value.size), tuple(chunks))
+
+
+@lru_cache(maxsize=2**18)
+def _one(place: tuple[int, ...]) -> tuple[int, ...]:
+    """The same tuple for equal ones: checkpoints of a run have the same chunks, 10^5 of them."""
+    return place

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from wsm_megatron.errors import MergeError, StorageError
@@ -19,11 +19,27 @@ RETRIES = 3
 FIRST_PAUSE = 0.25
 """Seconds before the first retry; every further pause is twice as long."""
 STALLED_AFTER = 300.0
-"""Seconds after which a single read that has not returned counts as hanging."""
+"""Seconds after which a single call (a read, a write, a sync) that has not returned counts as
+hanging."""
 
 _FOR_GOOD = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EBADF}
 _FOR_GOOD |= {errno.EINVAL}  # an option that this file system does not have
-_reading: dict[int, tuple[float, Callable[[], str]]] = {}
+_pending: dict[object, tuple[float, Callable[[], str]]] = {}
+
+
+@contextmanager
+def watched(where: Callable[[], str]) -> Iterator[None]:
+    """Let :func:`check_storage` notice when the block, a call to storage, does not return.
+
+    Args:
+        where: names file and call in the message.
+    """
+    call = object()
+    _pending[call] = (time.monotonic(), where)
+    try:
+        yield
+    finally:
+        del _pending[call]
 
 
 def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RETRIES) -> T:
@@ -36,27 +52,27 @@ def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RE
     Raises:
         MergeError: it failed for good. StorageError: it failed ``1 + retries`` times.
     """
-    attempt, thread = 0, threading.get_ident()
+    attempt = 0
     while True:
-        _reading[thread] = (time.monotonic(), where)
         try:
-            return read()
+            with watched(where):
+                return read()
         except OSError as error:
             if attempt >= retries or error.errno in _FOR_GOOD:
                 times = f" {attempt + 1} times" if attempt else ""
                 kind = MergeError if error.errno in _FOR_GOOD else StorageError
                 raise kind(f"{where()} failed{times}: {error.strerror}") from error
-            logger.warning("%s failed: %s; trying again", where(), error.strerror)
-        finally:
-            del _reading[thread]
+            logger.warning(
+                "%s failed: %s; trying again", where(), error.strerror, extra={"event": "retried"}
+            )
         time.sleep(FIRST_PAUSE * 2**attempt)
         attempt += 1
 
 
 def check_storage() -> None:
-    """Raise ``StorageError``, naming the place, while a read of any thread hangs."""
+    """Raise ``StorageError``, naming the place, while a call of any thread hangs."""
     now = time.monotonic()
-    for since, where in list(_reading.values()):
+    for since, where in list(_pending.values()):
         if now - since > STALLED_AFTER:
             raise StorageError(
                 f"{where()} has not returned for {STALLED_AFTER:.0f} s: the storage hangs"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsm_megatron.checkpoint.layout import is_complete
+from wsm_megatron.checkpoint.patience import watched
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -39,7 +40,8 @@ def scan_run(path: Path) -> RunDirectory:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such run directory")
-    found = list_checkpoints(path)
+    with watched(lambda: f"{path}: listing"):
+        found = list_checkpoints(path)
     if not found:
         hint = "; give its parent" if _ITERATION.fullmatch(path.name) else ""
         raise ValueError(f"{path}: no iter_XXXXXXX checkpoint in this directory{hint}")
@@ -60,11 +62,12 @@ def list_checkpoints(path: Path) -> dict[int, Path]:
 def write_tracker(root: Path, iteration: int) -> None:
     """Point ``root``'s tracker at ``iteration``, atomically and durably."""
     temporary = root / f".{TRACKER_FILE}.{socket.gethostname()}-{os.getpid()}"
-    with temporary.open("w") as stream:
-        stream.write(str(iteration))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, root / TRACKER_FILE)
+    with watched(lambda: f"{root / TRACKER_FILE}: writing"):
+        with temporary.open("w") as stream:
+            stream.write(str(iteration))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, root / TRACKER_FILE)
     sync_directory(root)
 
 
@@ -76,8 +79,9 @@ def read_tracker(root: Path) -> str | None:
 
 def sync_directory(path: Path) -> None:
     """Make renames and new files in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with watched(lambda: f"{path}: syncing"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -15,7 +15,7 @@ import pickle
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.container import Frame
 from wsm_megatron.checkpoint.journal import Journal
 from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.errors import MergeError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _DCP_VERSION = "1.0.0"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One thing to store: a chunk of a tensor (``box``), or bytes (``nbytes``) where it is None."""
 
@@ -61,7 +62,7 @@ class Item:
         return frame(self.dtype, self.box.sizes).total_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placed:
     """An item and where it is stored."""
 
@@ -105,8 +106,9 @@ class CheckpointFile:
         self._lock = threading.Lock()
         try:
             flags = os.O_RDWR | os.O_CREAT | (0 if keep_journal else os.O_EXCL)
-            self._descriptor = os.open(path, flags, 0o644)
-            self._journal = Journal(path, self._descriptor) if keep_journal else None
+            with watched(lambda: f"{path}: opening"):
+                self._descriptor = os.open(path, flags, 0o644)
+                self._journal = Journal(path, self._descriptor) if keep_journal else None
         except OSError as error:
             raise MergeError(f"{path}: cannot create: {error.strerror}") from error
 
@@ -137,7 +139,8 @@ class CheckpointFile:
         try:
             if self._journal is not None:
                 self._journal.sync()
-            os.fsync(self._descriptor)
+            with watched(lambda: f"{self.path}: syncing"):
+                os.fsync(self._descriptor)
         except OSError as error:
             raise MergeError(f"{self.path}: cannot write: {error.strerror}") from error
         finally:
@@ -172,11 +175,15 @@ class CheckpointFile:
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._descriptor, data[done:], offset + done)
+                with watched(partial(self._place, offset + done)):
+                    done += os.pwrite(self._descriptor, data[done:], offset + done)
             except OSError as error:
                 raise StorageError(
                     f"{self.path}: cannot write: {error.strerror}; nothing was published"
                 ) from error
+
+    def _place(self, position: int) -> str:
+        return f"{self.path}: writing at byte {position}"
 
 
 class ChunkWriter:
@@ -246,7 +253,7 @@ def write_marker(directory: Path, marker: dict[str, Any]) -> tuple[int, int]:
 def write_file(path: Path, data: bytes) -> tuple[int, int]:
     """Write a small file durably; its size and CRC-32."""
     try:
-        with path.open("xb") as stream:
+        with watched(lambda: f"{path}: writing"), path.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

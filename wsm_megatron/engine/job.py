@@ -116,12 +116,14 @@ class Job:
         sources, products = len(self.sources), len(self.products)
         return sum(task.box.numel * task.recipe.cost(sources, products) for task in tasks)
 
-    def cost_of_steps(self, rank: int) -> int:
-        """Bytes that a rank reads and writes in tasks that it does with others."""
+    def cost_of(self, rank: int, part: Part) -> int:
+        """Bytes that a rank reads and writes, by itself and with others."""
+        alone = self.cost(part.tasks)
         if self.spread is None:
-            return 0
+            return alone
         merges = [product.merge for product in self.products]
-        return cost_of(self.spread.held, self.spread.steps(rank), self.spread.checks(rank), merges)
+        spread = self.spread
+        return alone + cost_of(spread.held, spread.steps(rank), spread.checks(rank), merges)
 
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""

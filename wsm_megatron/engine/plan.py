@@ -67,7 +67,7 @@ class Recipe:
         return reads + merges * sum(output.dtype.itemsize for output in self.outputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One recipe over one box: the unit of work. Its outputs are one chunk each.
 

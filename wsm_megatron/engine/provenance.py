@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,12 @@ def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
 
 
 def _options(config: MergeConfig) -> dict[str, Any]:
-    """What decides the result; not where it lies, nor how the job is run."""
-    values = {o.name: getattr(config, o.name) for o in fields(config) if _decides(o)}
+    """What is merged and how; not how the job runs, which leaves no trace in the result."""
+    values = {
+        option.name: getattr(config, option.name)
+        for option in fields(config)
+        if option.metadata["group"] in ("which", "how")
+    }
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
     }
-
-
-def _decides(option: Field) -> bool:
-    return option.metadata["group"] in ("which", "how")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
 from wsm_megatron.engine.lock import Lock
 from wsm_megatron.errors import MergeError
@@ -42,13 +45,16 @@ class Staging:
         """
         self._refuse_existing()
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            with watched(lambda: f"{self.root}: creating"):
+                self.root.mkdir(parents=True, exist_ok=True)
+            with watched(lambda: f"{self._lock.path}: locking"):
+                self._lock.acquire()
             self._refuse_existing()  # published before the lock was free
             self._remove_leftovers()
-            self.path.mkdir(exist_ok=True)
-            there = sum(file.stat().st_size for file in self.path.iterdir())
-            free = shutil.disk_usage(self.path).free + there
+            with watched(lambda: f"{self.path}: creating"):
+                self.path.mkdir(exist_ok=True)
+                there = sum(file.stat().st_size for file in self.path.iterdir())
+                free = shutil.disk_usage(self.path).free + there
         except OSError as error:
             raise MergeError(f"{self.path}: cannot create: {error.strerror}") from error
         if free < nbytes:
@@ -62,13 +68,16 @@ class Staging:
     def commit(self) -> Path:
         """Give the finished directory its final name, then move the tracker. Durable."""
         try:
-            self._lock.check()
+            with watched(lambda: f"{self._lock.path}: reading"):
+                self._lock.check()
             for journal in self._journals():
-                journal.unlink()
+                with watched(lambda: f"{self.path}: removing its journals"):
+                    journal.unlink()
             sync_directory(self.path)
             if os.path.lexists(self.target):
                 raise MergeError(f"{self.target} appeared during the merge; it is left alone")
-            os.rename(self.path, self.target)
+            with watched(lambda: f"{self.path}: renaming to {self.target.name}"):
+                os.rename(self.path, self.target)
             sync_directory(self.root)
             self._lock.release()
             write_tracker(self.root, self.iteration)
@@ -78,7 +87,7 @@ class Staging:
 
     def discard(self) -> None:
         """Remove what a failed merge has written."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         self._lock.release()
 
     def keep(self) -> None:
@@ -105,7 +114,17 @@ class Staging:
                 _remove_all_but_shares(old)
                 continue
             logger.warning("%s is left of a merge that died; removing it", old)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """As far as it can be; file by file, because large ones take their time."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(OSError), watched(partial("{}: removing".format, path)):
+                path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _remove_all_but_shares(directory: Path) -> None:
@@ -133,7 +152,8 @@ def copy_side_files(source: Path, directory: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    with open(source, "rb") as reading, open(target, "xb") as writing:
+    place = watched(lambda: f"{source}: copying to {target}")
+    with place, open(source, "rb") as reading, open(target, "xb") as writing:
         shutil.copyfileobj(reading, writing)
         writing.flush()
         os.fsync(writing.fileno())

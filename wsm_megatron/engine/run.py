@@ -24,6 +24,7 @@ from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
 from wsm_megatron.engine.budget import Budget
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.device import Device
+from wsm_megatron.engine.phases import Phases
 from wsm_megatron.engine.plan import Output, Recipe, Rule, Task
 from wsm_megatron.engine.tile import Merge, Outcome, Tile, Workspace
 from wsm_megatron.errors import MergeError
@@ -58,11 +59,13 @@ class Share:
         *,
         allow_nonfinite: bool = False,
         progress: Progress | None = None,
+        phases: Phases | None = None,
     ):
         self._readers, self._merges, self._targets = readers, merges, targets
         self._budget, self._device = budget, device
         self._allow_nonfinite = allow_nonfinite
         self._progress = progress or (lambda _: None)
+        self._phases = phases or Phases()
         self._stop = threading.Event()
 
     def run(self, tasks: Sequence[Task], check: Callable[[], None] | None = None) -> None:
@@ -79,7 +82,9 @@ class Share:
     def _run_task(self, task: Task, workspace: Workspace) -> None:
         if self._stop.is_set():
             return
-        if self._is_finished(task):
+        with self._phases("resuming"):
+            finished = self._is_finished(task)
+        if finished:
             self._leave_out(task)
         elif task.recipe.rule is Rule.COPY:
             self._copy(task, workspace)
@@ -104,9 +109,10 @@ class Share:
 
     def _sum(self, task: Task, workspace: Workspace) -> None:
         recipe, box = task.recipe, task.box
-        covers = [
-            [r.cover(key, task.part(key, box)) for key in recipe.inputs] for r in self._readers
-        ]
+        with self._phases("reading"):
+            covers = [
+                [r.cover(key, task.part(key, box)) for key in recipe.inputs] for r in self._readers
+            ]
         writers = [
             [t.chunk(output, task.part(output.key, box)) for output in recipe.outputs]
             for t in self._targets
@@ -115,22 +121,27 @@ class Share:
 
         def write_oldest() -> None:
             tile = started.popleft()
-            self._check(task, tile, tile.finish())
-            _write(writers, tile)
+            with self._phases("reducing"):
+                self._check(task, tile, tile.finish())
+            with self._phases("writing"):
+                _write(writers, tile)
 
         for part in box.split(self._budget.tile_elements(recipe)):
             if self._stop.is_set():
                 return
             tile = workspace.tile(recipe, part.numel)
-            _read(task, covers, part, tile)
-            tile.start()
+            with self._phases("reading"):
+                _read(task, covers, part, tile)
+            with self._phases("reducing"):
+                tile.start()
             started.append(tile)
             if len(started) == workspace.depth:
                 write_oldest()
             self._progress(part.numel * recipe.cost(len(covers), len(writers)))
         while started:
             write_oldest()
-        _finish(covers, writers)
+        with self._phases("writing"):
+            _finish(covers, writers)
 
     def _copy(self, task: Task, workspace: Workspace) -> None:
         recipe, box = task.recipe, task.box
@@ -142,12 +153,15 @@ class Share:
                 if self._stop.is_set():
                     return
                 buffer = workspace.buffer(recipe.input_dtypes[0], part.numel)
-                cover.read(part, buffer)
+                with self._phases("reading"):
+                    cover.read(part, buffer)
                 if not self._allow_nonfinite:
                     check_finite(task, reader, buffer.elements)
-                writer.append(buffer)
+                with self._phases("writing"):
+                    writer.append(buffer)
                 self._progress(part.numel * recipe.cost(1, 1))
-            _finish([[cover]], [[writer]])
+            with self._phases("writing"):
+                _finish([[cover]], [[writer]])
 
     def _check(self, task: Task, tile: Tile, outcome: Outcome) -> None:
         if outcome.wrong_main is not None:

@@ -12,6 +12,7 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.common import load_common, summarize
 from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.patience import patiently, watched
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
@@ -42,6 +43,11 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
+        if not patiently(self.path.is_dir, lambda: f"{self.path}: looking"):
+            raise MergeError(
+                f"{self.path} was deleted while it was read (does the run keep its newest "
+                "checkpoints only?); nothing was published"
+            )
         if fingerprint(self.path) != self.fingerprint:
             raise MergeError(
                 f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
@@ -66,7 +72,8 @@ class Decay:
 def fingerprint(path: Path) -> Fingerprint:
     """Name, size and modification time of every file directly in a checkpoint."""
     try:
-        entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
+        with watched(lambda: f"{path}: listing"):
+            entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
     except OSError as error:
         raise MergeError(f"{path}: cannot list: {error.strerror}") from error
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.checkpoint.visible import wait_for_directory, wait_for_files
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.chain import Chain, Digests
 from wsm_megatron.engine.crew import work_through
@@ -32,15 +33,12 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
     """All ranks see the directory that rank 0 has made. Collective.
 
     Raises:
-        ValueError: one does not.
+        StorageError: one does not.
     """
     name = ranks.from_first(lambda: _probe(directory), "preparing the target")
     with ranks.together("preparing the target"):
-        if not (directory / name).exists():
-            raise ValueError(
-                f"rank {ranks.rank} does not see {directory}, which rank 0 has made: --save must "
-                "be a directory that all ranks share, with --source-parallel too"
-            )
+        wait_for_directory(directory, ranks.check)
+        wait_for_files(directory, {name: 0}, ranks.check)
     if ranks.rank == 0:
         (directory / name).unlink()
 
@@ -72,7 +70,6 @@ def run_steps(
     readers: Sequence[CheckpointReader],
     targets: Sequence[Target],
     threads: int,
-    check: Callable[[], None],
     progress: Progress,
 ) -> Digests:
     """Do this rank's steps; those of tasks that an earlier merge finished are left out. Collective.
@@ -89,7 +86,7 @@ def run_steps(
         lambda step: mine.update(_written(step, held, merges, targets)),
         threads,
         threading.Event(),
-        check,
+        ranks.check,
     )
     written = set[Place]().union(*ranks.gather(mine))
     finished = {step.number for step in steps if _is_finished(step, held, merges, written)}
@@ -106,7 +103,7 @@ def run_steps(
         allow_nonfinite=job.config.allow_nonfinite,
         progress=progress,
     )
-    chain.run(job.spread.checks(ranks.rank), threads, check)
+    chain.run(job.spread.checks(ranks.rank), threads, ranks.check)
     return chain.digests
 
 

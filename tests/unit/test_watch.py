@@ -1,0 +1,92 @@
+"""A source that changes is noticed while the others are still read, at a small price."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+from wsm_megatron import MergeError
+from wsm_megatron.engine import watch
+from wsm_megatron.engine.sources import Source, open_source
+from wsm_megatron.engine.watch import SourceWatch
+from wsm_megatron.window import Checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return runs.copy_run(runs.DENSE, tmp_path / "run")
+
+
+@pytest.fixture
+def sources(run: Path) -> list[Source]:
+    return [open_source(run, Checkpoint(iteration)) for iteration in runs.ITERATIONS]
+
+
+def looks(watching: SourceWatch, number: int) -> None:
+    """Look at so many sources, in the test's own thread."""
+    for _ in range(number):
+        watching._look_at_next()
+
+
+def write_over(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"?")
+    os.utime(path, ns=(0, 0))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda path: shutil.rmtree(path), "was deleted"),
+        (lambda path: (path / "metadata.json").unlink(), "changed"),
+        (lambda path: (path / "another.distcp").touch(), "changed"),
+        (lambda path: write_over(path / "__0_0.distcp"), "changed"),
+    ],
+)
+def test_every_change_is_seen(
+    run: Path, sources: list[Source], change: Callable[[Path], Any], words: str
+) -> None:
+    watching = SourceWatch(sources)
+    everything = sum(len(source.fingerprint) for source in sources)
+    looks(watching, everything)
+    change(runs.checkpoint(run, 6))
+    with pytest.raises(MergeError, match=f"iter_0000006 {words} while it was read"):
+        looks(watching, everything)
+
+
+def test_a_file_that_came_and_went_is_no_change(run: Path, sources: list[Source]) -> None:
+    watching = SourceWatch(sources)
+    passing = runs.checkpoint(run, 6) / ".nfs0001"
+    passing.touch()
+    passing.unlink()
+    looks(watching, 100)
+
+
+def test_a_look_costs_little(sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = SourceWatch(sources * 50)
+    asked: list[Path] = []
+    stat = watch._stat
+    monkeypatch.setattr(watch, "_stat", lambda path: asked.append(path) or stat(path))
+    watching._look()
+    assert len(asked) == 2 * watch.SOURCES_A_LOOK
+
+
+def test_the_thread_says_what_it_has_seen(
+    run: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.01)
+    with SourceWatch(sources) as watching:
+        watching.check()
+        (runs.checkpoint(run, 2) / "metadata.json").unlink()
+        deadline = time.monotonic() + 30
+        with pytest.raises(MergeError, match="iter_0000002 changed"):
+            while time.monotonic() < deadline:
+                watching.check()
+                time.sleep(0.01)
