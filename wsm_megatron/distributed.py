@@ -186,6 +186,21 @@ class Ranks:
         if self._line is not None:
             self._line.phase = phase
 
+    def deal(self, compute: Callable[[int], T], phase: str) -> T:
+        """``compute(rank)``, made for every rank on rank 0; its failure too. Collective."""
+        key, values = self._next(), list[T]()
+        with self.together(phase):
+            if self.rank == 0:
+                values.append(compute(0))
+                for rank in range(1, self.size):
+                    assert self._line is not None
+                    self._line.put(f"{key}/{rank}", compute(rank))
+        if self.rank != 0:
+            assert self._line is not None
+            values.append(self._line.take(f"{key}/{self.rank}"))
+            self._line.forget(f"{key}/{self.rank}")
+        return values[0]
+
     def _next(self) -> str:
         self._turn += 1
         return f"turn/{self._turn}"

@@ -20,6 +20,7 @@ from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.errors import StoppedError
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
+NAME = "iter_0000008"
 STOPPED = StoppedError("stopped", signal.SIGTERM)
 
 
@@ -77,6 +78,20 @@ def test_finished_chunks_are_not_made_again(
 ) -> None:
     stop_after(monkeypatch, config, chunks)
     assert_goes_on(config, expected, whole=False)
+
+
+def test_what_is_copied_need_not_be_in_older_sources(
+    config: MergeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = runs.checkpoint(config.load, 2)
+    runs.rewrite(older, rename=lambda key: key.replace("exp_avg", "unused"))
+    config = replace(config, optimizer_state="last")
+    clean = contents(merge(replace(config, save=config.save.parent / "clean")).output)
+    chunks = sum(
+        len(e.chunks) for e in read_layout(config.save.parent / "clean" / NAME).tensors.values()
+    )
+    stop_after(monkeypatch, config, chunks - 1)
+    assert_goes_on(config, clean, whole=False)
 
 
 def test_nothing_finished_leaves_nothing(

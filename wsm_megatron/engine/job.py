@@ -31,6 +31,7 @@ from wsm_megatron.engine.sources import (
 from wsm_megatron.engine.spread import Spread
 from wsm_megatron.engine.tile import Merge
 from wsm_megatron.engine.turns import bytes_sent, cost_of
+from wsm_megatron.garbage import no_collection
 from wsm_megatron.window import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -190,13 +191,14 @@ def prepare_job(config: MergeConfig) -> Job:
     Raises:
         ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
-    wanted = wanted_merges(
-        config,
-        lambda one: select_checkpoints(config.load, one.windows[0], config.sliding_every),
-    )
-    sources = tuple(open_source(config.load, checkpoint) for checkpoint in all_of(wanted))
-    flat = find_flat_mains(sources[-1].layout) if config.keeps_optimizer else None
-    return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
+    with no_collection():
+        wanted = wanted_merges(
+            config,
+            lambda one: select_checkpoints(config.load, one.windows[0], config.sliding_every),
+        )
+        sources = tuple(open_source(config.load, checkpoint) for checkpoint in all_of(wanted))
+        flat = find_flat_mains(sources[-1].layout) if config.keeps_optimizer else None
+        return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
 
 
 def plan_job(

@@ -25,6 +25,7 @@ from wsm_megatron.checkpoint.writer import (
 )
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
+from wsm_megatron.engine.deal import Dealer, outline
 from wsm_megatron.engine.job import Job, Part, Product, prepare_job
 from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
 from wsm_megatron.engine.parallel import prepare_spread
@@ -90,7 +91,16 @@ def prepare(config: MergeConfig, ranks: Ranks) -> Job:
 def _prepare(config: MergeConfig, ranks: Ranks) -> tuple[Job, list[int]]:
     """The job, and which of its products are not published yet. Collective."""
     if not config.source_parallel:
-        return ranks.from_first(lambda: _with_missing(prepare_job(config)), "planning")
+        planned: list[tuple[Job, list[int]]] = []
+
+        def plan(rank: int) -> tuple[Job, list[int]]:
+            if rank == 0:
+                planned.append(_with_missing(prepare_job(config)))
+                return planned[0]
+            job, missing = planned[0]
+            return outline(job), missing
+
+        return ranks.deal(plan, "planning")
     job = prepare_spread(config, ranks)
     return job, ranks.from_first(lambda: _with_missing(job)[1], "planning")
 
@@ -122,16 +132,18 @@ def _merge_products(
         directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
         if job.spread is not None:
             check_shared(directories[0], ranks)
-        parts = job.parts(ranks.size)
+        parts = job.parts(ranks.size) if ranks.rank == 0 or job.spread is not None else ()
         costs = [job.cost_of(rank, part) for rank, part in enumerate(parts)]
-        events.tell("planned", **_plan_data(job, parts))
+        if ranks.rank == 0:
+            events.tell("planned", **_plan_data(job, parts))
+        own, part = _part(job, parts, ranks)
         with _watching_sources(job, ranks), events.progress(sum(costs)):
             with ranks.together("merging"):
                 wire = connect(job, ranks) if job.spread is not None else None
-                part = parts[ranks.rank]
-                result = run_share(job, ranks, part, directories, wire, progress, phases)
+                result = run_share(own, ranks, part, directories, wire, progress, phases)
             events.exchange()
-            results = ranks.gather(result)
+            reports = ranks.gather(result.report)
+            results = ranks.collect(result) if job.spread is None else ranks.gather(result)
         if job.spread is not None:
             with ranks.together("checking the sources"):
                 ledgers = [one.ledgers for one in results]
@@ -148,7 +160,7 @@ def _merge_products(
         for one in staging if ranks.rank == 0 else ():
             one.discard() if in_vain else one.keep()
         raise
-    return _reports(results, phases)
+    return _reports(reports, phases)
 
 
 def _plan_data(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
@@ -162,10 +174,18 @@ def _plan_data(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def _reports(results: list[RankResult], phases: Phases) -> list[RankReport]:
+def _part(job: Job, parts: Sequence[Part], ranks: Ranks) -> tuple[Job, Part]:
+    """This rank's part, and the job as far as it needs it. Collective."""
+    if job.spread is not None:
+        return job, parts[ranks.rank]
+    dealer = Dealer(job, parts)
+    return ranks.deal(dealer.deal, "planning")
+
+
+def _reports(own: list[RankReport], phases: Phases) -> list[RankReport]:
     """Each rank's report, with its wait for the slowest; rank 0 has published meanwhile."""
-    slowest = max(result.report.seconds for result in results)
-    reports = [one.report.with_seconds("waiting", slowest - one.report.seconds) for one in results]
+    slowest = max(report.seconds for report in own)
+    reports = [report.with_seconds("waiting", slowest - report.seconds) for report in own]
     published = phases.seconds(1).get("publishing", 0.0)
     return [reports[0].with_seconds("publishing", published), *reports[1:]]
 

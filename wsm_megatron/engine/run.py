@@ -100,11 +100,13 @@ class Share:
         )
 
     def _leave_out(self, task: Task) -> None:
-        recipe, copied = task.recipe, (task.recipe.key,)
-        for reader in self._readers:
-            for key in copied if recipe.rule is Rule.COPY else recipe.inputs:
+        recipe = task.recipe
+        copied = recipe.rule is Rule.COPY
+        newest = {merge.members[-1] for merge in self._merges}
+        for j in newest if copied else range(len(self._readers)):
+            for key in (recipe.key,) if copied else recipe.inputs:
                 part = task.part(key, task.box)
-                reader.cover(key, part).leave_out(part)
+                self._readers[j].cover(key, part).leave_out(part)
         self._progress(task.box.numel * recipe.cost(len(self._readers), len(self._targets)))
 
     def _sum(self, task: Task, workspace: Workspace) -> None:

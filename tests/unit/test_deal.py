@@ -1,0 +1,71 @@
+"""What ranks are given of a job: enough for their tasks, and no more."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from tests import runs
+from tests.reference import RUNS
+from wsm_megatron import MergeConfig
+from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.engine.deal import Dealer, outline
+from wsm_megatron.engine.job import Job, prepare_job
+from wsm_megatron.engine.plan import Rule
+
+
+@pytest.fixture(params=[(runs.FULLY, "last"), (runs.FLAT, "merge"), (runs.MOE, "drop")])
+def job(request, tmp_path) -> Job:
+    run, state = request.param
+    config = MergeConfig(
+        load=RUNS / run, save=tmp_path, optimizer_state=state, decay="mean,ema", last=3
+    )
+    return prepare_job(config)
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_every_task_finds_its_chunks(job, ranks):
+    parts = job.parts(ranks)
+    dealer = Dealer(job, parts)
+    assert dealer.deal(0) == (job, parts[0])
+    for rank in range(1, ranks):
+        own, part = dealer.deal(rank)
+        assert part == parts[rank] and own.plan.tasks == tuple(part.tasks)
+        assert own.products == job.products
+        used = set()
+        for j, source in enumerate(own.sources):
+            reader = CheckpointReader(source.layout)
+            whole = CheckpointReader(job.sources[j].layout)
+            for task in part.tasks:
+                copied = task.recipe.rule is Rule.COPY
+                if copied and j < len(own.sources) - 1:
+                    continue
+                for key in (task.recipe.key,) if copied else task.recipe.inputs:
+                    region = task.part(key, task.box)
+                    found = reader.cover(key, region)._pieces  # raises where a chunk is missing
+                    used |= {(j, key, piece.chunk) for piece in found}
+                    assert [p.chunk for p in found] == [
+                        p.chunk for p in whole.cover(key, region)._pieces
+                    ]
+            reader.close()
+            whole.close()
+        newest = len(own.sources) - 1
+        given = {
+            (j, key, chunk)
+            for j, source in enumerate(own.sources)
+            for key, entry in source.layout.tensors.items()
+            for chunk in entry.chunks
+        }
+        copied = {t.recipe.key for t in part.tasks if t.recipe.rule is Rule.COPY}
+        assert {one for one in given if one[0] == newest or one[1] not in copied} == {
+            one for one in used if one[0] == newest or one[1] not in copied
+        }
+
+
+def test_an_outline_is_small(job):
+    small = outline(job)
+    assert not any(source.layout.tensors or source.layout.objects for source in small.sources)
+    assert small.plan.tasks == () and small.products == job.products
+    assert [s.fingerprint for s in small.sources] == [s.fingerprint for s in job.sources]
+    assert len(pickle.dumps(small)) < len(pickle.dumps(job)) / 2
