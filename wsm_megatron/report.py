@@ -11,7 +11,7 @@ from wsm_megatron.engine.inspect import CheckpointContents, RunContents
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.outcome import MergeReport
 from wsm_megatron.engine.phases import PHASES, RankReport
-from wsm_megatron.engine.plan import Recipe
+from wsm_megatron.engine.recipe import Recipe
 from wsm_megatron.engine.resume import ResumeReport
 from wsm_megatron.engine.sources import Decay
 from wsm_megatron.engine.verify import VerifyReport

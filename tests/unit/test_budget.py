@@ -17,7 +17,7 @@ from wsm_megatron.checkpoint.roles import Role
 from wsm_megatron.cli import main
 from wsm_megatron.engine import budget, device
 from wsm_megatron.engine.budget import default_memory, make_budget
-from wsm_megatron.engine.plan import Output, Recipe, Rule
+from wsm_megatron.engine.recipe import Output, Recipe, Rule
 from wsm_megatron.errors import EXIT_USAGE
 
 

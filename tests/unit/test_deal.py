@@ -12,7 +12,7 @@ from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.engine.deal import Dealer, outline
 from wsm_megatron.engine.job import Job, prepare_job
-from wsm_megatron.engine.plan import Rule
+from wsm_megatron.engine.recipe import Rule
 
 
 @pytest.fixture(params=[(runs.FULLY, "last"), (runs.FLAT, "merge"), (runs.MOE, "drop")])

@@ -15,8 +15,9 @@ from wsm_megatron import MergeError
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.roles import Role
+from wsm_megatron.engine.flat import FlatMain
 from wsm_megatron.engine.holders import Held, Holders, Step, steps_of
-from wsm_megatron.engine.plan import FlatMain, Output, Recipe, Rule, Task
+from wsm_megatron.engine.recipe import Output, Recipe, Rule, Task
 from wsm_megatron.engine.tile import Merge
 from wsm_megatron.engine.turns import arriving, ending, leaving, tickets_of
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wsm_megatron.engine.plan import Recipe, Rule
+from wsm_megatron.engine.recipe import Recipe, Rule
 
 MOST = 512 * 2**20
 """Bytes taken by default where the machine has them eight times over."""

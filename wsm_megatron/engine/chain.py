@@ -28,7 +28,7 @@ from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.holders import Held, Step
-from wsm_megatron.engine.plan import Rule, Task
+from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.engine.run import (
     Progress,
     Target,

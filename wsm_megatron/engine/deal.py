@@ -11,7 +11,8 @@ from dataclasses import replace
 from wsm_megatron.checkpoint.chunks import ChunkIndex
 from wsm_megatron.checkpoint.layout import Chunk, Layout
 from wsm_megatron.engine.job import Job, Part
-from wsm_megatron.engine.plan import MergePlan, Rule, Task
+from wsm_megatron.engine.plan import MergePlan
+from wsm_megatron.engine.recipe import Rule, Task
 
 
 class Dealer:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.chunks import ChunkIndex
 from wsm_megatron.checkpoint.layout import Chunk, Layout
-from wsm_megatron.engine.plan import Rule, Task
+from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.errors import MergeError
 
 TRAVEL_ELEMENTS = 2 * 2**20

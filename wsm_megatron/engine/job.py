@@ -15,10 +15,12 @@ from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.compatible import check_entry
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
-from wsm_megatron.engine.plan import MergePlan, Rule, Task, check_entry, kept_objects, make_plan
+from wsm_megatron.engine.plan import MergePlan, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
+from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.engine.sources import (
     Decay,
     Fingerprint,

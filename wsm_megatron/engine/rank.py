@@ -25,7 +25,7 @@ from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.device import Device, choose_device, local_rank
 from wsm_megatron.engine.job import Job, Part, places
 from wsm_megatron.engine.phases import Phases, RankReport
-from wsm_megatron.engine.plan import Task
+from wsm_megatron.engine.recipe import Task
 from wsm_megatron.engine.run import Progress, Share, Target
 from wsm_megatron.engine.steps import STEP_BYTES, copy_beside, run_steps
 from wsm_megatron.engine.wire import Wire

@@ -25,7 +25,7 @@ from wsm_megatron.engine.budget import Budget
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.device import Device
 from wsm_megatron.engine.phases import Phases
-from wsm_megatron.engine.plan import Output, Recipe, Rule, Task
+from wsm_megatron.engine.recipe import Output, Recipe, Rule, Task
 from wsm_megatron.engine.tile import Merge, Outcome, Tile, Workspace
 from wsm_megatron.errors import MergeError
 

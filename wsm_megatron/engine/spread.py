@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.engine.holders import Held, Step, steps_of
-from wsm_megatron.engine.plan import Task
+from wsm_megatron.engine.recipe import Task
 from wsm_megatron.engine.sources import Fingerprint, Source
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from wsm_megatron.engine.plan import Recipe
+from wsm_megatron.engine.recipe import Recipe
 from wsm_megatron.engine.tile import (
     Merge,
     Outcome,

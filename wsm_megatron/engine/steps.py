@@ -18,8 +18,8 @@ from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.device import choose_device, local_rank
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
 from wsm_megatron.engine.job import Job
-from wsm_megatron.engine.plan import Rule
 from wsm_megatron.engine.publish import copy_side_files
+from wsm_megatron.engine.recipe import Rule
 from wsm_megatron.engine.run import Progress, Target, wrong_main
 from wsm_megatron.engine.tile import Merge
 from wsm_megatron.engine.turns import Place, ending, sources_of

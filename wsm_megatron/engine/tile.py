@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.engine.plan import Recipe, Rule
+from wsm_megatron.engine.recipe import Recipe, Rule
 from wsm_megatron.kernels import Finite, bind
 
 _TILES = 64

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from wsm_megatron.engine.holders import Held, Step, steps_of
-from wsm_megatron.engine.plan import Rule, Task
+from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.engine.tile import Merge
 
 Place = tuple[int, int]

@@ -20,8 +20,9 @@ from wsm_megatron.checkpoint.reader import CheckpointReader, size_and_crc
 from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.flat import find_flat_mains
-from wsm_megatron.engine.plan import Rule, Task, make_plan
+from wsm_megatron.engine.plan import make_plan
 from wsm_megatron.engine.provenance import read_provenance
+from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.engine.sources import read_common
 from wsm_megatron.errors import MergeError
 from wsm_megatron.kernels import reference
