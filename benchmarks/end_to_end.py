@@ -100,6 +100,20 @@ def ours(table: Table, run: Path, out: Path, ranks: int, name: str, options: lis
     return done
 
 
+def apart_from_writing(one: list[Run], four: list[Run]) -> str:
+    """Seconds that a rank's threads read and reduce, of one merge and of four."""
+
+    def median(runs: list[Run]) -> float:
+        phases = [run.report["ranks"][0]["phases"] for run in runs]
+        return statistics.median(p["reading"] + p["reducing"] for p in phases)
+
+    left, right = median(four), median(one)
+    return (
+        f"reading and reducing on rank 0: 4 merges {left:.2f} s, one {right:.2f} s, "
+        f"{left / right:.2f} times"
+    )
+
+
 def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: list[str]) -> None:
     files = sorted(run.glob("iter_*/*.distcp"))
     size = sum(file.stat().st_size for file in files)
@@ -107,14 +121,17 @@ def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: li
     raw_read(files)
     print(where())
     print(f"{len(files)} files, {size / 1e9:.2f} GB; medians of {repeat} rounds")
-    written = 0
+    written, one, four = 0, list[Run](), list[Run]()
     for _ in range(repeat):
         for count in ranks:
             of = f"{count} rank" + "s" * (count > 1)
-            four = ["--decay", FOUR, *options]
-            ours(table, run, scratch / "four", count, f"4 merges, {of}", four)
+            decays = ["--decay", FOUR, *options]
+            several = ours(table, run, scratch / "four", count, f"4 merges, {of}", decays)
             done = ours(table, run, scratch / "out", count, f"wsm merge, {of}", options)
             written = done.report["bytes_written"]
+            if count == ranks[0]:
+                one.append(done)
+                four.append(several)
             if tool is not None:
                 other = scratch / "reference"
                 theirs = launch(reference_command(tool, run, other), count)
@@ -125,6 +142,7 @@ def measure(run: Path, scratch: Path, ranks: list[int], repeat: int, options: li
         table.add("cat", raw_read(files), size)
         table.add("raw write and sync", raw_write(scratch, written), written)
     table.show(table.median("cat") + table.median("raw write and sync"))
+    print(apart_from_writing(one, four))
     if compared:
         print(compared)
 

@@ -121,11 +121,11 @@ def write_checkpoint(
             placed.append(one)
         file.close()
     write_metadata(path, placed, {})
-    write_file(path / "common.pt", _common(iteration))
+    write_file(path / "common.pt", common_state(iteration))
     write_marker(path, MARKER)
 
 
-def _common(iteration: int) -> bytes:
+def common_state(iteration: int) -> bytes:
     arguments = Namespace(
         consumed_train_samples=iteration * BATCH, seq_length=SEQUENCE, iteration=0, bf16=True
     )

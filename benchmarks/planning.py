@@ -3,28 +3,41 @@
     python benchmarks/planning.py [--chunks 100000] [--sources 8] [--ranks 64]
 
 No tensor exists: the layout of a model of about 10^12 parameters (stacked layers and experts, TP
-shards) is written as ``.metadata``, read back, planned, shared out and placed.
+shards) is written as ``.metadata``, read back, planned, dealt to ranks and placed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
+import pickle
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from generate import common_state
+from measure import where
 
 from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.layout import Layout, read_layout
+from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.unpickle import load_metadata
-from wsm_megatron.checkpoint.writer import Item, file_name, place, write_marker, write_metadata
-from wsm_megatron.engine.job import chunks_of
-from wsm_megatron.engine.plan import make_plan
+from wsm_megatron.checkpoint.writer import (
+    Item,
+    file_name,
+    place,
+    write_marker,
+    write_metadata,
+)
+from wsm_megatron.engine.deal import Dealer
+from wsm_megatron.engine.job import prepare_job
+from wsm_megatron.garbage import no_collection
 
 LAYERS, HIDDEN, INNER, TP = 64, 8192, 2048, 2
 FILES = 512
@@ -53,7 +66,7 @@ def items(chunks: int) -> list[Item]:
 
 
 def write(path: Path, wanted: list[Item]) -> None:
-    path.mkdir()
+    path.mkdir(parents=True)
     per_file = -(-len(wanted) // FILES)
     placed = []
     for rank in range(FILES):
@@ -73,30 +86,66 @@ def timed(what: str, call: Callable[[], Any]) -> Any:
     return result
 
 
+def write_run(root: Path, chunks: int, sources: int) -> None:
+    """Checkpoints 1000, 2000, ...: the same metadata, sparse files of the sizes it needs."""
+    wanted = items(chunks)
+    numel = sum(item.box.numel for item in wanted if item.box)
+    print(f"{len(wanted)} chunks, {numel / 1e12:.2f} T parameters, {sources} sources")
+    first = checkpoint_path(root, 1000)
+    write(first, wanted)
+    for k in range(sources):
+        path = checkpoint_path(root, 1000 * (k + 1))
+        if path != first:
+            shutil.copytree(first, path, copy_function=_copy_or_sparse)
+        (path / "common.pt").write_bytes(common_state(1000 * (k + 1)))
+
+
+def _copy_or_sparse(source: str, target: str) -> None:
+    if not source.endswith(".distcp"):
+        shutil.copyfile(source, target)
+        return
+    with open(target, "wb") as stream:
+        stream.truncate(os.path.getsize(source))
+
+
+def resident() -> int:
+    """MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--sources", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=64)
     given = parser.parse_args()
-    wanted = items(given.chunks)
-    numel = sum(item.box.numel for item in wanted if item.box)
-    print(f"{len(wanted)} chunks, {numel / 1e12:.2f} T parameters, {given.sources} sources")
+    print(where())
     with tempfile.TemporaryDirectory(prefix="wsm-planning-") as folder:
-        path = Path(folder) / "iter_0000001"
-        timed("write .metadata", lambda: write(path, wanted))
-        timed("unpickle one .metadata", lambda: load_metadata(path / ".metadata"))
-        layout: Layout = timed("read one layout", lambda: read_layout(path))
-    layouts = [replace(layout, path=path) for _ in range(given.sources)]
-    config = MergeConfig(load=Path("run"), save=Path("out"))
-    plan = timed(f"plan {given.sources} sources", lambda: make_plan(layouts, config))
-    shares = timed(
-        f"shares of {given.ranks} ranks", lambda: plan.shares(given.ranks, given.sources, 1)
+        root = Path(folder) / "run"
+        root.mkdir()
+        write_run(root, given.chunks, given.sources)
+        gc.collect()
+        print(f"resident before: {resident()} MiB")
+        metadata = checkpoint_path(root, 1000) / ".metadata"
+        with no_collection():
+            timed("unpickle one .metadata", lambda: load_metadata(metadata))
+            timed("read one layout", lambda: read_layout(metadata.parent))
+        config = MergeConfig(load=root, save=Path(folder) / "out")
+        job = timed("prepare_job: open all, plan", lambda: prepare_job(config))
+    parts = timed(f"parts of {given.ranks} ranks", lambda: job.parts(given.ranks))
+    dealer = Dealer(job, parts)
+    dealt = timed(
+        "deal to all ranks", lambda: [pickle.dumps(dealer.deal(r)) for r in range(1, given.ranks)]
     )
-    share = shares[given.ranks // 2]
-    print(f"  {len(plan.tasks)} tasks, {len(share)} of them one rank's")
-    timed("place one rank's chunks", lambda: place(chunks_of(share), 0))
-    timed("place all chunks, as rank 0 does", lambda: place(chunks_of(plan.tasks), 0))
+    print(f"  {max(map(len, dealt)) / 1e6:.1f} MB for a rank")
+    timed("receive it on a rank", lambda: pickle.loads(dealt[0]))
+    timed("place one rank's chunks", lambda: job.placed(0, 1, parts[1]))
+    timed(
+        "place all chunks, as rank 0 does",
+        lambda: [job.placed(0, rank, part) for rank, part in enumerate(parts)],
+    )
+    print(f"resident after: {resident()} MiB")
 
 
 if __name__ == "__main__":
