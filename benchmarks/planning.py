@@ -135,11 +135,13 @@ def main() -> None:
         job = timed("prepare_job: open all, plan", lambda: prepare_job(config))
     parts = timed(f"parts of {given.ranks} ranks", lambda: job.parts(given.ranks))
     dealer = Dealer(job, parts)
-    dealt = timed(
-        "deal to all ranks", lambda: [pickle.dumps(dealer.deal(r)) for r in range(1, given.ranks)]
-    )
+    with no_collection():  # as Ranks.deal does
+        dealt = timed(
+            "deal to all ranks",
+            lambda: [pickle.dumps(dealer.deal(r)) for r in range(1, given.ranks)],
+        )
+        timed("receive it on a rank", lambda: pickle.loads(dealt[0]))
     print(f"  {max(map(len, dealt)) / 1e6:.1f} MB for a rank")
-    timed("receive it on a rank", lambda: pickle.loads(dealt[0]))
     timed("place one rank's chunks", lambda: job.placed(0, 1, parts[1]))
     timed(
         "place all chunks, as rank 0 does",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
+from wsm_megatron.garbage import no_collection
 from wsm_megatron.line import Line
 from wsm_megatron.sign import Failure
 from wsm_megatron.slurm import task_of_step
@@ -189,7 +190,7 @@ class Ranks:
     def deal(self, compute: Callable[[int], T], phase: str) -> T:
         """``compute(rank)``, made for every rank on rank 0; its failure too. Collective."""
         key, values = self._next(), list[T]()
-        with self.together(phase):
+        with self.together(phase), no_collection():
             if self.rank == 0:
                 values.append(compute(0))
                 for rank in range(1, self.size):

@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from wsm_megatron.errors import LostError, MergeError, PassingError
+from wsm_megatron.garbage import no_collection
 from wsm_megatron.sign import Failure, Sign
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class Line:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.25)
         count = int(self._ask(lambda: self._store.get(key)))
-        return pickle.loads(b"".join(self._part(f"{key}#{i}") for i in range(count)))
+        data = b"".join(self._part(f"{key}#{i}") for i in range(count))
+        with no_collection():
+            return pickle.loads(data)
 
     def forget(self, key: str) -> None:
         """Drop a value that every rank has taken."""

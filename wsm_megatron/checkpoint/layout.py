@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -28,8 +28,7 @@ COMMON_KEY = "common_state/shard_0_1"
 """Where the common state is from Megatron 0.19 on (``save`` in dist_checkpointing)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """A byte range of one file of a checkpoint."""
 
     file: str
@@ -37,8 +36,7 @@ class Location:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of a global tensor, stored row-major in one container."""
 
     offsets: tuple[int, ...]

@@ -36,15 +36,18 @@ class Dealer:
 
     def _only(self, j: int, layout: Layout, tasks: Sequence[Task]) -> Layout:
         """A source's layout with the chunks that tasks read."""
-        chunks: dict[str, dict[Chunk, None]] = {}
+        chunks: dict[str, dict[int, Chunk]] = {}
         for task in tasks:
             copied = task.recipe.rule is Rule.COPY
             for key in (task.recipe.key,) if copied else task.recipe.inputs:
                 if key in layout.tensors:  # what is copied need not be in older sources
                     index = self._index(j, layout, key)
                     found = index.overlapping(task.part(key, task.box))
-                    chunks.setdefault(key, {}).update(dict.fromkeys(found))
-        tensors = {k: replace(layout.tensors[k], chunks=tuple(c)) for k, c in chunks.items()}
+                    chunks.setdefault(key, {}).update((id(chunk), chunk) for chunk in found)
+        tensors = {
+            key: replace(layout.tensors[key], chunks=tuple(found.values()))
+            for key, found in chunks.items()
+        }
         return replace(layout, tensors=tensors, objects={})
 
     def _index(self, j: int, layout: Layout, key: str) -> ChunkIndex:

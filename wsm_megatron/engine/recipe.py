@@ -69,6 +69,9 @@ class Task:
     box: Box
     flat: FlatMain | None = None
 
+    def __reduce__(self) -> tuple[type[Task], tuple[Recipe, Box, FlatMain | None]]:
+        return Task, (self.recipe, self.box, self.flat)  # what dataclasses do takes ten times that
+
     def part(self, key: str, tile: Box) -> Box:
         """Where the elements of ``tile``, a row-major part of ``box``, lie in a tensor."""
         if self.flat is None or key != self.flat.bucket:
