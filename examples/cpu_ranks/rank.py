@@ -5,6 +5,7 @@ CALL is a pickle of ``(module, function, kwargs)``; the function's result is pic
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -45,6 +46,7 @@ def main() -> int:
 
 # Also in the processes that a rank spawns, which import this module as __mp_main__.
 if __name__ in ("__main__", "__mp_main__"):
+    gc.disable()  # what is imported stays
     import torch
 
     from examples.cpu_ranks import cuda_standin
@@ -52,6 +54,11 @@ if __name__ in ("__main__", "__mp_main__"):
     torch.set_num_threads(1)
     if "CUDA_STANDIN" in os.environ:
         cuda_standin.install()
+    gc.freeze()
+    gc.enable()
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking torch apart takes a second; launch.py ends what a rank has spawned
