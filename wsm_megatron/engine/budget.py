@@ -49,9 +49,9 @@ class Budget:
         return max(1, min(max(wanted, LEAST_ELEMENTS), within))
 
 
-def default_memory(most: int = MOST) -> int:
+def default_memory() -> int:
     """An eighth of the memory that is free on this machine, 512 MiB at most."""
-    return min(most, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    return min(MOST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
 
 
 def make_budget(

@@ -12,7 +12,7 @@ from wsm_megatron.checkpoint.chunks import ChunkIndex
 from wsm_megatron.checkpoint.layout import Chunk, Layout
 from wsm_megatron.engine.job import Job, Part
 from wsm_megatron.engine.plan import MergePlan
-from wsm_megatron.engine.recipe import Rule, Task
+from wsm_megatron.engine.recipe import Task
 
 
 class Dealer:
@@ -38,8 +38,7 @@ class Dealer:
         """A source's layout with the chunks that tasks read."""
         chunks: dict[str, dict[int, Chunk]] = {}
         for task in tasks:
-            copied = task.recipe.rule is Rule.COPY
-            for key in (task.recipe.key,) if copied else task.recipe.inputs:
+            for key in task.recipe.inputs:
                 if key in layout.tensors:  # what is copied need not be in older sources
                     index = self._index(j, layout, key)
                     found = index.overlapping(task.part(key, task.box))

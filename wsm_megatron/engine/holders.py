@@ -136,7 +136,7 @@ class Holders:
 
     def _hold(self, task: Task) -> Iterator[Held]:
         copied = task.recipe.rule is Rule.COPY
-        keys = (task.recipe.key,) if copied else task.recipe.inputs
+        keys = task.recipe.inputs
         wanted = sorted(self._newest) if copied else range(len(self._layouts))
         able: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in keys}
         for j in wanted:

@@ -35,9 +35,9 @@ class Output:
 class Recipe:
     """One rule applied to one tensor, or to a main param and its model tensor together.
 
-    ``inputs`` are read from every source (from the newest one only for ``COPY``): for ``SUM_MAIN``
-    the main param, then the model tensor that it is checked against. ``outputs`` are written in
-    this order; with two of them the first is the main param.
+    ``inputs`` are read from every source (from the newest one only for ``COPY``, whose one input
+    has the output's key): for ``SUM_MAIN`` the main param, then the model tensor that it is checked
+    against. ``outputs`` are written in this order; with two of them the first is the main param.
     """
 
     rule: Rule

@@ -45,6 +45,13 @@ class Target:
     def chunk(self, output: Output, box: Box) -> ChunkWriter:
         return self.file.chunk(self.places[output.key, box])
 
+    def has(self, task: Task) -> bool:
+        """Whether an earlier merge, which died, has written all that a task writes here."""
+        return all(
+            self.file.has(self.places[output.key, task.part(output.key, task.box)])
+            for output in task.recipe.outputs
+        )
+
 
 class Share:
     """Runs tasks for several merges of the same sources: each source byte is read once."""
@@ -83,7 +90,7 @@ class Share:
         if self._stop.is_set():
             return
         with self._phases("resuming"):
-            finished = self._is_finished(task)
+            finished = all(target.has(task) for target in self._targets)
         if finished:
             self._leave_out(task)
         elif task.recipe.rule is Rule.COPY:
@@ -91,23 +98,12 @@ class Share:
         else:
             self._sum(task, workspace)
 
-    def _is_finished(self, task: Task) -> bool:
-        """Whether an earlier merge, which died, has written all that the task writes."""
-        return all(
-            target.file.has(target.places[output.key, task.part(output.key, task.box)])
-            for target in self._targets
-            for output in task.recipe.outputs
-        )
-
     def _leave_out(self, task: Task) -> None:
-        recipe = task.recipe
-        copied = recipe.rule is Rule.COPY
+        copied = task.recipe.rule is Rule.COPY
         newest = {merge.members[-1] for merge in self._merges}
         for j in newest if copied else range(len(self._readers)):
-            for key in (recipe.key,) if copied else recipe.inputs:
-                part = task.part(key, task.box)
-                self._readers[j].cover(key, part).leave_out(part)
-        self._progress(task.box.numel * recipe.cost(len(self._readers), len(self._targets)))
+            leave_out(task, self._readers[j])
+        self._progress(task.box.numel * task.recipe.cost(len(self._readers), len(self._targets)))
 
     def _sum(self, task: Task, workspace: Workspace) -> None:
         recipe, box = task.recipe, task.box
@@ -197,6 +193,13 @@ def _finish(covers: list[list[Cover]], writers: list[list[ChunkWriter]]) -> None
     for outputs in writers:
         for writer in outputs:
             writer.finish()
+
+
+def leave_out(task: Task, reader: CheckpointReader) -> None:
+    """Do not read what an earlier merge has read of a source for a finished task."""
+    for key in task.recipe.inputs:
+        part = task.part(key, task.box)
+        reader.cover(key, part).leave_out(part)
 
 
 def wrong_main(recipe: Recipe, layout: Layout) -> MergeError:

@@ -19,8 +19,7 @@ from wsm_megatron.engine.device import choose_device, local_rank
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.publish import copy_side_files
-from wsm_megatron.engine.recipe import Rule
-from wsm_megatron.engine.run import Progress, Target, wrong_main
+from wsm_megatron.engine.run import Progress, Target, leave_out, wrong_main
 from wsm_megatron.engine.tile import Merge
 from wsm_megatron.engine.turns import Place, ending, sources_of
 from wsm_megatron.engine.wire import Wire, open_wire
@@ -92,7 +91,8 @@ def run_steps(
     finished = {step.number for step in steps if _is_finished(step, held, merges, written)}
     for step in steps:
         if step.number in finished:
-            _leave_out(step, held, merges, readers)
+            for j in sources_of(step, merges):
+                leave_out(held[step.number].task, readers[j])
     chain = Chain(
         held,
         [step for step in steps if step.number not in finished],
@@ -112,14 +112,7 @@ def _written(
 ) -> list[Place]:
     """Task and merge of what an earlier merge has finished of a step."""
     task = held[step.number].task
-    return [
-        (step.number, k)
-        for k in ending(step, merges)
-        if all(
-            targets[k].file.has(targets[k].places[output.key, task.part(output.key, task.box)])
-            for output in task.recipe.outputs
-        )
-    ]
+    return [(step.number, k) for k in ending(step, merges) if targets[k].has(task)]
 
 
 def _is_finished(
@@ -128,17 +121,6 @@ def _is_finished(
     """Every rank has written its part of the task. Not so while digests are to be compared."""
     apart = held[step.number].checked_apart
     return not apart and all((step.number, k) in written for k in range(len(merges)))
-
-
-def _leave_out(
-    step: Step, held: Sequence[Held], merges: Sequence[Merge], readers: Sequence[CheckpointReader]
-) -> None:
-    task = held[step.number].task
-    recipe = task.recipe
-    for j in sources_of(step, merges):
-        for key in (recipe.key,) if recipe.rule is Rule.COPY else recipe.inputs:
-            part = task.part(key, task.box)
-            readers[j].cover(key, part).leave_out(part)
 
 
 def copy_beside(job: Job, rank: int, directories: Sequence[Path]) -> None:
