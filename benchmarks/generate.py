@@ -19,6 +19,7 @@ import torch
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
+from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
 from wsm_megatron.checkpoint.run import checkpoint_path, write_tracker
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
@@ -27,8 +28,6 @@ from wsm_megatron.checkpoint.writer import (
     file_name,
     place,
     write_file,
-    write_marker,
-    write_metadata,
 )
 
 MARKER = {

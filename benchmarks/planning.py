@@ -26,14 +26,13 @@ from measure import where
 from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.checkpoint.writer import (
     Item,
     file_name,
     place,
-    write_marker,
-    write_metadata,
 )
 from wsm_megatron.engine.deal import Dealer
 from wsm_megatron.engine.job import prepare_job

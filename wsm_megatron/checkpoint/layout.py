@@ -10,13 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
+from wsm_megatron.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
 from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
@@ -145,12 +140,10 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
     for key, value in metadata.state_dict_metadata.items():
         if isinstance(value, TensorStorageMetadata):
             tensors[key] = _tensor_entry(path, key, value, locations)
-        elif isinstance(value, BytesStorageMetadata):
+        else:
             location = _location_of(path, key, locations, None)
             objects[key] = ObjectEntry(key, object_role(key), location)
-        else:
-            raise MergeError(f"{path}: entry {key!r} has metadata of type {type(value).__name__}")
-    layout = Layout(path, tensors, objects, marker, getattr(metadata, "mcore_data", None) or {})
+    layout = Layout(path, tensors, objects, marker, metadata.mcore_data)
     if whole:
         _check_files(layout)
     return layout
@@ -190,9 +183,10 @@ def _refuse_unfinished(path: Path) -> None:
 
 
 def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
-    locations = {}
+    locations: dict[tuple, Location] = {}
+    assert metadata.storage_data is not None
     for index, info in metadata.storage_data.items():
-        if getattr(info, "transform_descriptors", None):
+        if info.transform_descriptors:
             raise ValueError(f"{path}: entry {index.fqn!r} is compressed or transformed on disk")
         if info.relative_path in ("", ".", "..") or "/" in info.relative_path:
             raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")

@@ -1,35 +1,41 @@
 """``.metadata`` of a checkpoint through an unpickler that knows the metadata classes and no other.
 
 A pickle can name any importable function and have it called. Here every name is looked up in a
-table of what ``torch.distributed.checkpoint`` itself writes; anything else is refused by name
-before it is imported.
+table of what ``torch.distributed.checkpoint`` itself writes, and gives a class that stands in for
+torch's; anything else is refused by name, and nothing is imported.
 """
 
 from __future__ import annotations
 
 import collections
 import copyreg
-import pathlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed._shard.sharded_tensor.metadata as sharded_tensor
-from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from wsm_megatron.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Ignored,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from wsm_megatron.errors import MergeError
 
 
 def load_metadata(path: Path) -> Metadata:
     """Read the ``.metadata`` file of a ``torch_dist`` checkpoint.
 
-    Runs nothing that the file names: only the dataclasses and enums of
-    ``torch.distributed.checkpoint`` are built, from the file's own values. An attribute
-    ``mcore_data``, which Megatron adds, is kept. The two tables come back with the types that
-    ``Metadata`` declares; whether they agree with each other and with the files is not checked.
+    Runs nothing that the file names: only stand-ins for the classes of
+    ``torch.distributed.checkpoint`` are built, from the file's own values; a field that a merge has
+    no use for is left out. The two tables come back with the types that ``Metadata`` declares;
+    whether they agree with each other and with the files is not checked.
 
     Raises:
         MergeError: the file cannot be read, is damaged, or refers to anything else (named).
@@ -63,29 +69,44 @@ class _MetadataUnpickler(pickle.Unpickler):
             ) from None
 
 
-def _names(module: Any, *names: str) -> dict[tuple[str, str], Any]:
-    """Those of ``names`` that this torch has: some came and went with its versions."""
-    return {(module.__name__, n): getattr(module, n) for n in names if hasattr(module, n)}
-
-
-# A bound method of a dict, unlike a function, has no attributes that a pickle could set.
-_get_layout = {f"torch.{n}": v for n, v in vars(torch).items() if isinstance(v, torch.layout)}
+_DCP = "torch.distributed.checkpoint"
+_DTYPES = {("torch", n): v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
 _ADMITTED: dict[tuple[str, str], Any] = {
-    **_names(metadata, "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata"),
-    **_names(metadata, "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties"),
-    **_names(metadata, "_MEM_FORMAT_ENCODING"),
-    **_names(filesystem, "_StorageInfo", "_StoragePrefix"),
-    **_names(planner, "SavePlan", "WriteItem", "WriteItemType"),
-    **_names(planner, "TensorWriteData", "BytesIOWriteData"),
+    **{
+        (f"{_DCP}.metadata", one.__name__): one
+        for one in (
+            Metadata,
+            MetadataIndex,
+            ChunkStorageMetadata,
+            TensorStorageMetadata,
+            BytesStorageMetadata,
+            TensorProperties,
+        )
+    },
+    (f"{_DCP}.filesystem", "_StorageInfo"): StorageInfo,
     # Where torch 2.3 and earlier kept TensorProperties.
-    **_names(sharded_tensor, "TensorProperties", "MEM_FORMAT_ENCODING"),
-    **_names(torch, "Size"),
-    **_names(torch, *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))),
-    ("torch.serialization", "_get_layout"): _get_layout.__getitem__,
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): TensorProperties,
+    ("torch", "Size"): torch.Size,
+    **_DTYPES,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # The checkpoint's own path, where it was saved under a Path; never opened.
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+    # What is written and says nothing to a merge: how a plan was made, where it was saved to.
+    (f"{_DCP}.metadata", "StorageMeta"): Ignored,
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): Ignored,
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Ignored,
+    ("torch.serialization", "_get_layout"): Ignored,
+    (f"{_DCP}.filesystem", "_StoragePrefix"): Ignored,
+    **{
+        (f"{_DCP}.planner", name): Ignored
+        for name in (
+            "SavePlan",
+            "WriteItem",
+            "WriteItemType",
+            "TensorWriteData",
+            "BytesIOWriteData",
+        )
+    },
+    ("pathlib", "PosixPath"): Ignored,
+    ("pathlib._local", "PosixPath"): Ignored,
 }
 
 
@@ -114,8 +135,8 @@ def _check_table(
 def _is_entry(key: Any, value: Any) -> bool:
     if not isinstance(key, str):
         return False
-    if not isinstance(value, metadata.TensorStorageMetadata):
-        return isinstance(value, metadata.BytesStorageMetadata)
+    if not isinstance(value, TensorStorageMetadata):
+        return isinstance(value, BytesStorageMetadata)
     sizes = [value.size, *(s for c in value.chunks for s in (c.offsets, c.sizes))]
     return isinstance(value.properties.dtype, torch.dtype) and all(
         isinstance(size, torch.Size) and len(size) == len(value.size) for size in sizes
@@ -127,7 +148,7 @@ def _is_storage(key: Any, value: Any) -> bool:
         isinstance(key, MetadataIndex)
         and isinstance(key.fqn, str)
         and (key.offset is None or isinstance(key.offset, torch.Size))
-        and isinstance(value, filesystem._StorageInfo)
+        and isinstance(value, StorageInfo)
         and isinstance(value.relative_path, str)
         and all(isinstance(n, int) and n >= 0 for n in (value.offset, value.length))
     )

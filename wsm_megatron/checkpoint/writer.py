@@ -3,45 +3,30 @@
 Containers of fixed size follow each other in one file a rank, so every chunk's place is known
 before the first byte is. PyTorch's ``FileSystemWriter`` is not used: it holds one tensor of every
 key until its file is finished, which for unstacked layers is the model, and it computes CRC-32 at a
-fraction of the storage's speed. The result is the same format, by the same metadata classes.
+fraction of the storage's speed. The result is the same format.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from isal.isal_zlib import crc32, crc32_combine
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.container import Frame
 from wsm_megatron.checkpoint.journal import Journal
-from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.errors import MergeError, StorageError
 
 logger = logging.getLogger(__name__)
-
-_DCP_VERSION = "1.0.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,43 +196,6 @@ class ChunkWriter:
         crc = crc32_combine(crc32(prefix), self._crc, container.nbytes)
         crc = crc32_combine(crc, crc32(suffix), len(suffix))
         self._file._enter(self._offset, container.total_bytes, crc)
-
-
-def write_metadata(
-    directory: Path, placed: Sequence[Placed], mcore_data: dict[str, Any]
-) -> tuple[int, int]:
-    """Write ``.metadata`` for everything placed, durably; its size and CRC-32."""
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage = {}
-    for one in placed:
-        item = one.item
-        length = item.stored_bytes
-        if item.box is None:
-            entries[item.key] = BytesStorageMetadata()
-            index = MetadataIndex(item.key)
-        else:
-            assert item.dtype is not None
-            entry = entries.get(item.key)
-            if entry is None:
-                properties = TensorProperties(dtype=item.dtype)
-                entry = TensorStorageMetadata(properties, torch.Size(item.shape), [])
-                entries[item.key] = entry
-            assert isinstance(entry, TensorStorageMetadata)
-            offsets = torch.Size(item.box.offsets)
-            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.box.sizes)))
-            index = MetadataIndex(item.key, offsets)
-        storage[index] = _StorageInfo(one.file, one.offset, length)
-    metadata = Metadata(entries, storage_data=storage)
-    if hasattr(metadata, "version"):
-        metadata.version = _DCP_VERSION
-    if mcore_data:
-        metadata.mcore_data = mcore_data  # type: ignore[attr-defined]
-    return write_file(directory / METADATA_FILE, pickle.dumps(metadata))
-
-
-def write_marker(directory: Path, marker: dict[str, Any]) -> tuple[int, int]:
-    """Write ``metadata.json``, which tells Megatron that the checkpoint is complete."""
-    return write_file(directory / MARKER_FILE, json.dumps(marker).encode())
 
 
 def write_file(path: Path, data: bytes) -> tuple[int, int]:

@@ -14,15 +14,12 @@ from typing import Any
 
 import wsm_megatron
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.run import write_tracker
 from wsm_megatron.checkpoint.visible import wait_for_files
-from wsm_megatron.checkpoint.writer import (
-    write_file,
-    write_marker,
-    write_metadata,
-)
+from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.deal import Dealer, outline
