@@ -16,7 +16,6 @@ from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, line, merge
 from wsm_megatron.checkpoint import journal, patience
-from wsm_megatron.checkpoint.journal import Journal
 from wsm_megatron.checkpoint.patience import check_storage, watched
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine import crew
@@ -121,11 +120,10 @@ def test_other_ranks_hear_of_a_rank_whose_own_thread_hangs(
         one.leave()
 
 
-def test_one_sync_never_has_much_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "SYNC_BYTES", 1000)
-    with (tmp_path / "file").open("wb") as stream:
-        kept = Journal(tmp_path / "file", stream.fileno())
-        kept.add((0, 600, 1))
-        assert not (tmp_path / "file.journal").exists()
-        kept.add((600, 600, 2))
-    assert (tmp_path / "file.journal").read_text().count("\n") == 2
+def test_a_sync_beside_the_writing_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: threading.Event
+) -> None:
+    monkeypatch.setattr(journal, "SYNC_BYTES", 1)
+    hang(monkeypatch, "fsync", storage)
+    with pytest.raises(StorageError, match=r"__0_0\.distcp: syncing .* hangs"):
+        merge(config(tmp_path))

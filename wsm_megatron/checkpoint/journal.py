@@ -16,9 +16,12 @@ from wsm_megatron.checkpoint.patience import patiently, watched
 logger = logging.getLogger(__name__)
 
 SYNC_EVERY = 30.0
-"""Seconds between two syncs: what a killed merge does at most again."""
-SYNC_BYTES = 4 * 2**30
-"""Bytes between two syncs at most: no single sync has so much to do that it looks like hanging."""
+"""Seconds after which the next finished part starts a sync."""
+SYNC_BYTES = 128 * 2**20
+"""Bytes that start a sync: little is left to do at the file's end, and a killed merge loses little.
+The kernel by itself would wait until a tenth of the memory is dirty."""
+BEHIND_BYTES = 4 * 2**30
+"""Bytes not synced at which writing waits: no sync has so much to do that it looks like hanging."""
 SUFFIX = ".journal"
 _READ_BYTES = 4 * 2**20
 
@@ -29,8 +32,8 @@ Part = tuple[int, int, int]
 class Journal:
     """The finished parts of a file, beside it: a line each, written once the part is on disk.
 
-    Safe to share between threads. Nothing in it is believed before the part's CRC-32 was computed
-    again from the file.
+    Syncs go on in a thread of its own, beside the writing. Safe to share between threads. Nothing
+    in it is believed before the part's CRC-32 was computed again from the file.
     """
 
     def __init__(self, path: Path, descriptor: int):
@@ -38,7 +41,10 @@ class Journal:
         self._path = path.with_name(path.name + SUFFIX)
         self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._new: list[Part] = []
-        self._synced, self._unsynced = time.monotonic(), 0
+        self._asked, self._since_asked, self._unsynced = time.monotonic(), 0, 0
+        self._wake, self._ending = threading.Event(), False
+        self._thread: threading.Thread | None = None
+        self._failure: OSError | None = None
         self._old = {offset: (length, crc) for offset, length, crc in _read(self._path)}
 
     def holds(self, offset: int, length: int) -> Part | None:
@@ -55,15 +61,22 @@ class Journal:
         return (offset, length, crc) if crc == found[1] else None
 
     def add(self, part: Part) -> None:
-        """A part has been written; now and then, everything new goes to disk."""
+        """A part has been written; now and then, everything new goes to disk.
+
+        Raises:
+            OSError: a sync has failed.
+        """
         with self._lock:
             self._new.append(part)
             self._unsynced += part[1]
-            due = time.monotonic() - self._synced > SYNC_EVERY or self._unsynced > SYNC_BYTES
+            self._since_asked += part[1]
+            due = self._since_asked >= SYNC_BYTES or time.monotonic() - self._asked > SYNC_EVERY
             if due:
-                self._synced, self._unsynced = time.monotonic(), 0
-        if due:
+                self._ask()
+            behind = self._unsynced >= BEHIND_BYTES
+        if behind:
             self.sync()
+        self._raise()
 
     def sync(self) -> None:
         """Put the parts on disk, then the lines that say so."""
@@ -78,6 +91,43 @@ class Journal:
                 stream.writelines(f"{offset} {length} {crc:08x}\n" for offset, length, crc in new)
                 stream.flush()
                 os.fsync(stream.fileno())
+            with self._lock:
+                self._unsynced -= sum(length for _, length, _ in new)
+
+    def end(self) -> None:
+        """Sync the last parts and end the thread; then the file may be closed.
+
+        Raises:
+            OSError: a sync has failed, now or before.
+        """
+        if self._thread is not None:
+            self._ending = True
+            self._wake.set()
+            self._thread.join()
+        self._raise()
+        self.sync()
+
+    def _ask(self) -> None:
+        """Have the thread sync."""
+        self._asked, self._since_asked = time.monotonic(), 0
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="wsm-sync", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def _serve(self) -> None:
+        while not self._ending:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self.sync()
+            except OSError as error:  # told once only, here: a later fsync may succeed
+                self._failure = error
+                return
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _place(self, position: int) -> str:
         return f"{self._file}: reading at byte {position}"

@@ -123,11 +123,11 @@ class CheckpointFile:
         """Make the file durable; its size in bytes and its CRC-32."""
         try:
             if self._journal is not None:
-                self._journal.sync()
+                self._journal.end()
             with watched(lambda: f"{self.path}: syncing"):
                 os.fsync(self._descriptor)
         except OSError as error:
-            raise MergeError(f"{self.path}: cannot write: {error.strerror}") from error
+            raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
         finally:
             os.close(self._descriptor)
         crc, position = 0, 0
@@ -140,7 +140,7 @@ class CheckpointFile:
         """Close after a failure; what is finished is kept in mind."""
         try:
             if self._journal is not None:
-                self._journal.sync()
+                self._journal.end()
         except OSError as error:
             logger.warning("%s: %s; what it holds is lost", self.path, error.strerror)
         os.close(self._descriptor)

@@ -1,0 +1,103 @@
+"""Syncs of a file that is being written, and the lines that say what is on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.reference import RUNS
+from wsm_megatron import MergeConfig, merge
+from wsm_megatron.checkpoint import journal
+from wsm_megatron.checkpoint.journal import Journal
+from wsm_megatron.errors import StorageError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    yield path
+    assert not [thread for thread in threading.enumerate() if thread.name == "wsm-sync"]
+
+
+def lines(file: Path) -> int:
+    kept = file.with_name("file.journal")
+    return len(kept.read_text().splitlines()) if kept.exists() else 0
+
+
+def wait_for(count: int, file: Path) -> None:
+    until = time.monotonic() + 60
+    while lines(file) < count and time.monotonic() < until:
+        time.sleep(0.01)
+    assert lines(file) == count
+
+
+def test_syncs_go_on_beside_the_writing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SYNC_BYTES", 1000)
+    with file.open("r+b") as stream:
+        kept = Journal(file, stream.fileno())
+        kept.add((0, 600, 1))
+        assert lines(file) == 0
+        kept.add((600, 600, 2))
+        wait_for(2, file)
+        kept.add((1200, 600, 3))
+        kept.end()
+    assert lines(file) == 3
+
+
+def test_writing_waits_for_storage_that_is_far_behind(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "BEHIND_BYTES", 1000)
+    with file.open("r+b") as stream:
+        kept = Journal(file, stream.fileno())
+        kept.add((0, 600, 1))
+        assert lines(file) == 0
+        kept.add((600, 600, 2))
+        assert lines(file) == 2
+        kept.add((1200, 600, 3))  # what is on disk no longer counts
+        assert lines(file) == 2
+        kept.end()
+
+
+def test_a_failed_sync_is_not_forgotten(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reports it once; a later sync of the same file may well succeed."""
+    monkeypatch.setattr(journal, "SYNC_BYTES", 1000)
+    fsync, failed = os.fsync, threading.Event()
+
+    def fail_once(descriptor: int) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with file.open("r+b") as stream:
+        kept = Journal(file, stream.fileno())
+        kept.add((0, 1000, 1))
+        assert failed.wait(60)
+        with pytest.raises(OSError, match="Input/output error"):
+            kept.end()
+        with pytest.raises(OSError, match="Input/output error"):
+            kept.add((1000, 10, 2))
+    assert lines(file) == 0
+
+
+def test_a_merge_fails_with_its_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        if threading.current_thread().name == "wsm-sync":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(journal, "SYNC_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", fail)
+    config = MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out", threads=1)
+    with pytest.raises(StorageError, match=r"__0_0\.distcp: cannot write: Input/output error"):
+        merge(config)
+    assert not (tmp_path / "out" / "iter_0000008").exists()
