@@ -98,7 +98,7 @@ class Line:
         while not self._ask(lambda: self._store.check([key])):
             self.check()
             time.sleep(pause)
-            pause = min(1.5 * pause, 0.25)
+            pause = min(1.5 * pause, 0.1)
         count = int(self._ask(lambda: self._store.get(key)))
         data = b"".join(self._part(f"{key}#{i}") for i in range(count))
         with no_collection():
@@ -147,6 +147,7 @@ class Line:
             if self.rank == 0:
                 self._wait_for("left", LOST_AFTER if self.failure is None else _STOP_WITHIN * BEAT)
         self._leaving.set()
+        self._requests.put((lambda: None, queue.SimpleQueue()))  # wakes the thread
         self._thread.join(BEAT)
 
     def _wait_for(self, word: str, patience: float) -> None:
