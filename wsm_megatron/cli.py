@@ -32,6 +32,7 @@ from wsm_megatron.errors import (
     StoppedError,
     exit_code,
 )
+from wsm_megatron.local import run_forked
 from wsm_megatron.progress import progress_bar
 from wsm_megatron.window import Checkpoint
 
@@ -50,12 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("wsm_megatron").setLevel(
         logging.INFO if arguments.verbose else logging.WARNING
     )
+    return _status(arguments, arguments.run)
+
+
+def _status(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], int | None]) -> int:
+    """The exit status of a command, its error printed."""
     try:
-        status: int | None = arguments.run(arguments)
+        return run(arguments) or 0
     except (ValueError, MergeError) as error:
         print(f"wsm {arguments.command}: {error}", file=sys.stderr)
         return exit_code(error)
-    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +68,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="wsm", description="Merge Megatron checkpoints: the effect of LR decay, without it."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_merge(commands, "merge", _merge, "merge checkpoints of a run into one")
+    command = _add_merge(commands, "merge", _merge, "merge checkpoints of a run into one")
+    command.add_argument(
+        "--local-ranks",
+        type=int,
+        metavar="N",
+        help="start N ranks on this machine, without torchrun or srun: one for each GPU, or for "
+        "every 16 cores (default: this process alone)",
+    )
     _add_merge(commands, "plan", _plan, "say everything that merge would do; write nothing")
     _add_coefficients(commands)
     command = _add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
@@ -95,11 +107,12 @@ def _add(
 
 def _add_merge(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
-) -> None:
+) -> argparse.ArgumentParser:
     command = _add(commands, name, run, help)
     groups = {key: command.add_argument_group(title) for key, title in _GROUPS.items()}
     for option in fields(MergeConfig):
         _add_option(groups[option.metadata["group"]], option)
+    return command
 
 
 def _add_option(parser: Any, option: Field) -> None:
@@ -178,7 +191,14 @@ def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
     return MergeConfig(**{**given, **more})
 
 
-def _merge(arguments: argparse.Namespace) -> None:
+def _merge(arguments: argparse.Namespace) -> int | None:
+    if arguments.local_ranks is not None:
+        return run_forked(arguments.local_ranks, lambda: _status(arguments, _merge_on_rank))
+    _merge_on_rank(arguments)
+    return None
+
+
+def _merge_on_rank(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     with _signals_raise(), _exit_when_storage_hangs(), job_ranks() as ranks:
         done = merge(config, progress_bar)

@@ -244,7 +244,7 @@ def _meet() -> tuple[int, int, dist.Store | None]:
         if hasattr(store, "clone"):  # a connection of its own, from torch 2.5 on
             store = store.clone()
     else:
-        rank, size = _launched_as()
+        rank, size = launched_as()
         if size > 1:
             store = _rendezvous(rank, size)
     if size == 1:
@@ -267,8 +267,11 @@ def _rendezvous(rank: int, size: int) -> dist.Store:
     return store
 
 
-def _launched_as() -> tuple[int, int]:
-    """Rank and world size from torchrun's variables, or from those of a Slurm step."""
+def launched_as() -> tuple[int, int]:
+    """Rank and world size from torchrun's variables, or from those of a Slurm step.
+
+    What Slurm says of the rendezvous is put where torch looks for it.
+    """
     environ = os.environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"])
