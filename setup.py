@@ -1,6 +1,6 @@
-"""Builds the optional C extension; everything else about the package is in pyproject.toml.
+"""Builds the optional C extensions; everything else about the package is in pyproject.toml.
 
-``optional=True``: without a compiler the package still installs and uses its torch-only path.
+``optional=True``: without a compiler the package still installs and uses its paths without them.
 """
 
 from setuptools import Extension, setup
@@ -14,5 +14,13 @@ weighted_sum = Extension(
     py_limited_api=True,
     optional=True,
 )
+reads = Extension(
+    "wsm_megatron.checkpoint._reads",
+    sources=["wsm_megatron/checkpoint/_reads.c"],
+    define_macros=[("Py_LIMITED_API", "0x030A0000"), ("_FILE_OFFSET_BITS", "64")],
+    extra_compile_args=["-O2", "-std=gnu11"],
+    py_limited_api=True,
+    optional=True,
+)
 
-setup(ext_modules=[weighted_sum], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(ext_modules=[weighted_sum, reads], options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -13,7 +13,7 @@ stamp=.venv/wsm-setup.stamp
 export PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 
 wanted() {
-    cat constraints.txt pyproject.toml setup.py wsm_megatron/kernels/*.c | sha256sum
+    cat constraints.txt pyproject.toml setup.py wsm_megatron/*/*.c | sha256sum
 }
 
 # torch first and alone: one plain name can mean a CPU or a CUDA build, depending on the index.

@@ -11,13 +11,15 @@ class Buffer:
     Attributes:
         elements: the tensor.
         data: the same memory as bytes.
+        address: where it begins.
     """
 
-    __slots__ = ("data", "elements")
+    __slots__ = ("address", "data", "elements")
 
     def __init__(self, elements: torch.Tensor):
         self.elements = elements
         self.data: memoryview = elements.view(torch.uint8).numpy().data
+        self.address: int = elements.data_ptr()
 
     @staticmethod
     def empty(numel: int, dtype: torch.dtype) -> Buffer:

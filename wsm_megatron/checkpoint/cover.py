@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Protocol
@@ -12,6 +13,7 @@ from isal.isal_zlib import crc32
 from wsm_megatron.checkpoint.box import Box, span_of, strides_of
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.container import Record
+from wsm_megatron.checkpoint.files import Read, read_all
 from wsm_megatron.checkpoint.layout import Chunk, Location
 
 Segment = tuple[int, int, int]
@@ -21,8 +23,8 @@ Segment = tuple[int, int, int]
 class Source(Protocol):
     """What a cover reads through."""
 
-    def read_record(self, location: Location, start: int, out: memoryview, key: str) -> None:
-        """Fill ``out`` from a location's bytes, ``start`` counted from its beginning."""
+    def request(self, location: Location, start: int, out: Buffer, key: str) -> Read:
+        """How to fill ``out`` from a location's bytes, ``start`` counted from its beginning."""
 
     def prefetch(self, location: Location, start: int, length: int) -> None:
         """Say what will be read soon."""
@@ -41,6 +43,25 @@ class Piece:
     parts: list[Segment] = field(default_factory=list)
     advised: int = 0
     """Up to here the kernel was told to read."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive elements of one chunk, from byte ``begin`` of its record, to be read."""
+
+    piece: Piece
+    begin: int
+    read: Read
+
+    def enter(self) -> None:
+        """Take what was read into the record's CRC-32."""
+        parts, data = self.piece.parts, self.read.out.data
+        end = self.begin + len(data)
+        if parts and parts[-1][1] == self.begin:
+            first, _, crc = parts[-1]
+            parts[-1] = (first, end, crc32(data, crc))
+        else:
+            parts.append((self.begin, end, crc32(data)))
 
 
 class Cover:
@@ -65,14 +86,21 @@ class Cover:
 
     def read(self, box: Box, out: Buffer) -> None:
         """Read a box into ``out``: ``box.numel`` elements of the entry's dtype."""
-        if self._strides is not None:
-            start = sum(map(mul, box.offsets, self._strides)) - self._corner
-            self._read_elements(self._pieces[0], start, out)
+        run = self.run(box, out)
+        if run is not None:
+            self._read_run(run)
             return
         for piece in self._pieces:
             region = box.intersect(piece.box)
             if region is not None:
                 self._read_region(piece, region, box, out)
+
+    def run(self, box: Box, out: Buffer) -> Run | None:
+        """What :meth:`read` would do, where it is a single read."""
+        if self._strides is None:
+            return None
+        start = sum(map(mul, box.offsets, self._strides)) - self._corner
+        return self._run(self._pieces[0], start, out)
 
     def leave_out(self, box: Box) -> None:
         """An earlier merge has read a box: check once more what it could only check in parts."""
@@ -91,27 +119,26 @@ class Cover:
         target = span_of(region.within(box), box.sizes)
         span = span_of(region.within(piece.box), piece.box.sizes)
         if span.contiguous and target.contiguous:
-            self._read_elements(piece, span.start, out.part(target.start, span.length))
+            self._read_run(self._run(piece, span.start, out.part(target.start, span.length)))
             return
         # One read of the whole span, then the wanted elements: fewer, longer reads.
         raw = Buffer.empty(span.length, out.elements.dtype)
-        self._read_elements(piece, span.start, raw)
+        self._read_run(self._run(piece, span.start, raw))
         _view(out.elements, region.within(box), box.sizes).copy_(
             raw.elements.as_strided(region.sizes, strides_of(piece.box.sizes))
         )
 
-    def _read_elements(self, piece: Piece, start: int, out: Buffer) -> None:
-        location, record = piece.chunk.location, piece.record
+    def _run(self, piece: Piece, start: int, out: Buffer) -> Run:
+        record = piece.record
         begin = start * record.dtype.itemsize
-        end = begin + len(out.data)
         if self._ahead:
-            self._prefetch(piece, end)
-        self._source.read_record(location, record.start + begin, out.data, self._key)
-        if piece.parts and piece.parts[-1][1] == begin:
-            first, _, crc = piece.parts[-1]
-            piece.parts[-1] = (first, end, crc32(out.data, crc))
-        else:
-            piece.parts.append((begin, end, crc32(out.data)))
+            self._prefetch(piece, begin + len(out.data))
+        where = record.start + begin
+        return Run(piece, begin, self._source.request(piece.chunk.location, where, out, self._key))
+
+    def _read_run(self, run: Run) -> None:
+        read_all([run.read])
+        run.enter()
 
     def _prefetch(self, piece: Piece, end: int) -> None:
         """Keep the kernel half a window to a whole one ahead."""
@@ -123,6 +150,20 @@ class Cover:
         if start < piece.advised:
             begin = piece.record.start + start
             self._source.prefetch(piece.chunk.location, begin, piece.advised - start)
+
+
+def read_together(wanted: Sequence[tuple[Cover, Box, Buffer]]) -> None:
+    """:meth:`Cover.read` of several covers, of one checkpoint or many, in few calls."""
+    runs = []
+    for cover, box, out in wanted:
+        run = cover.run(box, out)
+        if run is None:
+            cover.read(box, out)
+        else:
+            runs.append(run)
+    read_all([run.read for run in runs])
+    for run in runs:
+        run.enter()
 
 
 def _view(flat: torch.Tensor, region: Box, shape: tuple[int, ...]) -> torch.Tensor:

@@ -43,6 +43,7 @@ class DirectFiles(SourceFiles):
     """
 
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
+    by_position = False
 
     def __init__(self, path: Path, retries: int = RETRIES, block: int = 4 * 2**20):
         super().__init__(path, retries)

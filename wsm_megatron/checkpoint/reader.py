@@ -11,11 +11,12 @@ from pathlib import Path
 from isal.isal_zlib import crc32, crc32_combine
 
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.chunks import ChunkIndex
 from wsm_megatron.checkpoint.container import Record, locate
 from wsm_megatron.checkpoint.cover import Cover, Piece, Segment
 from wsm_megatron.checkpoint.direct import DirectFiles
-from wsm_megatron.checkpoint.files import SourceFiles
+from wsm_megatron.checkpoint.files import Read, SourceFiles
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry
 from wsm_megatron.checkpoint.patience import RETRIES, patiently
 from wsm_megatron.errors import MergeError
@@ -133,6 +134,10 @@ class CheckpointReader:
     def read_record(self, location: Location, start: int, out: memoryview, key: str) -> None:
         """Fill ``out`` from a location's bytes, ``start`` counted from its beginning."""
         self._files.read(location.file, location.offset + start, out, key)
+
+    def request(self, location: Location, start: int, out: Buffer, key: str) -> Read:
+        """How to fill ``out`` from a location's bytes, ``start`` counted from its beginning."""
+        return Read(self._files, location.file, location.offset + start, out, key)
 
     def prefetch(self, location: Location, start: int, length: int) -> None:
         """Have the kernel read some of a location's bytes in advance."""

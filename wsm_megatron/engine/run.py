@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.cover import Cover
+from wsm_megatron.checkpoint.cover import Cover, read_together
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import may_be_padding
@@ -175,9 +175,13 @@ class Share:
 
 def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:
     boxes = [task.part(key, part) for key in task.recipe.inputs]
-    for inputs, buffers in zip(covers, tile.sources, strict=True):
-        for cover, box, buffer in zip(inputs, boxes, buffers, strict=True):
-            cover.read(box, buffer)
+    read_together(
+        [
+            (cover, box, buffer)
+            for inputs, buffers in zip(covers, tile.sources, strict=True)
+            for cover, box, buffer in zip(inputs, boxes, buffers, strict=True)
+        ]
+    )
 
 
 def _write(writers: list[list[ChunkWriter]], tile: Tile) -> None:
