@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Chunk, TensorEntry
+
+_Part = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes along the leading axes."""
 
 
 class ChunkIndex:
@@ -13,27 +18,35 @@ class ChunkIndex:
     """
 
     def __init__(self, entry: TensorEntry):
-        self._exact = {Box(chunk.offsets, chunk.sizes): chunk for chunk in entry.chunks}
-        self._groups: dict[tuple, dict[tuple, list[Chunk]]] = {}
-        for chunk in entry.chunks:
-            first = (chunk.offsets[:1], chunk.sizes[:1])
-            second = (chunk.offsets[:2], chunk.sizes[:2])
-            self._groups.setdefault(first, {}).setdefault(second, []).append(chunk)
+        self._entry = entry
+        self._at = {chunk.offsets: chunk for chunk in entry.chunks}
 
     def overlapping(self, box: Box) -> list[Chunk]:
-        if box in self._exact:
-            return [self._exact[box]]
-        found = []
-        for first, inner in self._groups.items():
-            if not _overlaps(first, box):
-                continue
-            for second, chunks in inner.items():
-                if _overlaps(second, box):
-                    found += [c for c in chunks if _overlaps((c.offsets, c.sizes), box)]
-        return found
+        found = self._at.get(box.offsets)
+        if found is not None and found.sizes == box.sizes:
+            return [found]
+        return [
+            chunk
+            for first, inner in self._groups.items()
+            if _overlaps(first, box)
+            for second, chunks in inner.items()
+            if _overlaps(second, box)
+            for chunk in chunks
+            if _overlaps((chunk.offsets, chunk.sizes), box)
+        ]
+
+    @cached_property
+    def _groups(self) -> dict[_Part, dict[_Part, list[Chunk]]]:
+        """Only looked at where layouts differ."""
+        groups: dict[_Part, dict[_Part, list[Chunk]]] = {}
+        for chunk in self._entry.chunks:
+            first = (chunk.offsets[:1], chunk.sizes[:1])
+            second = (chunk.offsets[:2], chunk.sizes[:2])
+            groups.setdefault(first, {}).setdefault(second, []).append(chunk)
+        return groups
 
 
-def _overlaps(part: tuple[tuple[int, ...], tuple[int, ...]], box: Box) -> bool:
+def _overlaps(part: _Part, box: Box) -> bool:
     """Whether a region given by its leading axes can meet ``box``."""
     offsets, sizes = part
     return all(
