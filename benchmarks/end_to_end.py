@@ -4,7 +4,8 @@
 
 Rows: seconds, GB/s and the ratio to the floor (``cat`` of the sources' files into /dev/null, then
 writing and syncing as many bytes as the merged checkpoint has), all with the page cache warm, and
-the peak resident memory of a rank. Four merges of the same sources show what a further merge costs.
+the peak resident memory of a rank. Ours starts its ranks itself (``--local-ranks``), the reference
+tool's are started as by srun, without a launcher's time. Four merges of the same sources show what a further merge costs.
 Where ``MEGATRON_LM_DIR`` names a checkout with ``tools/checkpoint/weighted_merge.py``, that tool
 merges the same files in turn with ours, and the two outputs are compared. Options that this script
 does not know go to ``wsm merge``: ``--device cuda``.
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from generate import add_arguments, generate
-from measure import Run, launch, merge_command, raw_read, raw_write, where
+from measure import Run, launch, merge, raw_read, raw_write, where
 
 FOUR = "mean,linear,1-sqrt,ema"
 
@@ -93,7 +94,7 @@ class Table:
 
 def ours(table: Table, run: Path, out: Path, ranks: int, name: str, options: list[str]) -> Run:
     shutil.rmtree(out, ignore_errors=True)
-    done = launch(merge_command(run, out, *options), ranks)
+    done = merge(run, out, ranks, *options)
     moved = done.report["bytes_read"] + done.report["bytes_written"]
     table.add(name, done.seconds, moved, done.peak)
     table.add(f"{name}: without start and end of Python", done.report["seconds"], moved)

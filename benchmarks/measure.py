@@ -42,7 +42,7 @@ def launch(command: list[str], ranks: int = 1) -> Run:
     """Run ``python COMMAND`` on every rank.
 
     The ranks find each other by the environment, as under srun: a launcher's own start is not
-    measured, for any tool.
+    measured.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -76,18 +76,22 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _peak(pid: int) -> int:
-    """The most resident bytes a process has had: not those of its parent, as ``wait4`` counts."""
+    """The most resident bytes that a process or one that it forked has had."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:  # it has ended
         return 0
     found = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(found[0].split()[1]) * 1024 if found else 0
+    own = int(found[0].split()[1]) * 1024 if found else 0
+    return max(own, *(_peak(int(child)) for child in children), 0)
 
 
-def merge_command(run: Path, out: Path, *options: str) -> list[str]:
-    where = ["--load", str(run), "--save", str(out)]
-    return ["-m", "wsm_megatron", "merge", *where, "--json", *options]
+def merge(run: Path, out: Path, ranks: int, *options: str) -> Run:
+    """``wsm merge``, which starts its ranks itself."""
+    where = ["--load", str(run), "--save", str(out), "--json"]
+    several = ["--local-ranks", str(ranks)] if ranks > 1 else []
+    return launch(["-m", "wsm_megatron", "merge", *where, *several, *options])
 
 
 def raw_read(files: list[Path]) -> float:

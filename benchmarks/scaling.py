@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from generate import generate
-from measure import launch, merge_command, raw_read, where
+from measure import merge, raw_read, where
 
 DECAYS = ("mean", "linear", "1-sqrt", "ema")
 
@@ -32,7 +32,7 @@ def row(
     seconds, read, peak, moved = [], [], 0, 0
     for _ in range(repeat):
         shutil.rmtree(scratch / "out", ignore_errors=True)
-        done = launch(merge_command(run, scratch / "out", *options), ranks)
+        done = merge(run, scratch / "out", ranks, *options)
         report = done.report
         seconds.append(report["seconds"])
         moved, peak = report["bytes_read"] + report["bytes_written"], max(peak, done.peak)
