@@ -102,7 +102,10 @@ def _signals_passed_on(processes: Mapping[int, int]) -> Iterator[None]:
 
 
 def _wait(processes: dict[int, int]) -> int:
-    """Wait for all; ranks by process number, from which the ended are removed."""
+    """Wait for all; ranks by process number, from which the ended are removed.
+
+    When a signal has ended one, the others need not find out by its silence: they are stopped.
+    """
     first = 0
     while processes:
         process, how = os.wait()
@@ -112,5 +115,7 @@ def _wait(processes: dict[int, int]) -> int:
         if status < 0:
             logger.error("rank %d was ended by %s", rank, signal.Signals(-status).name)
             status = 128 - status
+            for other in processes:
+                os.kill(other, signal.SIGTERM)
         first = first or status
     return first
