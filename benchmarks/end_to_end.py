@@ -6,9 +6,10 @@ Rows: seconds, GB/s and the ratio to the floor (``cat`` of the sources' files in
 writing and syncing as many bytes as the merged checkpoint has), all with the page cache warm, and
 the peak resident memory of a rank. Ours starts its ranks itself (``--local-ranks``), the reference
 tool's are started as by srun, without a launcher's time. Four merges of the same sources show what
-a further merge costs. Where ``MEGATRON_LM_DIR`` names a checkout with ``tools/checkpoint/weighted_merge.py``, that tool
-merges the same files in turn with ours, and the two outputs are compared. Options that this script
-does not know go to ``wsm merge``: ``--device cuda``.
+a further merge costs. Where ``MEGATRON_LM_DIR`` names a checkout with
+``tools/checkpoint/weighted_merge.py``, that tool merges the same files in turn with ours, and the
+two outputs are compared. Options that this script does not know go to ``wsm merge``:
+``--device cuda``.
 """
 
 from __future__ import annotations
