@@ -20,7 +20,7 @@ from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.plan import MergePlan, kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
-from wsm_megatron.engine.recipe import Rule, Task
+from wsm_megatron.engine.recipe import Merge, Rule, Task, bytes_read, costs
 from wsm_megatron.engine.sources import (
     Decay,
     Fingerprint,
@@ -31,7 +31,6 @@ from wsm_megatron.engine.sources import (
     select_checkpoints,
 )
 from wsm_megatron.engine.spread import Spread
-from wsm_megatron.engine.tile import Merge
 from wsm_megatron.engine.turns import bytes_sent, cost_of
 from wsm_megatron.garbage import no_collection
 from wsm_megatron.window import Checkpoint
@@ -62,6 +61,10 @@ class Product:
     @property
     def path(self) -> Path:
         return checkpoint_path(self.root, self.iteration)
+
+    @property
+    def newest(self) -> int:
+        return self.members[-1]
 
     @property
     def merge(self) -> Merge:
@@ -101,38 +104,59 @@ class Job:
         return tuple(self.sources[j].iteration for j in product.members)
 
     def newest(self, product: Product) -> Layout:
-        return self.sources[product.members[-1]].layout
+        return self.sources[product.newest].layout
+
+    @property
+    def merges(self) -> list[Merge]:
+        return [product.merge for product in self.products]
+
+    def only(self, products: Sequence[int]) -> Job:
+        """The same job for some of its products, and the sources that these are of."""
+        kept = [self.products[k] for k in products]
+        used = sorted({j for product in kept for j in product.members})
+        place = {j: n for n, j in enumerate(used)}
+        newest = {product.newest for product in kept}
+        return replace(
+            self,
+            sources=tuple(self.sources[j] for j in used),
+            products=tuple(replace(p, members=tuple(place[j] for j in p.members)) for p in kept),
+            spread=None if self.spread is None else self.spread.only(used, newest),
+        )
 
     def parts(self, ranks: int) -> tuple[Part, ...]:
         """What every rank does."""
         if self.spread is not None:
             return self._parts_of(self.spread)
-        shares = self.plan.shares(ranks, len(self.sources), len(self.products))
+        shares = self.plan.shares(ranks, self.merges)
         objects = [product.objects for product in self.products]
         return tuple(
             Part(share, [share] * len(objects), [() if rank else keys for keys in objects])
             for rank, share in enumerate(shares)
         )
 
-    def cost(self, tasks: Sequence[Task]) -> int:
-        """Bytes read and written by tasks."""
-        sources, products = len(self.sources), len(self.products)
-        return sum(task.box.numel * task.recipe.cost(sources, products) for task in tasks)
-
     def cost_of(self, rank: int, part: Part) -> int:
         """Bytes that a rank reads and writes, by itself and with others."""
-        alone = self.cost(part.tasks)
-        if self.spread is None:
-            return alone
-        merges = [product.merge for product in self.products]
-        spread = self.spread
-        return alone + cost_of(spread.held, spread.steps(rank), spread.checks(rank), merges)
+        merges, spread = self.merges, self.spread
+        nbytes = sum(costs(part.tasks, merges)) + self._objects_read(part.objects)
+        nbytes += self._objects_written(part.objects, rank == 0)
+        if spread is not None:
+            nbytes += cost_of(spread.held, spread.steps(rank), spread.checks(rank), merges)
+        return nbytes
+
+    def bytes_to_read(self) -> int:
+        """Bytes of tensors and objects, over all ranks."""
+        objects = [product.objects for product in self.products]
+        return sum(bytes_read(self.plan.tasks, self.merges)) + self._objects_read(objects)
+
+    def bytes_to_write(self) -> int:
+        """Bytes of all products' tensors and objects."""
+        objects = [product.objects for product in self.products]
+        tensors = self.plan.bytes_to_write() * len(self.products)
+        return tensors + self._objects_written(objects, True)
 
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""
-        if self.spread is None:
-            return 0
-        return bytes_sent(self.spread.held, [product.merge for product in self.products])
+        return 0 if self.spread is None else bytes_sent(self.spread.held, self.merges)
 
     def fingerprint(self, j: int) -> Fingerprint | tuple[Fingerprint, ...]:
         """What tells one state of a source's files from another, on every rank that sees any."""
@@ -143,14 +167,13 @@ class Job:
         items = self._objects(self.products[k], part.objects[k], rank == 0)
         return place([*items, *chunks_of(part.written[k])], rank)
 
-    def bytes_to_write(self) -> int:
-        """Bytes of all products' tensors and objects."""
-        objects = sum(
-            item.nbytes
-            for product in self.products
-            for item in self._objects(product, product.objects, True)
-        )
-        return objects + self.plan.bytes_to_write() * len(self.products)
+    def takers(self, objects: Sequence[Sequence[str]]) -> dict[tuple[int, str], list[int]]:
+        """Of byte entries that products copy: which products take each, by source and key."""
+        takers: dict[tuple[int, str], list[int]] = {}
+        for k, keys in enumerate(objects):
+            for key in keys:
+                takers.setdefault((self.products[k].newest, key), []).append(k)
+        return takers
 
     def common_key(self, product: Product) -> str | None:
         """Key of the common state's entry; None where it is a file of its own."""
@@ -167,8 +190,18 @@ class Job:
             items.append(Item(key, nbytes=len(product.common)))
         return items
 
+    def _objects_read(self, objects: Sequence[Sequence[str]]) -> int:
+        return sum(self.sources[j].layout.objects[key].nbytes for j, key in self.takers(objects))
+
+    def _objects_written(self, objects: Sequence[Sequence[str]], with_common: bool) -> int:
+        return sum(
+            item.nbytes
+            for product, keys in zip(self.products, objects, strict=True)
+            for item in self._objects(product, keys, with_common)
+        )
+
     def _parts_of(self, spread: Spread) -> tuple[Part, ...]:
-        newest = [product.members[-1] for product in self.products]
+        newest = [product.newest for product in self.products]
         written = {j: spread.written(j) for j in set(newest)}
         return tuple(
             Part(
@@ -334,6 +367,6 @@ def chunks_of(tasks: Sequence[Task]) -> list[Item]:
     ]
 
 
-def places(placed: Sequence[Placed]) -> dict[tuple[str, Box], Placed]:
-    """Chunks by key and box."""
-    return {(one.item.key, one.item.box): one for one in placed if one.item.box is not None}
+def places(placed: Sequence[Placed]) -> dict[tuple[str, Box | None], Placed]:
+    """By key and box, which objects have none of."""
+    return {(one.item.key, one.item.box): one for one in placed}

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,7 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
             job, missing = _prepare(config, ranks)
         reports: list[RankReport] = []
         if missing:
-            products = tuple(job.products[k] for k in missing)
-            to_do = replace(job, products=products)
-            reports = _merge_products(to_do, ranks, progress, phases, events)
+            reports = _merge_products(job.only(missing), ranks, progress, phases, events)
         report = MergeReport(
             merged=tuple(_merged(job, product) for product in job.products),
             bytes_read=sum(one.bytes_read for one in reports),
@@ -167,7 +165,7 @@ def _plan_data(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
     return {
         "sources": [str(source.path) for source in job.sources],
         "products": [str(product.path) for product in job.products],
-        "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
+        "bytes_to_read": job.bytes_to_read(),
         "bytes_to_write": job.bytes_to_write(),
         "bytes_to_send": job.bytes_to_send(),
         "tasks_per_rank": [len(part.written[0]) for part in parts],
@@ -186,7 +184,7 @@ def _reports(own: list[RankReport], phases: Phases) -> list[RankReport]:
     """Each rank's report, with its wait for the slowest; rank 0 has published meanwhile."""
     slowest = max(report.seconds for report in own)
     reports = [report.with_seconds("waiting", slowest - report.seconds) for report in own]
-    published = phases.seconds(1).get("publishing", 0.0)
+    published = phases.seconds().get("publishing", 0.0)
     return [reports[0].with_seconds("publishing", published), *reports[1:]]
 
 

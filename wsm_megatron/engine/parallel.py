@@ -121,12 +121,12 @@ def _plan(
     job = plan_job(config, wanted, sources, flat, lambda source: told[source.iteration].common)
     layouts = [source.layout for source in sources]
     seeing = [view.ranks(i) for i in iterations]
-    newest = {product.members[-1] for product in job.products}
+    newest = {product.newest for product in job.products}
     holders = Holders(layouts, seeing, newest, ranks, len(job.products))
     held = tuple(holders.hold(job.plan.tasks))
     objects: list[dict[str, int]] = [{} for _ in sources]
     for product in job.products:
-        j = product.members[-1]
+        j = product.newest
         objects[j] |= {k: holders.object(j, k) for k in product.objects if k not in objects[j]}
     spread = Spread(
         held,
