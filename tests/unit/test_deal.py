@@ -11,7 +11,8 @@ from tests.reference import RUNS
 from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.engine.deal import Dealer, outline
-from wsm_megatron.engine.job import Job, prepare_job
+from wsm_megatron.engine.job import Job
+from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.engine.recipe import Rule
 
 

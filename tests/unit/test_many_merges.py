@@ -14,7 +14,7 @@ from tests.unit.test_go_on import stop_merge
 from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.layout import COMMON_KEY, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.engine.job import prepare_job
+from wsm_megatron.engine.prepare import prepare_job
 
 
 def config(tmp_path, run=runs.FULLY, **options):

@@ -26,10 +26,11 @@ from wsm_megatron.checkpoint.writer import (
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.deal import Dealer, outline
-from wsm_megatron.engine.job import Job, Part, Product, prepare_job
+from wsm_megatron.engine.job import Job, Part, Product
 from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
 from wsm_megatron.engine.parallel import prepare_spread
 from wsm_megatron.engine.phases import Phases, RankReport
+from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.rank import Files, ProgressFactory, RankResult, run_share

@@ -14,7 +14,8 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.holders import Holders
-from wsm_megatron.engine.job import Job, Wanted, all_of, plan_job, wanted_merges
+from wsm_megatron.engine.job import Job
+from wsm_megatron.engine.prepare import Wanted, all_of, plan_job, wanted_merges
 from wsm_megatron.engine.sight import View, look
 from wsm_megatron.engine.sources import (
     Source,
@@ -38,7 +39,7 @@ class _Report:
 
 
 def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
-    """:func:`~wsm_megatron.engine.job.prepare_job` from what all ranks see together. Collective.
+    """:func:`.prepare_job` from what all ranks see together. Collective.
 
     Returns:
         the job, with the sources where this rank sees them.
