@@ -35,7 +35,7 @@ from wsm_megatron.checkpoint.writer import (
     place,
 )
 from wsm_megatron.engine.deal import Dealer
-from wsm_megatron.engine.job import prepare_job
+from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.garbage import no_collection
 
 LAYERS, HIDDEN, INNER, TP = 64, 8192, 2048, 2

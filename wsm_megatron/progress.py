@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from wsm_megatron.engine.run import Progress
+from wsm_megatron.engine.context import Progress
 
 LOG_SECONDS = 30.0
 """Seconds between two lines in a log file."""

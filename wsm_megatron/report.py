@@ -52,10 +52,10 @@ def planned(job: Job) -> Iterator[str]:
         yield f"  copied as it is      {key}"
     for key in job.plan.left_out:
         yield f"  left out             {key}"
-    read = job.plan.bytes_to_read(len(job.sources), len(job.products))
     if job.spread is not None:
         yield f"sums of {size(job.bytes_to_send())} would go from rank to rank"
-    yield f"would read {size(read)}, write {size(job.bytes_to_write())}; nothing was written"
+    read, written = size(job.bytes_to_read()), size(job.bytes_to_write())
+    yield f"would read {read}, write {written}; nothing was written"
 
 
 def plan_data(job: Job) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def plan_data(job: Job) -> dict[str, Any]:
         "outputs": [str(product.path) for product in job.products],
         "iterations": list(job.iterations(product)),
         **decay_data(product.decay),
-        "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
+        "bytes_to_read": job.bytes_to_read(),
         "bytes_to_write": job.bytes_to_write(),
         "bytes_to_send": job.bytes_to_send(),
         "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},

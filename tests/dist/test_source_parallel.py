@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,19 @@ def _merge_own(jobs: list[list[MergeConfig]]) -> list[MergeReport | str]:
     outcomes: list[MergeReport | str] = []
     for configs in jobs:
         try:
-            outcomes.append(merge(configs[dist.get_rank()]))
+            outcomes.append(merge(configs[dist.get_rank()], progress=_counted))
         except (ValueError, RuntimeError) as error:
             outcomes.append(f"{type(error).__name__}: {error}")
         dist.barrier()
     return outcomes
+
+
+@contextmanager
+def _counted(rank: int, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress that must come to its end, on every rank."""
+    moves: list[int] = []
+    yield moves.append
+    assert sum(moves) == total, (rank, sum(moves), total)
 
 
 def ordinary(run: str | Path, save: Path, **options: Any) -> MergeReport:
@@ -183,7 +192,22 @@ def test_many_merges_from_one_read(tmp_path: Path) -> None:
         assert isinstance(report, MergeReport), report
         expected = ordinary(runs.FULLY, save, **options)
         assert len(report.merged) == len(expected.merged)
-        assert report.bytes_read <= expected.bytes_read  # copied for several merges, read once
+        assert report.bytes_read == expected.bytes_read
+        for one, other in zip(report.merged, expected.merged, strict=True):
+            assert_equal(one.output, other.output)
+
+
+def test_sources_of_what_is_published_are_not_read(tmp_path: Path) -> None:
+    """Of three windows the newest is there already, and so is what is copied from its end."""
+    options = {"weights": None, "decay": "ema", "last": 2, "optimizer_state": "last"}
+    for k, sees in enumerate((whole_checkpoints(0, 1, 1, 0), shuffled(2), by_writer)):
+        folder = tmp_path / str(k)
+        roots = spread(runs.FULLY, folder, 2, sees)
+        given = [options, {**options, "sliding_every": 2}]
+        _, report = merge_all([ones(roots, folder / "out", **some) for some in given], tmp_path)
+        assert isinstance(report, MergeReport), report
+        _, expected = [ordinary(runs.FULLY, folder / "alone", **some) for some in given]
+        assert report.bytes_read == expected.bytes_read
         for one, other in zip(report.merged, expected.merged, strict=True):
             assert_equal(one.output, other.output)
 
@@ -312,6 +336,10 @@ def test_a_merge_that_died_is_gone_on_with(tmp_path: Path) -> None:
         _die_and_go_on, 2, tmp_path, configs=configs, cuda_standin=False, timeout=120
     )
     first, second, third = results[0]
+    for one in second.ranks:
+        assert {"waiting", "resuming"} <= set(one.phases) and "reducing" not in one.phases
+    for one in third.ranks:
+        assert {"waiting", "resuming", "reading", "reducing", "writing"} <= set(one.phases)
     alone = ordinary(runs.FULLY, tmp_path / "alone", optimizer_state="last")
     assert second.bytes_read < 0.1 * alone.bytes_read
     assert third.bytes_read == alone.bytes_read

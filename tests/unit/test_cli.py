@@ -69,14 +69,7 @@ def test_plan_says_everything_and_writes_nothing(wsm, tmp_path):
     assert data["tensors"]["decoder.layers.mlp.router.expert_bias"] == "merged"
     assert not out.exists()
     done = json.loads(wsm("merge", "--load", RUNS / runs.MOE, "--save", out, "--json")[-1])
-    objects = sum(runs_objects(out / "iter_0000008"))
-    assert done["bytes_read"] == data["bytes_to_read"] + objects
-
-
-def runs_objects(path):
-    from wsm_megatron.checkpoint.layout import read_layout
-
-    return [entry.nbytes for entry in read_layout(path).objects.values()]
+    assert done["bytes_read"] == data["bytes_to_read"]
 
 
 def test_plan_and_merge_agree_on_the_tensors(wsm, tmp_path):

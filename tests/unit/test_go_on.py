@@ -42,8 +42,8 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     return {name: (checkpoint / name).read_bytes() for name in names}
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> Path:
-    """Stop a merge once this many chunks are finished; the directory that it leaves."""
+def stop_merge(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> None:
+    """Stop a merge once this many chunks are finished."""
     finish, count = ChunkWriter.finish, 0
 
     def finish_some(writer: ChunkWriter) -> None:
@@ -57,6 +57,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int
         patch.setattr(ChunkWriter, "finish", finish_some)
         with pytest.raises(StoppedError):
             merge(config)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> Path:
+    """:func:`stop_merge` of one product; the directory that it leaves."""
+    stop_merge(monkeypatch, config, chunks)
     (left,) = config.save.iterdir()
     assert left.is_dir() and left.name.startswith(".iter_0000008.wsm-")
     return left

@@ -17,8 +17,7 @@ from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.roles import Role
 from wsm_megatron.engine.flat import FlatMain
 from wsm_megatron.engine.holders import Held, Holders, Step, steps_of
-from wsm_megatron.engine.recipe import Output, Recipe, Rule, Task
-from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.recipe import Merge, Output, Recipe, Rule, Task
 from wsm_megatron.engine.turns import arriving, ending, leaving, tickets_of
 
 KEY, ROWS = "weight", 24

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
+from itertools import pairwise
+
 import pytest
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
+from tests.unit.test_go_on import stop_merge
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.layout import COMMON_KEY, read_layout
+from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.engine.prepare import prepare_job
 
 
 def config(tmp_path, run=runs.FULLY, **options):
     return MergeConfig(load=RUNS / run, save=tmp_path / "out", **options)
 
 
-def assert_each_equals_its_own_merge(report, tmp_path, **options):
+def assert_each_equals_its_own_merge(report, tmp_path, run=runs.FULLY, **options):
     """Every product has the bits of a merge made alone."""
     for k, one in enumerate(report.merged):
         save = tmp_path / "alone" / str(k)
         weights = {"weights": one.coefficients, "iterations": one.iterations}
-        alone = merge(MergeConfig(load=RUNS / runs.FULLY, save=save, **weights, **options))
+        alone = merge(MergeConfig(load=RUNS / run, save=save, **weights, **options))
         merged, expected = load_tensors(one.output), load_tensors(alone.output)
         assert set(merged) == set(expected)
         for key, tensor in expected.items():
@@ -51,16 +58,109 @@ def test_sliding_windows(tmp_path):
     assert_each_equals_its_own_merge(report, tmp_path)
 
 
-def test_every_source_byte_is_read_once(tmp_path):
-    """Three sliding windows of two decays over four checkpoints: four checkpoints are read."""
-    several = merge(config(tmp_path, decay="mean,ema", last=2, sliding_every=2))
-    assert len(several.merged) == 6
-    objects = sum(
-        entry.nbytes for one in several.merged for entry in read_layout(one.output).objects.values()
-    )
-    layout = read_layout(runs.checkpoint(runs.FULLY, 8))
-    weights = sum(e.nbytes for e in layout.tensors.values() if e.role.value == "model")
-    assert several.bytes_read == 4 * weights + objects
+class Watched:
+    """A merge, the bytes that its ranks read of every file, and what its progress said.
+
+    Attributes:
+        total: bytes that progress was to count. moved: those that it did.
+    """
+
+    def __init__(self, wanted):
+        self._reads, self._moves = [], []
+        self.report = merge(wanted, progress=self._progress)
+        self.moved = sum(self._moves)
+
+    @contextmanager
+    def _progress(self, rank, total):
+        """Planning and publishing, which read some metadata and samples, are not inside."""
+        self.total, read, log = total, CheckpointReader.read_record, self._reads
+
+        def logged(reader, location, start, out, key):
+            begin = location.offset + start
+            log.append((reader.layout.path, location.file, begin, begin + len(out)))
+            read(reader, location, start, out, key)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CheckpointReader, "read_record", logged)
+            yield self._moves.append
+
+    def read_once(self):
+        """All bytes that were read; none of them was twice."""
+        for (*file, _, end), (*next_file, begin, _) in pairwise(sorted(self._reads)):
+            assert file != next_file or end <= begin, (file, begin)
+        return sum(end - begin for *_, begin, end in self._reads)
+
+
+def counted(report, copied):
+    """Bytes to read and to write, from the layouts of the sources and of the merges alone.
+
+    Entries whose key holds a word of ``copied``, and all objects, are read of newest sources only.
+    """
+    members = {i for one in report.merged for i in one.iterations}
+    newest = {one.iterations[-1] for one in report.merged}
+    read, written = Counter(), 0
+    for one in report.merged:
+        layout = read_layout(one.output)
+        for key, entry in layout.entries.items():
+            written += entry.nbytes
+            if key == COMMON_KEY:
+                continue
+            is_copied = key in layout.objects or any(word in key for word in copied)
+            for iteration in newest if is_copied else members:
+                read[key, iteration] = entry.nbytes
+    return sum(read.values()), written
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SLIDING = {"decay": "mean,1-sqrt", "window_iterations": (2, 4), "sliding_every": 2}
+MANY = [
+    (runs.FULLY, {**SLIDING, "optimizer_state": "last"}, MOMENTS),
+    (runs.FULLY, {**SLIDING, "optimizer_state": "last", "source_parallel": True}, MOMENTS),
+    (runs.FLAT, {**SLIDING, "optimizer_state": "last"}, MOMENTS),
+    (runs.MAIN, {**SLIDING, "optimizer_state": "last"}, MOMENTS),
+    (runs.MOE, {**SLIDING, "buffers": "last"}, ("expert_bias", "local_tokens_per_expert")),
+    (runs.FULLY, {"decay": "mean,ema,cosine", "optimizer_state": "last"}, MOMENTS),
+    (runs.FULLY, {"decay": "mean,ema", "last": 2, "sliding_every": 2}, ()),
+    (runs.FP32_PARAM, {**SLIDING, "optimizer_state": "merge"}, ()),
+]
+
+
+@pytest.mark.parametrize("run, options, copied", MANY)
+def test_every_source_byte_is_read_once(tmp_path, run, options, copied):
+    """Planned, read, shown and reported: one number, which the layouts alone give too."""
+    wanted = config(tmp_path, run, **options)
+    planned = prepare_job(wanted).bytes_to_read()
+    done = Watched(wanted)
+    assert len(done.report.merged) > 2
+    read, written = counted(done.report, copied)
+    assert done.read_once() == done.report.bytes_read == planned == read
+    assert done.moved == done.total == read + written
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_newest_sources_of_other_layouts_are_read_once(tmp_path, parallel):
+    run = runs.copy_run(runs.FULLY, tmp_path / "run")
+    runs.rewrite(runs.checkpoint(run, 6), grid=runs.split_axis(0, 3), reverse=True)
+    options = {**SLIDING, "optimizer_state": "last", "source_parallel": parallel}
+    done = Watched(config(tmp_path, run, **options))
+    read, written = counted(done.report, MOMENTS)
+    assert done.read_once() == done.report.bytes_read == read
+    assert done.moved == done.total == read + written
+    assert_each_equals_its_own_merge(done.report, tmp_path, run, optimizer_state="last")
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("chunks", [3, 50, 110])
+def test_a_resumed_merge_reads_once_what_was_left(tmp_path, monkeypatch, chunks, parallel):
+    options = {**SLIDING, "optimizer_state": "last", "threads": 1, "source_parallel": parallel}
+    wanted = config(tmp_path, **options)
+    stop_merge(monkeypatch, wanted, chunks)
+    done = Watched(wanted)
+    read, written = counted(done.report, MOMENTS)
+    assert done.read_once() == done.report.bytes_read
+    assert (done.report.bytes_read < read) == (chunks > 10)
+    assert done.moved == done.total == read + written
+    assert_each_equals_its_own_merge(done.report, tmp_path, optimizer_state="last")
 
 
 @pytest.mark.parametrize(

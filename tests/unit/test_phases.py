@@ -47,10 +47,19 @@ def in_a_thread(call: Any, *arguments: Any) -> None:
 def test_workers_count_by_their_mean(clock: Clock) -> None:
     taken = Phases()
     spend(taken, clock, "planning", 2.0)
+    crew = taken.crew(4)
     for seconds in (1.0, 4.0):
-        in_a_thread(spend, taken, clock, "reading", seconds)
+        in_a_thread(spend, crew, clock, "reading", seconds)
     spend(taken, clock, "planning", 0.5)
-    assert taken.seconds(threads=4) == {"planning": 2.5, "reading": 1.25}
+    assert crew.seconds() == {"reading": 1.25}
+    assert taken.seconds() == {"planning": 2.5, "reading": 1.25}
+
+
+def test_of_every_crew_its_own_mean(clock: Clock) -> None:
+    taken = Phases()
+    for threads in (1, 2):
+        in_a_thread(spend, taken.crew(threads), clock, "reading", 3.0)
+    assert taken.seconds() == {"reading": 4.5}
 
 
 def test_a_phase_that_fails_counts(clock: Clock) -> None:
@@ -58,7 +67,7 @@ def test_a_phase_that_fails_counts(clock: Clock) -> None:
     with pytest.raises(RuntimeError), taken("reading"):
         clock.now += 3.0
         raise RuntimeError
-    assert taken.seconds(1) == {"reading": 3.0}
+    assert taken.seconds() == {"reading": 3.0}
 
 
 def test_seconds_are_added_in_the_order_of_the_phases() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.reference import RUNS
-from tests.runs import DENSE
+from tests.reference import RUNS, load_tensors, same_bits
+from tests.runs import DENSE, FULLY
 from wsm_megatron import MergeConfig, merge
+from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.roles import Role
 
 
 def test_the_same_merge_again_does_nothing(tmp_path: Path) -> None:
@@ -40,3 +42,24 @@ def test_of_several_the_missing_ones_are_made(tmp_path: Path) -> None:
     report = merge(replace(one, save=tmp_path, decay="mean,ema"))
     assert [merged.output.parent.name for merged in report.merged] == ["mean", "ema"]
     assert all((merged.output / "wsm_merge.json").exists() for merged in report.merged)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_sources_of_what_is_missing_are_read_alone(tmp_path: Path, parallel: bool) -> None:
+    """Checkpoint 8 is in no window that is left, and what is copied from it is there already."""
+    run = RUNS / FULLY
+    one = MergeConfig(load=run, save=tmp_path / "out", last=2, source_parallel=parallel)
+    one = replace(one, optimizer_state="last")
+    merge(one)
+    report = merge(replace(one, sliding_every=2))
+    assert [merged.iterations for merged in report.merged] == [(2, 4), (4, 6), (6, 8)]
+    entries = read_layout(report.output).entries.values()
+    copied = sum(e.nbytes for e in entries if e.role not in (Role.MODEL, Role.MAIN))
+    summed = sum(e.nbytes for e in entries) - copied
+    assert report.bytes_read == 3 * summed + 2 * copied
+    clean = merge(replace(one, sliding_every=2, save=tmp_path / "clean"))
+    for left, right in zip(report.merged, clean.merged, strict=True):
+        ours, theirs = load_tensors(left.output), load_tensors(right.output)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert same_bits(ours[key], tensor), (left.output, key)

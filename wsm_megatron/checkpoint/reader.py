@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from isal.isal_zlib import crc32, crc32_combine
 
 from wsm_megatron.checkpoint.box import Box
@@ -30,8 +31,9 @@ Ledger = dict[Location, list[Segment]]
 class CheckpointReader:
     """Reads one checkpoint. Safe to share between threads.
 
-    Tensors are read through :meth:`cover`. Every byte read enters a CRC-32; a record read from end
-    to end is compared at once, the others wait in :attr:`ledger` for :meth:`verify`.
+    Tensors are read through :meth:`read` and, in pieces, through :meth:`cover`. Every byte read
+    enters a CRC-32; a record that a cover reads from end to end is compared at once, other parts
+    wait in :attr:`ledger` for :meth:`verify`.
 
     Args:
         retries: how often a read that failed is tried again.
@@ -64,6 +66,16 @@ class CheckpointReader:
         with self._lock:
             self.bytes_read += len(data)
         return bytes(data)
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """A box of a tensor, as 1-D CPU tensor in row-major order. Its CRC-32 is not compared.
+
+        Raises:
+            MergeError: as for :meth:`cover`.
+        """
+        elements = torch.empty(box.numel, dtype=self.layout.tensors[key].dtype)
+        self.cover(key, box).read(box, Buffer(elements))
+        return elements
 
     def cover(self, key: str, box: Box) -> Cover:
         """Open the chunks that hold a region of a tensor.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from isal.isal_zlib import crc32
@@ -23,21 +24,16 @@ from isal.isal_zlib import crc32
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.cover import Cover
-from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
+from wsm_megatron.engine.context import Context, finish
+from wsm_megatron.engine.copier import Copier
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.damage import explain_nonfinite, wrong_main
 from wsm_megatron.engine.holders import Held, Step
 from wsm_megatron.engine.recipe import Rule, Task
-from wsm_megatron.engine.run import (
-    Progress,
-    Target,
-    check_finite,
-    explain_nonfinite,
-    wrong_main,
-)
-from wsm_megatron.engine.tile import Merge
-from wsm_megatron.engine.turns import Place, arriving, cost, ending, leaving, sources_of, tickets_of
+from wsm_megatron.engine.tile import Memory
+from wsm_megatron.engine.turns import Place, arriving, cost, ending, leaving, tickets_of
 from wsm_megatron.engine.wire import Wire
 from wsm_megatron.kernels import weighted_sum
 
@@ -49,6 +45,21 @@ class Digests:
 
     mains: dict[Place, int] = field(default_factory=dict)
     models: dict[Place, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A thread's buffers for one tile of a step.
+
+    Attributes:
+        sources: what is read of each. total: sums to be handed on. outputs: those to be written.
+        rounded: as the model tensor that a main param is compared with.
+    """
+
+    sources: dict[int, list[Buffer]]
+    total: Buffer
+    outputs: list[Buffer]
+    rounded: list[Buffer]
 
 
 class Chain:
@@ -64,64 +75,95 @@ class Chain:
 
     def __init__(
         self,
+        context: Context,
         held: Sequence[Held],
         steps: Sequence[Step],
-        readers: Sequence[CheckpointReader],
-        merges: Sequence[Merge],
-        targets: Sequence[Target],
         wire: Wire | None,
-        *,
-        allow_nonfinite: bool = False,
-        progress: Progress | None = None,
+        threads: int,
     ):
-        self._held, self._steps, self._readers = held, steps, readers
-        self._merges, self._targets, self._wire = merges, targets, wire
-        self._allow_nonfinite = allow_nonfinite
-        self._progress = progress or (lambda _: None)
+        self._context = context = context.crew(threads)
+        self._merges, self._phases = context.merges, context.phases
+        self._held, self._steps, self._wire, self._threads = held, steps, wire, threads
         self._stop = threading.Event()
-        self._tickets = tickets_of(steps, merges)
+        self._copier = Copier(context, self._stop)
+        self._tickets = tickets_of(steps, context.merges)
         self.digests = Digests()
 
-    def run(self, checks: Sequence[Place], threads: int, check: Callable[[], None]) -> None:
+    def run(self, checks: Sequence[Place], check: Callable[[], None]) -> None:
         """Do all steps, then ``checks``: task and source of model tensors to be digested."""
         local = threading.local()
 
+        def memory() -> tuple[Memory, Memory]:
+            if not hasattr(local, "memory"):
+                local.memory = Memory(), Memory()
+            return local.memory
+
         def work(step: Step) -> None:
-            if not hasattr(local, "room"):
-                local.room = _Room()
-            if self._held[step.number].task.recipe.rule is Rule.COPY:
-                self._copy(step, local.room)
+            task, (sums, tiles) = self._held[step.number].task, memory()
+            if task.recipe.rule is Rule.COPY:
+                self._copier.copy(task, step.first, tiles, _tile_elements(task, 1))
             else:
-                self._sum(step, local.room)
+                self._sum(step, sums, tiles)
 
-        work_through(self._steps, work, threads, self._stop, check)
+        def digest(place: Place) -> None:
+            self._digest(place, memory()[1])
+
+        work_through(self._steps, work, self._threads, self._stop, check)
         self._stop.clear()
-        work_through(checks, self._digest, threads, self._stop, check)
+        work_through(checks, digest, self._threads, self._stop, check)
 
-    def _sum(self, step: Step, room: _Room) -> None:
-        task = self._held[step.number].task
-        going = sorted({*arriving(step, self._merges), *leaving(step, self._merges)})
-        rows = {k: room.take(("row", k), torch.float64, task.box.numel).elements for k in going}
+    def _sum(self, step: Step, sums: Memory, tiles: Memory) -> None:
+        task, context = self._held[step.number].task, self._context
+        rows = self._rows(step, sums)
         self._exchange(step, "before", rows)
         if self._stop.is_set():
             return  # that took long enough for files to be closed
-        covers = {j: self._covers(step, task, j) for j in sources_of(step, self._merges)}
-        writers = {k: self._writers(task, k) for k in ending(step, self._merges)}
-        done = 0
+        with self._phases("reading"):
+            covers = {j: context.covers(task, j, self._inputs(step, j)) for j in step.sources}
+        writers = {k: context.targets[k].chunks(task) for k in ending(step, self._merges)}
+        self._tile_by_tile(step, rows, covers, writers, tiles)
+        if self._stop.is_set():
+            return
+        with self._phases("writing"):
+            finish(chain.from_iterable(covers.values()), chain.from_iterable(writers.values()))
+        self._exchange(step, "after", rows)
+
+    def _tile_by_tile(
+        self,
+        step: Step,
+        rows: dict[int, torch.Tensor],
+        covers: dict[int, list[Cover]],
+        writers: dict[int, list[ChunkWriter]],
+        memory: Memory,
+    ) -> None:
+        held, done = self._held[step.number], 0
+        task, nbytes = held.task, cost(step, held, self._merges)
         for part in task.box.split(_tile_elements(task, len(covers))):
             if self._stop.is_set():
                 return
-            read = {j: self._read(step, task, j, covers[j], part, room) for j in covers}
-            tile = {k: row[done : done + part.numel] for k, row in rows.items()}
+            tile = _tile(task, {j: len(some) for j, some in covers.items()}, memory, part.numel)
+            with self._phases("reading"):
+                _read(task, covers, part, tile)
+            with self._phases("reducing"):
+                self._check_mains(step, tile)
             for k in sorted({*rows, *writers}):
-                self._add(step, k, read, tile.get(k), writers.get(k), room)
+                row = rows[k][done : done + part.numel] if k in rows else None
+                with self._phases("reducing"):
+                    self._add(step, k, row, tile)
+                with self._phases("writing"):
+                    _write(writers.get(k, []), tile)
             done += part.numel
-            self._progress(part.numel * cost(task, len(covers), len(writers)))
-        for cover in (cover for inputs in covers.values() for _, cover in inputs):
-            cover.settle()
-        for writer in (writer for outputs in writers.values() for writer in outputs):
-            writer.finish()
-        self._exchange(step, "after", rows)
+            self._context.progress(part.numel * nbytes)
+
+    def _inputs(self, step: Step, j: int) -> int:
+        return self._held[step.number].inputs(step.rank, j)
+
+    def _rows(self, step: Step, sums: Memory) -> dict[int, torch.Tensor]:
+        """Room for the sums of a whole task that come or go, by merge."""
+        going = sorted({*arriving(step, self._merges), *leaving(step, self._merges)})
+        numel = self._held[step.number].task.box.numel
+        (rows,) = sums.buffers([[torch.float64] * len(going)], numel)
+        return {k: row.elements for k, row in zip(going, rows, strict=True)}
 
     def _exchange(self, step: Step, way: str, rows: dict[int, torch.Tensor]) -> None:
         """Take in the sums of the step before, or hand on those for the one after."""
@@ -130,137 +172,98 @@ class Chain:
             return
         assert self._wire is not None
         peer, number = ticket
-        if way == "before":
-            sums = [rows[k] for k in arriving(step, self._merges)]
-            self._wire.receive(peer, number, sums, self._stop)
-        else:
-            sums = [rows[k] for k in leaving(step, self._merges)]
-            self._wire.send(peer, number, sums, self._stop)
+        with self._phases("waiting"):
+            if way == "before":
+                sums = [rows[k] for k in arriving(step, self._merges)]
+                self._wire.receive(peer, number, sums, self._stop)
+            else:
+                sums = [rows[k] for k in leaving(step, self._merges)]
+                self._wire.send(peer, number, sums, self._stop)
 
-    def _add(
-        self,
-        step: Step,
-        k: int,
-        read: dict[int, Buffer],
-        row: torch.Tensor | None,
-        writers: list[ChunkWriter] | None,
-        room: _Room,
-    ) -> None:
-        """Go on with one tile of merge ``k``: into ``row``, or rounded into its chunks."""
+    def _check_mains(self, step: Step, tile: _Tile) -> None:
+        """Compare main params with the model tensors that were read; digest the others."""
+        for j, (main, *models) in tile.sources.items():
+            for rounded in tile.rounded:
+                rounded.elements.copy_(main.elements)
+                if not models:
+                    place = step.number, j
+                    self.digests.mains[place] = crc32(
+                        rounded.data, self.digests.mains.get(place, 0)
+                    )
+                elif rounded.data != models[0].data:
+                    recipe = self._held[step.number].task.recipe
+                    raise wrong_main(recipe, self._context.readers[j].layout)
+
+    def _add(self, step: Step, k: int, row: torch.Tensor | None, tile: _Tile) -> None:
+        """Go on with one tile of merge ``k``: into ``row``, or rounded into the tile's outputs."""
         task, merge = self._held[step.number].task, self._merges[k]
-        own = [
-            (j, c)
-            for j, c in zip(merge.members, merge.coefficients, strict=True)
-            if step.first <= j <= step.last
-        ]
+        pairs = zip(merge.members, merge.coefficients, strict=True)
+        own = [(j, c) for j, c in pairs if j in step.sources]
         if not own:
             return  # the sums are handed on as they came
         sums = [row] if row is not None and merge.members[0] < step.first else []
-        sources = [*sums, *(read[j].elements for j, _ in own)]
+        sources = [*sums, *(tile.sources[j][0].elements for j, _ in own)]
         coefficients = [*(1.0 for _ in sums), *(c for _, c in own)]
-        output = task.recipe.outputs[0]
-        dtype = torch.float64 if writers is None else output.dtype
-        merged = room.take("sum", dtype, sources[0].numel())
+        ends = merge.newest in step.sources
+        merged = tile.outputs[0] if ends else tile.total
         finite = weighted_sum(sources, [coefficients], [merged.elements])
-        if not finite and not self._allow_nonfinite:
-            blamed = [(self._readers[j], read[j].elements) for j, _ in own]
-            explain_nonfinite(task, blamed, output)
-        if writers is None:
+        if not finite and not self._context.allow_nonfinite:
+            readers = self._context.readers
+            blamed = [(readers[j].layout, tile.sources[j][0].elements) for j, _ in own]
+            explain_nonfinite(task, blamed, task.recipe.outputs[0])
+        if not ends:
             assert row is not None
             row.copy_(merged.elements)
             return
-        writers[0].append(merged)
-        for model, writer in zip(task.recipe.outputs[1:], writers[1:], strict=True):
-            rounded = room.take("model", model.dtype, sources[0].numel())
-            rounded.elements.copy_(merged.elements)  # as Megatron copies mains to weights
-            writer.append(rounded)
+        for model in tile.outputs[1:]:
+            model.elements.copy_(merged.elements)  # as Megatron copies mains to weights
 
-    def _covers(self, step: Step, task: Task, j: int) -> list[tuple[str, Cover]]:
-        """What is read of a source: the summed tensor, and the model where this rank checks it."""
-        keys = task.recipe.inputs[:1]
-        checkers = self._held[step.number].checkers
-        if checkers and checkers[j] == step.rank:
-            keys = task.recipe.inputs
-        return [(key, self._readers[j].cover(key, task.part(key, task.box))) for key in keys]
-
-    def _read(
-        self,
-        step: Step,
-        task: Task,
-        j: int,
-        covers: list[tuple[str, Cover]],
-        part: Box,
-        room: _Room,
-    ) -> Buffer:
-        recipe, buffers = task.recipe, []
-        for i, (key, cover) in enumerate(covers):
-            buffers.append(room.take(("source", j, i), recipe.input_dtypes[i], part.numel))
-            cover.read(task.part(key, part), buffers[-1])
-        if recipe.rule is Rule.SUM_MAIN:
-            rounded = room.take("rounded", recipe.input_dtypes[1], part.numel)
-            rounded.elements.copy_(buffers[0].elements)
-            if len(buffers) == 1:
-                place = step.number, j
-                self.digests.mains[place] = crc32(rounded.data, self.digests.mains.get(place, 0))
-            elif rounded.data != buffers[1].data:
-                raise wrong_main(recipe, self._readers[j].layout)
-        return buffers[0]
-
-    def _digest(self, place: Place) -> None:
+    def _digest(self, place: Place, memory: Memory) -> None:
         """Read a model tensor of which another rank has the main param."""
         number, j = place
         task, crc = self._held[number].task, 0
         key, dtype = task.recipe.inputs[1], task.recipe.input_dtypes[1]
-        cover = self._readers[j].cover(key, task.box)
+        with self._phases("reading"):
+            cover = self._context.readers[j].cover(key, task.box)
         for part in task.box.split(_tile_elements(task, 1)):
             if self._stop.is_set():
                 return
-            buffer = Buffer.empty(part.numel, dtype)
-            cover.read(part, buffer)
-            crc = crc32(buffer.data, crc)
-            self._progress(part.numel * dtype.itemsize)
+            ((buffer,),) = memory.buffers([[dtype]], part.numel)
+            with self._phases("reading"):
+                cover.read(part, buffer)
+            with self._phases("reducing"):
+                crc = crc32(buffer.data, crc)
+            self._context.progress(part.numel * dtype.itemsize)
         cover.settle()
         self.digests.models[place] = crc
 
-    def _copy(self, step: Step, room: _Room) -> None:
-        task, reader = self._held[step.number].task, self._readers[step.first]
-        recipe = task.recipe
-        writers = [self._writers(task, k)[0] for k in ending(step, self._merges)]
-        if not writers:
-            return  # of a merge that is published already
-        cover = reader.cover(recipe.key, task.box)
-        for part in task.box.split(_tile_elements(task, 1)):
-            if self._stop.is_set():
-                return
-            buffer = room.take("copy", recipe.input_dtypes[0], part.numel)
-            cover.read(part, buffer)
-            if not self._allow_nonfinite:
-                check_finite(task, reader, buffer.elements)
-            for writer in writers:
-                writer.append(buffer)
-            self._progress(part.numel * cost(task, 1, len(writers)))
-        cover.settle()
-        for writer in writers:
-            writer.finish()
 
-    def _writers(self, task: Task, k: int) -> list[ChunkWriter]:
-        target = self._targets[k]
-        return [target.chunk(out, task.part(out.key, task.box)) for out in task.recipe.outputs]
+def _tile(task: Task, inputs: dict[int, int], memory: Memory, numel: int) -> _Tile:
+    """Buffers for ``inputs`` of each source, and for what becomes of them."""
+    dtypes, outputs = task.recipe.input_dtypes, task.recipe.outputs
+    *sources, (total,), merged, rounded = memory.buffers(
+        [
+            *(dtypes[:count] for count in inputs.values()),
+            (torch.float64,),
+            [output.dtype for output in outputs],
+            dtypes[1:],
+        ],
+        numel,
+    )
+    return _Tile(dict(zip(inputs, sources, strict=True)), total, merged, rounded)
 
 
-class _Room:
-    """A thread's buffers, kept from tile to tile and from step to step."""
+def _read(task: Task, covers: dict[int, list[Cover]], part: Box, tile: _Tile) -> None:
+    boxes = [task.part(key, part) for key in task.recipe.inputs]
+    for j, inputs in covers.items():
+        for cover, box, buffer in zip(inputs, boxes, tile.sources[j], strict=False):
+            cover.read(box, buffer)
 
-    def __init__(self) -> None:
-        self._memory: dict[tuple[object, torch.dtype], torch.Tensor] = {}
 
-    def take(self, slot: object, dtype: torch.dtype, numel: int) -> Buffer:
-        memory = self._memory.get((slot, dtype))
-        if memory is None or memory.numel() < numel:
-            memory = self._memory[slot, dtype] = torch.empty(numel, dtype=dtype)
-        return Buffer(memory[:numel])
+def _write(writers: list[ChunkWriter], tile: _Tile) -> None:
+    for writer, buffer in zip(writers, tile.outputs, strict=False):
+        writer.append(buffer)
 
 
 def _tile_elements(task: Task, sources: int) -> int:
-    element = sum(dtype.itemsize for dtype in task.recipe.input_dtypes)
-    return max(LEAST_ELEMENTS, TILE_BYTES // (max(1, sources) * element))
+    return max(LEAST_ELEMENTS, TILE_BYTES // max(1, task.recipe.cost(sources, 0)))

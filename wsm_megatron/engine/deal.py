@@ -12,7 +12,7 @@ from wsm_megatron.checkpoint.chunks import ChunkIndex
 from wsm_megatron.checkpoint.layout import Chunk, Layout
 from wsm_megatron.engine.job import Job, Part
 from wsm_megatron.engine.plan import MergePlan
-from wsm_megatron.engine.recipe import Task
+from wsm_megatron.engine.recipe import Task, sources_read
 
 
 class Dealer:
@@ -20,6 +20,7 @@ class Dealer:
 
     def __init__(self, job: Job, parts: Sequence[Part]):
         self._job, self._parts = job, parts
+        self._sources = sources_read(job.merges)
         self._indices: list[dict[str, ChunkIndex]] = [{} for _ in job.sources]
 
     def deal(self, rank: int) -> tuple[Job, Part]:
@@ -37,12 +38,13 @@ class Dealer:
     def _only(self, j: int, layout: Layout, tasks: Sequence[Task]) -> Layout:
         """A source's layout with the chunks that tasks read."""
         chunks: dict[str, dict[int, Chunk]] = {}
+        rules = [rule for rule, sources in self._sources.items() if j in sources]
         for task in tasks:
+            if task.recipe.rule not in rules:
+                continue  # what is copied need not be in older sources
             for key in task.recipe.inputs:
-                if key in layout.tensors:  # what is copied need not be in older sources
-                    index = self._index(j, layout, key)
-                    found = index.overlapping(task.part(key, task.box))
-                    chunks.setdefault(key, {}).update((id(chunk), chunk) for chunk in found)
+                found = self._index(j, layout, key).overlapping(task.part(key, task.box))
+                chunks.setdefault(key, {}).update((id(chunk), chunk) for chunk in found)
         tensors = {
             key: replace(layout.tensors[key], chunks=tuple(found.values()))
             for key, found in chunks.items()

@@ -13,8 +13,9 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.engine.budget import STAGED_BYTES, TILE_BYTES
+from wsm_megatron.engine.recipe import Merge
 from wsm_megatron.engine.staging import StagedWorkspace
-from wsm_megatron.engine.tile import Merge, Workspace
+from wsm_megatron.engine.tile import Workspace
 from wsm_megatron.kernels import bind
 
 logger = logging.getLogger(__name__)

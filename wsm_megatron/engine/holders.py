@@ -7,7 +7,7 @@ each takes the float64 sums of the one before, goes on with its own sources, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from wsm_megatron.checkpoint.box import Box
@@ -49,6 +49,22 @@ class Held:
         """Sums go from rank to rank."""
         return self.task.recipe.rule is not Rule.COPY and len(set(self.holders)) > 1
 
+    def inputs(self, rank: int, j: int) -> int:
+        """How many of the task's inputs a rank reads of a source that it holds: the summed tensor,
+        and the model tensor where this rank checks it.
+        """
+        checked = bool(self.checkers) and self.checkers[j] == rank
+        return len(self.task.recipe.inputs) if checked else 1
+
+    def only(self, sources: Sequence[int], newest: Collection[int]) -> Held:
+        """The same for some of the sources, of which ``newest`` are copied from."""
+        copied = self.task.recipe.rule is Rule.COPY
+        return Held(
+            self.task,
+            tuple(self.holders[j] if j in newest or not copied else None for j in sources),
+            tuple(self.checkers[j] for j in sources) if self.checkers else (),
+        )
+
     @property
     def checked_apart(self) -> bool:
         """Some main param is read by another rank than its model tensor."""
@@ -70,6 +86,10 @@ class Step:
     last: int
     before: int | None = None
     after: int | None = None
+
+    @property
+    def sources(self) -> range:
+        return range(self.first, self.last + 1)
 
 
 def steps_of(number: int, held: Held) -> list[Step]:

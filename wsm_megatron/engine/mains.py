@@ -13,7 +13,6 @@ from itertools import islice
 import torch
 
 from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import PARAM_ALIGNMENT, Role, is_flat_bucket, main_of
@@ -77,7 +76,7 @@ def check_mains(layout: Layout) -> MainsCheck:
 def _belongs(reader: CheckpointReader, model: str, main: str) -> bool:
     for chunk in reader.layout.tensors[model].chunks:
         for box in Box(chunk.offsets, chunk.sizes).split(_TILE):
-            if not _equal(read_box(reader, model, box), read_box(reader, main, box)):
+            if not _equal(reader.read(model, box), reader.read(main, box)):
                 return False
     return True
 
@@ -127,7 +126,7 @@ def _probes(reader: CheckpointReader, chunks: list[ModelChunk]) -> Probes:
     for key, box in chunks:
         count = min(_PROBE, box.numel)
         first = next(iter(box.split(count)))
-        data = read_box(reader, key, first)
+        data = reader.read(key, first)
         same_kind = probes.setdefault((data.dtype, data.numel()), {})
         same_kind.setdefault(_bytes(data), []).append((key, box))
     return probes
@@ -139,7 +138,7 @@ def _candidates(
     end = reader.layout.tensors[bucket].shape[0]
     for (dtype, count), by_bytes in probes.items():
         if start + count <= end:
-            main = read_box(reader, bucket, Box((start,), (count,)))
+            main = reader.read(bucket, Box((start,), (count,)))
             yield from by_bytes.get(_bytes(main.to(dtype)), ())
 
 
@@ -150,18 +149,11 @@ def _lies_at(
     if start + box.numel > reader.layout.tensors[bucket].shape[0]:
         return False
     for part in islice(box.split(_TILE if whole else _BEGINNING), None if whole else 1):
-        main = read_box(reader, bucket, Box((start,), (part.numel,)))
-        if not _equal(read_box(reader, key, part), main):
+        main = reader.read(bucket, Box((start,), (part.numel,)))
+        if not _equal(reader.read(key, part), main):
             return False
         start += part.numel
     return True
-
-
-def read_box(reader: CheckpointReader, key: str, box: Box) -> torch.Tensor:
-    """A box of a tensor, as 1-D CPU tensor in row-major order."""
-    out = torch.empty(box.numel, dtype=reader.layout.tensors[key].dtype)
-    reader.cover(key, box).read(box, Buffer(out))
-    return out
 
 
 def _equal(model: torch.Tensor, main: torch.Tensor) -> bool:

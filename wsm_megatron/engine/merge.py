@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
 from wsm_megatron.engine.deal import Dealer, outline
-from wsm_megatron.engine.job import Job, Part, Product, prepare_job
+from wsm_megatron.engine.job import Job, Part, Product
 from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
 from wsm_megatron.engine.parallel import prepare_spread
 from wsm_megatron.engine.phases import Phases, RankReport
+from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
 from wsm_megatron.engine.publish import Staging, copy_side_files
 from wsm_megatron.engine.rank import Files, ProgressFactory, RankResult, run_share
@@ -63,9 +64,7 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
             job, missing = _prepare(config, ranks)
         reports: list[RankReport] = []
         if missing:
-            products = tuple(job.products[k] for k in missing)
-            to_do = replace(job, products=products)
-            reports = _merge_products(to_do, ranks, progress, phases, events)
+            reports = _merge_products(job.only(missing), ranks, progress, phases, events)
         report = MergeReport(
             merged=tuple(_merged(job, product) for product in job.products),
             bytes_read=sum(one.bytes_read for one in reports),
@@ -164,7 +163,7 @@ def _plan_data(job: Job, parts: Sequence[Part]) -> dict[str, Any]:
     return {
         "sources": [str(source.path) for source in job.sources],
         "products": [str(product.path) for product in job.products],
-        "bytes_to_read": job.plan.bytes_to_read(len(job.sources), len(job.products)),
+        "bytes_to_read": job.bytes_to_read(),
         "bytes_to_write": job.bytes_to_write(),
         "bytes_to_send": job.bytes_to_send(),
         "tasks_per_rank": [len(part.written[0]) for part in parts],
@@ -183,7 +182,7 @@ def _reports(own: list[RankReport], phases: Phases) -> list[RankReport]:
     """Each rank's report, with its wait for the slowest; rank 0 has published meanwhile."""
     slowest = max(report.seconds for report in own)
     reports = [report.with_seconds("waiting", slowest - report.seconds) for report in own]
-    published = phases.seconds(1).get("publishing", 0.0)
+    published = phases.seconds().get("publishing", 0.0)
     return [reports[0].with_seconds("publishing", published), *reports[1:]]
 
 

@@ -14,7 +14,8 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.holders import Holders
-from wsm_megatron.engine.job import Job, Wanted, all_of, plan_job, wanted_merges
+from wsm_megatron.engine.job import Job
+from wsm_megatron.engine.prepare import Wanted, all_of, plan_job, wanted_merges
 from wsm_megatron.engine.sight import View, look
 from wsm_megatron.engine.sources import (
     Source,
@@ -38,7 +39,7 @@ class _Report:
 
 
 def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
-    """:func:`~wsm_megatron.engine.job.prepare_job` from what all ranks see together. Collective.
+    """:func:`.prepare_job` from what all ranks see together. Collective.
 
     Returns:
         the job, with the sources where this rank sees them.
@@ -121,12 +122,12 @@ def _plan(
     job = plan_job(config, wanted, sources, flat, lambda source: told[source.iteration].common)
     layouts = [source.layout for source in sources]
     seeing = [view.ranks(i) for i in iterations]
-    newest = {product.members[-1] for product in job.products}
+    newest = {product.newest for product in job.products}
     holders = Holders(layouts, seeing, newest, ranks, len(job.products))
     held = tuple(holders.hold(job.plan.tasks))
     objects: list[dict[str, int]] = [{} for _ in sources]
     for product in job.products:
-        j = product.members[-1]
+        j = product.newest
         objects[j] |= {k: holders.object(j, k) for k in product.objects if k not in objects[j]}
     spread = Spread(
         held,

@@ -19,21 +19,32 @@ PHASES = (
     "syncing",
     "publishing",
 )
-"""``waiting``: for another rank. ``resuming``: checking what an earlier merge has finished.
-``reading`` and ``writing`` include the CRC-32 of what is read and written, and ``writing`` the
-journal's syncs on the way; ``syncing`` is what remains at the end. Rank 0 plans and publishes."""
+"""``waiting``: for another rank, and for sums to get there or come from it. ``resuming``: checking
+what an earlier merge has finished. ``reading`` and ``writing`` include the CRC-32 of what is read
+and written, and ``writing`` the journal's syncs on the way; ``syncing`` is what remains at the end.
+Rank 0 plans and publishes."""
 
 
 class Phases:
     """Adds up seconds. Safe to share between threads: each has its own, and two clock readings.
 
     Used as ``with phases("reading"): ...``; phases do not nest.
+
+    Args:
+        threads: of other threads than the one that made this, the seconds are divided by so many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
         self._local = threading.local()
         self._own = self._local.seconds = dict[str, float]()
         self._workers: list[dict[str, float]] = []
+        self._crews: list[Phases] = []
+
+    def crew(self, threads: int) -> Phases:
+        """Phases of so many worker threads; their mean is added to these."""
+        self._crews.append(Phases(threads))
+        return self._crews[-1]
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -45,12 +56,14 @@ class Phases:
             seconds = self._mine()
             seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
 
-    def seconds(self, threads: int) -> dict[str, float]:
-        """Seconds of each phase that there was, of ``threads`` worker threads their mean."""
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase that there was."""
+        crews = [crew.seconds() for crew in self._crews]
         found = {}
         for phase in PHASES:
-            workers = sum(one.get(phase, 0.0) for one in tuple(self._workers))
-            if total := self._own.get(phase, 0.0) + workers / threads:
+            workers = sum(one.get(phase, 0.0) for one in tuple(self._workers)) / self._threads
+            crewed = sum(one.get(phase, 0.0) for one in crews)
+            if total := self._own.get(phase, 0.0) + workers + crewed:
                 found[phase] = total
         return found
 

@@ -20,7 +20,7 @@ from wsm_megatron.engine.compatible import (
     rebuilds_mains,
 )
 from wsm_megatron.engine.flat import FlatMains
-from wsm_megatron.engine.recipe import Output, Recipe, Rule, Task
+from wsm_megatron.engine.recipe import Merge, Output, Recipe, Rule, Task, costs
 
 CHUNK_ELEMENTS = 16 * 2**20
 """Largest chunk written: a larger one of a source becomes several, so that memory, the unit of
@@ -39,27 +39,16 @@ class MergePlan:
     rebuilds_mains: bool = False
     """Main params are the merged model's, not merged themselves."""
 
-    def bytes_to_read(self, sources: int, merges: int = 1) -> int:
-        return sum(
-            task.box.numel
-            * sum(d.itemsize for d in task.recipe.input_dtypes)
-            * (merges if task.recipe.rule is Rule.COPY else sources)
-            for task in self.tasks
-        )
-
     def bytes_to_write(self) -> int:
         """Bytes of the tensors of one merged checkpoint."""
-        return sum(
-            task.box.numel * sum(output.dtype.itemsize for output in task.recipe.outputs)
-            for task in self.tasks
-        )
+        return sum(task.box.numel * task.recipe.cost(0, 1) for task in self.tasks)
 
-    def shares(self, ranks: int, sources: int, merges: int) -> tuple[tuple[Task, ...], ...]:
+    def shares(self, ranks: int, merges: Sequence[Merge]) -> tuple[tuple[Task, ...], ...]:
         """Every rank's tasks: consecutive in the files, equal in bytes within one task."""
-        costs = [task.box.numel * task.recipe.cost(sources, merges) for task in self.tasks]
-        total, done = max(sum(costs), 1), 0
+        of_tasks = costs(self.tasks, merges)
+        total, done = max(sum(of_tasks), 1), 0
         shares: list[list[Task]] = [[] for _ in range(ranks)]
-        for task, cost in zip(self.tasks, costs, strict=True):
+        for task, cost in zip(self.tasks, of_tasks, strict=True):
             shares[min(ranks - 1, (done + cost // 2) * ranks // total)].append(task)
             done += cost
         return tuple(map(tuple, shares))

@@ -8,8 +8,8 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,18 @@ from wsm_megatron.checkpoint.direct import STREAMS
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.visible import wait_for_directory
-from wsm_megatron.checkpoint.writer import CheckpointFile, Placed, file_name
+from wsm_megatron.checkpoint.writer import CheckpointFile, file_name
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.budget import Budget, default_memory, make_budget
 from wsm_megatron.engine.chain import Digests
+from wsm_megatron.engine.context import Context, Progress, Target
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.device import Device, choose_device, local_rank
 from wsm_megatron.engine.job import Job, Part, places
+from wsm_megatron.engine.objects import copy_objects, write_common
 from wsm_megatron.engine.phases import Phases, RankReport
-from wsm_megatron.engine.recipe import Task
-from wsm_megatron.engine.run import Progress, Share, Target
+from wsm_megatron.engine.recipe import Rule, Task, bytes_read
+from wsm_megatron.engine.run import Share
 from wsm_megatron.engine.steps import STEP_BYTES, copy_beside, run_steps
 from wsm_megatron.engine.wire import Wire
 from wsm_megatron.errors import StorageError
@@ -52,6 +54,19 @@ class RankResult:
     report: RankReport
 
 
+@dataclass(frozen=True)
+class _Means:
+    """Where a rank sums, with how much memory and how many threads.
+
+    Attributes:
+        step_threads: how many do what it does with other ranks.
+    """
+
+    device: Device
+    budget: Budget
+    step_threads: int
+
+
 def run_share(
     job: Job,
     ranks: Ranks,
@@ -70,100 +85,123 @@ def run_share(
     """
     _allow_many_files()
     started = time.perf_counter()
-    device = _device(job, part.tasks)
-    budget = _budget(job, device)
+    means = _means(job, part.tasks)
     with ExitStack() as stack:
-        readers = [
-            CheckpointReader(source.layout, job.config.retries, budget.ahead, job.config.direct_io)
-            for source in job.sources
-        ]
-        for reader in readers:
-            stack.callback(reader.close)
-        bar = stack.enter_context(
-            progress(ranks.rank, job.cost_of(ranks.rank, part))
-            if progress
-            else nullcontext(_ignore)
-        )
-
-        def moved(nbytes: int) -> None:
-            ranks.count(nbytes)
-            bar(nbytes)
-
-        targets = _open_targets(job, ranks, part, directories, readers, phases)
+        readers = _open_readers(job, means.budget, stack)
+        moved = stack.enter_context(_counting(job, ranks, part, progress))
+        targets = _open_targets(job, ranks, part, directories, phases)
         files = [target.file for target in targets]
-        share = Share(
-            readers,
-            [product.merge for product in job.products],
-            targets,
-            budget,
-            device,
-            allow_nonfinite=job.config.allow_nonfinite,
-            progress=moved,
-            phases=phases,
-        )
-        digests = Digests()
+        config = job.config
+        context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases)
         try:
+            digests = _work(job, ranks, part, wire, context, means)
             if job.spread is not None:
-                threads = max(1, min(budget.threads, _memory(job) // STEP_BYTES))
-                digests = run_steps(job, ranks, wire, readers, targets, threads, moved)
                 copy_beside(job, ranks.rank, directories)
-            share.run(part.tasks, ranks.check)
         except BaseException:
             _abandon(files)
             raise
         with phases("syncing"):
             closed = _close(files, ranks.check)
-    report = RankReport(
-        rank=ranks.rank,
-        host=socket.gethostname(),
-        device=str(device.torch_device),
-        threads=budget.threads,
-        bytes_read=sum(reader.bytes_read for reader in readers),
-        bytes_written=sum(file.bytes_written for file in files),
-        seconds=time.perf_counter() - started,
-        phases=phases.seconds(budget.threads),
-    )
     return RankResult(
         files=[{file.path.name: closed[file]} for file in files],
         ledgers=[reader.ledger for reader in readers],
         digests=digests,
-        report=report,
+        report=_report(ranks.rank, context, means, time.perf_counter() - started),
     )
 
 
+def _means(job: Job, tasks: Sequence[Task]) -> _Means:
+    """Choose device and threads."""
+    config = job.config
+    memory, threads = config.memory or default_memory(), config.threads or default_threads()
+    device = _device(job, tasks, threads)
+    budget = make_budget(
+        memory,
+        threads,
+        len(job.sources),
+        len(job.products),
+        job.plan.recipes,
+        blocks=STREAMS if config.direct_io else 1,
+        depth=device.depth,
+        wanted_bytes=device.wanted_bytes,
+    )
+    return _Means(device, budget, max(1, min(budget.threads, memory // STEP_BYTES)))
+
+
+def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
+    summed = [task for task in tasks if task.recipe.rule is not Rule.COPY]
+    nbytes, sources = sum(bytes_read(summed, job.merges)), len(job.sources)
+    merges = len(job.products)
+    device = choose_device(job.config.device, sources, merges, nbytes, threads, local_rank())
+    logger.info("sums on %s: %s", device.torch_device, device.reason)
+    return device
+
+
+def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[CheckpointReader]:
+    readers = []
+    for source in job.sources:
+        reader = CheckpointReader(
+            source.layout, job.config.retries, budget.ahead, job.config.direct_io
+        )
+        stack.callback(reader.close)
+        readers.append(reader)
+    return readers
+
+
+@contextmanager
+def _counting(
+    job: Job, ranks: Ranks, part: Part, progress: ProgressFactory | None
+) -> Iterator[Progress]:
+    """Tell rank 0, and whoever watches this rank, what it has read and written."""
+    if progress is None:
+        yield ranks.count
+        return
+    with progress(ranks.rank, job.cost_of(ranks.rank, part)) as bar:
+
+        def moved(nbytes: int) -> None:
+            ranks.count(nbytes)
+            bar(nbytes)
+
+        yield moved
+
+
 def _open_targets(
-    job: Job,
-    ranks: Ranks,
-    part: Part,
-    directories: list[Path],
-    readers: list[CheckpointReader],
-    phases: Phases,
+    job: Job, ranks: Ranks, part: Part, directories: list[Path], phases: Phases
 ) -> list[Target]:
-    with phases("waiting"):
-        for directory in directories:
+    targets = []
+    for k, directory in enumerate(directories):
+        with phases("waiting"):
             wait_for_directory(directory, ranks.check)
-    return [
-        _open_target(job, k, ranks.rank, part, directory, readers)
-        for k, directory in enumerate(directories)
-    ]
+        file = CheckpointFile(directory / file_name(ranks.rank), keep_journal=True)
+        targets.append(Target(file, places(job.placed(k, ranks.rank, part))))
+    return targets
 
 
-def _open_target(
-    job: Job,
-    k: int,
-    rank: int,
-    part: Part,
-    directory: Path,
-    readers: list[CheckpointReader],
-) -> Target:
-    product, placed = job.products[k], job.placed(k, rank, part)
-    file = CheckpointFile(directory / file_name(rank), keep_journal=True)
-    reader = readers[product.members[-1]]
-    for one in placed:
-        if one.item.box is None:
-            common = one.item.key == job.common_key(product)
-            file.write_bytes(one, product.common if common else _object(reader, one))
-    return Target(file, places(placed))
+def _work(
+    job: Job, ranks: Ranks, part: Part, wire: Wire | None, context: Context, means: _Means
+) -> Digests:
+    """Objects, then what is done with other ranks, then what this one does by itself."""
+    copy_objects(job, part, context)
+    if ranks.rank == 0:
+        write_common(job, context)
+    digests = Digests()
+    if job.spread is not None:
+        digests = run_steps(job, ranks, wire, context, means.step_threads)
+    Share(context, means.budget, means.device).run(part.tasks, ranks.check)
+    return digests
+
+
+def _report(rank: int, context: Context, means: _Means, seconds: float) -> RankReport:
+    return RankReport(
+        rank=rank,
+        host=socket.gethostname(),
+        device=str(means.device.torch_device),
+        threads=means.budget.threads,
+        bytes_read=sum(reader.bytes_read for reader in context.readers),
+        bytes_written=sum(target.file.bytes_written for target in context.targets),
+        seconds=seconds,
+        phases=context.phases.seconds(),
+    )
 
 
 def _close(
@@ -187,37 +225,6 @@ def _abandon(files: list[CheckpointFile]) -> None:
         logger.warning("%s; what is not synced is made again", error)
 
 
-def _object(reader: CheckpointReader, placed: Placed) -> bytes:
-    return reader.read_object(reader.layout.objects[placed.item.key])
-
-
-def _device(job: Job, tasks: Sequence[Task]) -> Device:
-    sources, merges = len(job.sources), len(job.products)
-    read = sum(task.box.numel * task.recipe.cost(sources, 0) for task in tasks)
-    threads = job.config.threads or default_threads()
-    device = choose_device(job.config.device, sources, merges, read, threads, local_rank())
-    logger.info("sums on %s: %s", device.torch_device, device.reason)
-    return device
-
-
-def _budget(job: Job, device: Device) -> Budget:
-    config = job.config
-    return make_budget(
-        _memory(job),
-        config.threads or default_threads(),
-        len(job.sources),
-        len(job.products),
-        job.plan.recipes,
-        blocks=STREAMS if config.direct_io else 1,
-        depth=device.depth,
-        wanted_bytes=device.wanted_bytes,
-    )
-
-
-def _memory(job: Job) -> int:
-    return job.config.memory or default_memory()
-
-
 def default_threads() -> int:
     """The cores that this process may use, at most 16: more wait for each other."""
     return min(MAX_THREADS, len(os.sched_getaffinity(0)))
@@ -228,7 +235,3 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _ignore(_: int) -> None:
-    """Progress that nobody watches."""

@@ -1,8 +1,8 @@
-"""What is done: a recipe for a tensor, and the tasks that it is done in."""
+"""What is done: a recipe for a tensor, the tasks that it is done in, the merges it is done for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -51,11 +51,9 @@ class Recipe:
         return self.outputs[-1].key
 
     def cost(self, sources: int, merges: int) -> int:
-        """Bytes read and written for one element."""
-        reads = sum(d.itemsize for d in self.input_dtypes) * (
-            merges if self.rule is Rule.COPY else sources
-        )
-        return reads + merges * sum(output.dtype.itemsize for output in self.outputs)
+        """Bytes of one element, read from ``sources`` and written for ``merges``."""
+        read = sum(dtype.itemsize for dtype in self.input_dtypes)
+        return sources * read + merges * sum(output.dtype.itemsize for output in self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +84,35 @@ class Task:
             if flat is not None:
                 flat = FlatMain(flat.bucket, self.part(flat.bucket, box).offsets[0])
             yield Task(self.recipe, box, flat)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Coefficients of one merged checkpoint, for some of the sources, oldest first."""
+
+    members: tuple[int, ...]
+    coefficients: tuple[float, ...]
+
+    @property
+    def newest(self) -> int:
+        return self.members[-1]
+
+
+def sources_read(merges: Sequence[Merge]) -> dict[Rule, tuple[int, ...]]:
+    """The sources that tasks of each rule read, each once for all merges together."""
+    copied = tuple(sorted({merge.newest for merge in merges}))
+    summed = tuple(sorted({j for merge in merges for j in merge.members}))
+    return {rule: copied if rule is Rule.COPY else summed for rule in Rule}
+
+
+def bytes_read(tasks: Iterable[Task], merges: Sequence[Merge]) -> list[int]:
+    """Bytes that each task reads."""
+    read = sources_read(merges)
+    return [task.box.numel * task.recipe.cost(len(read[task.recipe.rule]), 0) for task in tasks]
+
+
+def costs(tasks: Sequence[Task], merges: Sequence[Merge]) -> list[int]:
+    """Bytes that each task reads and writes."""
+    read = bytes_read(tasks, merges)
+    written = [task.box.numel * task.recipe.cost(0, len(merges)) for task in tasks]
+    return [r + w for r, w in zip(read, written, strict=True)]

@@ -7,114 +7,67 @@ bytes of all sources are still in the CPU's cache when they are summed.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.cover import Cover, read_together
-from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.roles import may_be_padding
-from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
+from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.engine.budget import Budget
+from wsm_megatron.engine.context import Context, finish
+from wsm_megatron.engine.copier import Copier
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.damage import explain_nonfinite, wrong_main
 from wsm_megatron.engine.device import Device
-from wsm_megatron.engine.phases import Phases
-from wsm_megatron.engine.recipe import Output, Recipe, Rule, Task
-from wsm_megatron.engine.tile import Merge, Outcome, Tile, Workspace
-from wsm_megatron.errors import MergeError
-
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[int], None]
-"""Called from worker threads with the bytes read and written since the last call."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where one merge's share goes: this rank's file, and the place of every chunk in it."""
-
-    file: CheckpointFile
-    places: dict[tuple[str, Box], Placed]
-
-    def chunk(self, output: Output, box: Box) -> ChunkWriter:
-        return self.file.chunk(self.places[output.key, box])
-
-    def has(self, task: Task) -> bool:
-        """Whether an earlier merge, which died, has written all that a task writes here."""
-        return all(
-            self.file.has(self.places[output.key, task.part(output.key, task.box)])
-            for output in task.recipe.outputs
-        )
+from wsm_megatron.engine.recipe import Rule, Task, sources_read
+from wsm_megatron.engine.tile import Outcome, Tile, Workspace
 
 
 class Share:
     """Runs tasks for several merges of the same sources: each source byte is read once."""
 
-    def __init__(
-        self,
-        readers: Sequence[CheckpointReader],
-        merges: Sequence[Merge],
-        targets: Sequence[Target],
-        budget: Budget,
-        device: Device,
-        *,
-        allow_nonfinite: bool = False,
-        progress: Progress | None = None,
-        phases: Phases | None = None,
-    ):
-        self._readers, self._merges, self._targets = readers, merges, targets
-        self._budget, self._device = budget, device
-        self._allow_nonfinite = allow_nonfinite
-        self._progress = progress or (lambda _: None)
-        self._phases = phases or Phases()
+    def __init__(self, context: Context, budget: Budget, device: Device):
+        self._context = context = context.crew(budget.threads)
+        self._phases, self._budget, self._device = context.phases, budget, device
+        self._sources = sources_read(context.merges)
+        assert self._sources[Rule.SUM] == tuple(range(len(context.readers))), "a source for nothing"
         self._stop = threading.Event()
+        self._copier = Copier(context, self._stop)
 
-    def run(self, tasks: Sequence[Task], check: Callable[[], None] | None = None) -> None:
+    def run(self, tasks: Sequence[Task], check: Callable[[], None]) -> None:
         """Run all tasks; the first failure, also of ``check``, stops the others and is raised."""
-        local = threading.local()
+        local, context = threading.local(), self._context
 
         def work(task: Task) -> None:
             if not hasattr(local, "workspace"):
-                local.workspace = self._device.workspace(len(self._readers), self._merges)
+                local.workspace = self._device.workspace(len(context.readers), context.merges)
             self._run_task(task, local.workspace)
 
-        work_through(tasks, work, self._budget.threads, self._stop, check or (lambda: None))
+        work_through(tasks, work, self._budget.threads, self._stop, check)
 
     def _run_task(self, task: Task, workspace: Workspace) -> None:
         if self._stop.is_set():
             return
+        sources = self._sources[task.recipe.rule]
         with self._phases("resuming"):
-            finished = all(target.has(task) for target in self._targets)
+            finished = all(target.has(task) for target in self._context.targets)
         if finished:
-            self._leave_out(task)
+            self._context.leave_out(task, sources)
+            cost = task.recipe.cost(len(sources), len(self._context.merges))
+            self._context.progress(task.box.numel * cost)
         elif task.recipe.rule is Rule.COPY:
-            self._copy(task, workspace)
+            for j in sources:
+                self._copier.copy(task, j, workspace, self._budget.tile_elements(task.recipe))
         else:
             self._sum(task, workspace)
 
-    def _leave_out(self, task: Task) -> None:
-        copied = task.recipe.rule is Rule.COPY
-        newest = {merge.members[-1] for merge in self._merges}
-        for j in newest if copied else range(len(self._readers)):
-            leave_out(task, self._readers[j])
-        self._progress(task.box.numel * task.recipe.cost(len(self._readers), len(self._targets)))
-
     def _sum(self, task: Task, workspace: Workspace) -> None:
-        recipe, box = task.recipe, task.box
+        recipe, context = task.recipe, self._context
         with self._phases("reading"):
-            covers = [
-                [r.cover(key, task.part(key, box)) for key in recipe.inputs] for r in self._readers
-            ]
-        writers = [
-            [t.chunk(output, task.part(output.key, box)) for output in recipe.outputs]
-            for t in self._targets
-        ]
+            covers = [context.covers(task, j) for j in range(len(context.readers))]
+        writers = [target.chunks(task) for target in context.targets]
         started: deque[Tile] = deque()
 
         def write_oldest() -> None:
@@ -124,7 +77,7 @@ class Share:
             with self._phases("writing"):
                 _write(writers, tile)
 
-        for part in box.split(self._budget.tile_elements(recipe)):
+        for part in task.box.split(self._budget.tile_elements(recipe)):
             if self._stop.is_set():
                 return
             tile = workspace.tile(recipe, part.numel)
@@ -135,42 +88,19 @@ class Share:
             started.append(tile)
             if len(started) == workspace.depth:
                 write_oldest()
-            self._progress(part.numel * recipe.cost(len(covers), len(writers)))
+            context.progress(part.numel * recipe.cost(len(covers), len(writers)))
         while started:
             write_oldest()
         with self._phases("writing"):
-            _finish(covers, writers)
-
-    def _copy(self, task: Task, workspace: Workspace) -> None:
-        recipe, box = task.recipe, task.box
-        for merge, target in zip(self._merges, self._targets, strict=True):
-            reader = self._readers[merge.members[-1]]
-            cover = reader.cover(recipe.key, box)
-            writer = target.chunk(recipe.outputs[0], box)
-            for part in box.split(self._budget.tile_elements(recipe)):
-                if self._stop.is_set():
-                    return
-                buffer = workspace.buffer(recipe.input_dtypes[0], part.numel)
-                with self._phases("reading"):
-                    cover.read(part, buffer)
-                if not self._allow_nonfinite:
-                    check_finite(task, reader, buffer.elements)
-                with self._phases("writing"):
-                    writer.append(buffer)
-                self._progress(part.numel * recipe.cost(1, 1))
-            with self._phases("writing"):
-                _finish([[cover]], [[writer]])
+            finish(chain.from_iterable(covers), chain.from_iterable(writers))
 
     def _check(self, task: Task, tile: Tile, outcome: Outcome) -> None:
         if outcome.wrong_main is not None:
-            raise wrong_main(task.recipe, self._readers[outcome.wrong_main].layout)
-        for k in outcome.nonfinite if not self._allow_nonfinite else ():
-            self._explain_nonfinite(task, tile, self._merges[k].members)
-
-    def _explain_nonfinite(self, task: Task, tile: Tile, members: Sequence[int]) -> None:
-        """A sum is not finite: name the source that is to blame, or the overflow."""
-        read = [(self._readers[j], tile.sources[j][0].elements) for j in members]
-        explain_nonfinite(task, read, task.recipe.outputs[0])
+            raise wrong_main(task.recipe, self._context.readers[outcome.wrong_main].layout)
+        for k in outcome.nonfinite if not self._context.allow_nonfinite else ():
+            members, readers = self._context.merges[k].members, self._context.readers
+            read = [(readers[j].layout, tile.sources[j][0].elements) for j in members]
+            explain_nonfinite(task, read, task.recipe.outputs[0])
 
 
 def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:
@@ -188,73 +118,3 @@ def _write(writers: list[list[ChunkWriter]], tile: Tile) -> None:
     for outputs, buffers in zip(writers, tile.outputs, strict=True):
         for writer, buffer in zip(outputs, buffers, strict=True):
             writer.append(buffer)
-
-
-def _finish(covers: list[list[Cover]], writers: list[list[ChunkWriter]]) -> None:
-    for inputs in covers:
-        for cover in inputs:
-            cover.settle()
-    for outputs in writers:
-        for writer in outputs:
-            writer.finish()
-
-
-def leave_out(task: Task, reader: CheckpointReader) -> None:
-    """Do not read what an earlier merge has read of a source for a finished task."""
-    for key in task.recipe.inputs:
-        part = task.part(key, task.box)
-        reader.cover(key, part).leave_out(part)
-
-
-def wrong_main(recipe: Recipe, layout: Layout) -> MergeError:
-    """A source's main param is of other weights than its model tensor."""
-    main, model = recipe.inputs
-    return MergeError(
-        f"{layout.path}: the main param {main} does not belong to the model tensor "
-        f"{model}: rounded to {recipe.input_dtypes[1]} it differs. Megatron-LM through "
-        "core_r0.19 can save such mains with fully_reshardable optimizer state and several DDP "
-        "buckets; the model tensors are right. Merge with --mains-from-model (but for flat "
-        "buckets), or --optimizer-state drop"
-    )
-
-
-def check_finite(task: Task, reader: CheckpointReader, data: torch.Tensor) -> None:
-    """Raise ``MergeError`` where copied values are not finite, padding apart."""
-    key = task.recipe.key
-    if not data.is_floating_point() or torch.isfinite(data).all():
-        return
-    if _is_padding(key, task.box):
-        return
-    raise MergeError(_nonfinite_message(reader, key, data))
-
-
-def explain_nonfinite(
-    task: Task, read: Iterable[tuple[CheckpointReader, torch.Tensor]], output: Output
-) -> None:
-    """A sum of what was read is not finite: name the source that is to blame, or the overflow.
-
-    Raises:
-        MergeError: unless it is padding.
-    """
-    key = task.recipe.inputs[0]
-    if _is_padding(key, task.part(key, task.box)):
-        return
-    for reader, elements in read:
-        if not torch.isfinite(elements).all():
-            raise MergeError(_nonfinite_message(reader, key, elements))
-    raise MergeError(
-        f"{key}: the merged values overflow {output.dtype} although every source is finite; "
-        "choose another --dtype"
-    )
-
-
-def _is_padding(key: str, box: Box) -> bool:
-    return len(box.offsets) == 1 and may_be_padding(key, box.offsets[0], box.sizes[0])
-
-
-def _nonfinite_message(reader: CheckpointReader, key: str, data: torch.Tensor) -> str:
-    count = int((~torch.isfinite(data)).sum())
-    return (
-        f"{reader.layout.path}: {key} holds NaN or Inf ({count} of the {data.numel()} values "
-        "looked at); leave this checkpoint out, or pass --allow-nonfinite"
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,15 @@ class Spread:
     @property
     def ranks(self) -> int:
         return len(self.fingerprints[0])
+
+    def only(self, sources: Sequence[int], newest: Collection[int]) -> Spread:
+        """The same for some of the sources, of which ``newest`` are copied from."""
+        return Spread(
+            tuple(held.only(sources, newest) for held in self.held),
+            tuple(self.objects[j] for j in sources),
+            tuple(self.reporters[j] for j in sources),
+            tuple(self.fingerprints[j] for j in sources),
+        )
 
     def alone(self) -> list[list[Task]]:
         """For every rank, the tasks that it does by itself."""

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from wsm_megatron.engine.recipe import Recipe
+from wsm_megatron.engine.recipe import Merge, Recipe
 from wsm_megatron.engine.tile import (
-    Merge,
     Outcome,
     Summation,
     Tensors,

@@ -14,14 +14,14 @@ from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.visible import wait_for_directory, wait_for_files
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.chain import Chain, Digests
+from wsm_megatron.engine.context import Context
 from wsm_megatron.engine.crew import work_through
+from wsm_megatron.engine.damage import wrong_main
 from wsm_megatron.engine.device import choose_device, local_rank
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.publish import copy_side_files
-from wsm_megatron.engine.run import Progress, Target, leave_out, wrong_main
-from wsm_megatron.engine.tile import Merge
-from wsm_megatron.engine.turns import Place, ending, sources_of
+from wsm_megatron.engine.turns import Place, cost, ending
 from wsm_megatron.engine.wire import Wire, open_wire
 
 STEP_BYTES = 16 * TRAVEL_ELEMENTS
@@ -62,15 +62,7 @@ def connect(job: Job, ranks: Ranks) -> Wire | None:
     return open_wire(ranks, device.torch_device)
 
 
-def run_steps(
-    job: Job,
-    ranks: Ranks,
-    wire: Wire | None,
-    readers: Sequence[CheckpointReader],
-    targets: Sequence[Target],
-    threads: int,
-    progress: Progress,
-) -> Digests:
+def run_steps(job: Job, ranks: Ranks, wire: Wire | None, context: Context, threads: int) -> Digests:
     """Do this rank's steps; those of tasks that an earlier merge finished are left out. Collective.
 
     Raises:
@@ -78,56 +70,48 @@ def run_steps(
     """
     assert job.spread is not None
     held, steps = job.spread.held, job.spread.steps(ranks.rank)
-    merges = [product.merge for product in job.products]
-    mine: set[Place] = set()
-    work_through(
-        steps,
-        lambda step: mine.update(_written(step, held, merges, targets)),
-        threads,
-        threading.Event(),
-        ranks.check,
-    )
-    written = set[Place]().union(*ranks.gather(mine))
-    finished = {step.number for step in steps if _is_finished(step, held, merges, written)}
+    written = _written_before(steps, held, ranks, context.crew(threads), threads)
+    finished = {step.number for step in steps if _is_finished(step, held, context, written)}
     for step in steps:
         if step.number in finished:
-            for j in sources_of(step, merges):
-                leave_out(held[step.number].task, readers[j])
-    chain = Chain(
-        held,
-        [step for step in steps if step.number not in finished],
-        readers,
-        merges,
-        targets,
-        wire,
-        allow_nonfinite=job.config.allow_nonfinite,
-        progress=progress,
-    )
-    chain.run(job.spread.checks(ranks.rank), threads, ranks.check)
+            one = held[step.number]
+            context.leave_out(one.task, step.sources)
+            context.progress(one.task.box.numel * cost(step, one, context.merges))
+    left = [step for step in steps if step.number not in finished]
+    chain = Chain(context, held, left, wire, threads)
+    chain.run(job.spread.checks(ranks.rank), ranks.check)
     return chain.digests
 
 
-def _written(
-    step: Step, held: Sequence[Held], merges: Sequence[Merge], targets: Sequence[Target]
-) -> list[Place]:
-    """Task and merge of what an earlier merge has finished of a step."""
-    task = held[step.number].task
-    return [(step.number, k) for k in ending(step, merges) if targets[k].has(task)]
+def _written_before(
+    steps: Sequence[Step], held: Sequence[Held], ranks: Ranks, context: Context, threads: int
+) -> set[Place]:
+    """Task and merge of what an earlier merge has finished, of all ranks. Collective."""
+    mine: set[Place] = set()
+
+    def look(step: Step) -> None:
+        task = held[step.number].task
+        with context.phases("resuming"):
+            for k in ending(step, context.merges):
+                if context.targets[k].has(task):
+                    mine.add((step.number, k))
+
+    work_through(steps, look, threads, threading.Event(), ranks.check)
+    with context.phases("waiting"):
+        return set[Place]().union(*ranks.gather(mine))
 
 
-def _is_finished(
-    step: Step, held: Sequence[Held], merges: Sequence[Merge], written: set[Place]
-) -> bool:
+def _is_finished(step: Step, held: Sequence[Held], context: Context, written: set[Place]) -> bool:
     """Every rank has written its part of the task. Not so while digests are to be compared."""
-    apart = held[step.number].checked_apart
-    return not apart and all((step.number, k) in written for k in range(len(merges)))
+    apart, merges = held[step.number].checked_apart, len(context.merges)
+    return not apart and all((step.number, k) in written for k in range(merges))
 
 
 def copy_beside(job: Job, rank: int, directories: Sequence[Path]) -> None:
     """Copy what lies beside the newest sources' tensors, where it is on this rank."""
     assert job.spread is not None
     for product, directory in zip(job.products, directories, strict=True):
-        j = product.members[-1]
+        j = product.newest
         if job.spread.reporters[j] == rank:
             copy_side_files(job.sources[j].path, directory)
 

@@ -8,22 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.engine.recipe import Recipe, Rule
+from wsm_megatron.engine.recipe import Merge, Recipe, Rule
 from wsm_megatron.kernels import Finite, bind
 
 _TILES = 64
 """Tiles of different recipes and sizes that a thread keeps bound; they share their memory."""
 
 Dtypes = Sequence[Sequence[torch.dtype]]
+"""Of buffers in rows, as those of :data:`Tensors`."""
 Tensors = list[list[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Coefficients of one merged checkpoint, for some of the sources, oldest first."""
-
-    members: tuple[int, ...]
-    coefficients: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -104,8 +97,24 @@ class Tile:
         return self._summation.outcome()
 
 
-class Workspace:
-    """One thread's memory, carved anew into the buffers of every kind of tile.
+class Memory:
+    """One thread's memory, carved anew for whatever it works on."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def buffers(self, dtypes: Dtypes, numel: int) -> list[list[Buffer]]:
+        """Room for ``numel`` elements each, until something else is asked for."""
+        self._grow(room_for(dtypes, numel))
+        return [[Buffer(one) for one in row] for row in carve(self._memory, dtypes, numel)]
+
+    def _grow(self, nbytes: int) -> None:
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+
+
+class Workspace(Memory):
+    """Memory for tiles, which stay bound to it, one for every kind.
 
     Args:
         sources: how many there are. merges: what is made of them.
@@ -115,8 +124,8 @@ class Workspace:
     """Tiles that may be under way at once: read, started and not finished."""
 
     def __init__(self, sources: int, merges: Sequence[Merge]):
+        super().__init__()
         self._sources, self._merges = sources, merges
-        self._memory = torch.empty(0, dtype=torch.uint8)
         self._tiles: dict[tuple[Recipe, int], Tile] = {}
 
     def tile(self, recipe: Recipe, numel: int) -> Tile:
@@ -127,11 +136,6 @@ class Workspace:
                 self._tiles.clear()
             found = self._tiles[recipe, numel] = self._make(recipe, numel)
         return found
-
-    def buffer(self, dtype: torch.dtype, numel: int) -> Buffer:
-        """Room for elements that are copied, until something else is asked for."""
-        self._grow(numel * dtype.itemsize)
-        return Buffer(self._memory[: numel * dtype.itemsize].view(dtype))
 
     def _make(self, recipe: Recipe, numel: int) -> Tile:
         inputs, outputs = self._dtypes(recipe)
@@ -148,7 +152,7 @@ class Workspace:
     def _grow(self, nbytes: int) -> None:
         if self._memory.numel() < nbytes:
             self._tiles.clear()  # they would keep the old memory
-            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        super()._grow(nbytes)
 
 
 def carve(memory: torch.Tensor, dtypes: Dtypes, numel: int) -> Tensors:

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from wsm_megatron.engine.holders import Held, Step, steps_of
-from wsm_megatron.engine.recipe import Rule, Task
-from wsm_megatron.engine.tile import Merge
+from wsm_megatron.engine.recipe import Merge
 
 Place = tuple[int, int]
 """A task and a source, or a task and a merge, by number."""
@@ -28,10 +27,12 @@ def ending(step: Step, merges: Sequence[Merge]) -> list[int]:
     return [k for k, m in enumerate(merges) if step.first <= m.members[-1] <= step.last]
 
 
-def sources_of(step: Step, merges: Sequence[Merge]) -> list[int]:
-    """Sources that the step reads; others may be in the plan for merges made already."""
-    used = {j for merge in merges for j in merge.members}
-    return [j for j in range(step.first, step.last + 1) if j in used]
+def cost(step: Step, held: Held, merges: Sequence[Merge]) -> int:
+    """Bytes that a step of a task reads and writes for one element."""
+    recipe = held.task.recipe
+    read = (recipe.input_dtypes[: held.inputs(step.rank, j)] for j in step.sources)
+    nbytes = sum(dtype.itemsize for dtypes in read for dtype in dtypes)
+    return nbytes + recipe.cost(0, len(ending(step, merges)))
 
 
 def cost_of(
@@ -40,10 +41,8 @@ def cost_of(
     """Bytes that :meth:`Chain.run` reads and writes."""
     total = 0
     for step in steps:
-        task, written = held[step.number].task, len(ending(step, merges))
-        copied = task.recipe.rule is Rule.COPY
-        read = min(1, written) if copied else len(sources_of(step, merges))
-        total += task.box.numel * cost(task, read, written)
+        one = held[step.number]
+        total += one.task.box.numel * cost(step, one, merges)
     for number, _ in checks:
         task = held[number].task
         total += task.box.numel * task.recipe.input_dtypes[1].itemsize
@@ -54,12 +53,6 @@ def bytes_sent(held: Sequence[Held], merges: Sequence[Merge]) -> int:
     """Bytes that go from rank to rank."""
     sums = ((one.task, s) for n, one in enumerate(held) if one.travels for s in steps_of(n, one))
     return sum(8 * task.box.numel * len(leaving(step, merges)) for task, step in sums)
-
-
-def cost(task: Task, sources: int, merges: int) -> int:
-    """Bytes read and written for one element; the model tensors of main params do not count."""
-    outputs = sum(output.dtype.itemsize for output in task.recipe.outputs)
-    return sources * task.recipe.input_dtypes[0].itemsize + merges * outputs
 
 
 def tickets_of(

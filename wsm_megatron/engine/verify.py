@@ -17,8 +17,8 @@ from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.common import load_common
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader, size_and_crc
-from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.damage import is_damaged
 from wsm_megatron.engine.flat import find_flat_mains
 from wsm_megatron.engine.plan import make_plan
 from wsm_megatron.engine.provenance import read_provenance
@@ -64,8 +64,8 @@ def verify(
     reader = CheckpointReader(layout)
     try:
         for box, key, data in _tensors(reader):
-            if not allow_nonfinite:
-                _check_finite(layout, key, box, data)
+            if not allow_nonfinite and is_damaged(key, box, data):
+                raise MergeError(f"{path}: {key} at {box.offsets} holds NaN or Inf")
         for entry in layout.objects.values():
             _check_object(layout, entry.key, reader.read_object(entry))
         provenance = read_provenance(path)
@@ -95,14 +95,6 @@ def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]
                 cover.read(tile, Buffer(data))
                 yield box, key, data
             cover.settle()
-
-
-def _check_finite(layout: Layout, key: str, box: Box, data: torch.Tensor) -> None:
-    if not data.is_floating_point() or torch.isfinite(data).all():
-        return
-    if len(box.offsets) == 1 and may_be_padding(key, box.offsets[0], box.sizes[0]):
-        return
-    raise MergeError(f"{layout.path}: {key} at {box.offsets} holds NaN or Inf")
 
 
 def _check_object(layout: Layout, key: str, data: bytes) -> None:
@@ -178,9 +170,7 @@ def _compare(
     box = chance.choice(list(task.box.split(SAMPLE_ELEMENTS)))
     expected = _recompute(task, sources, coefficients, box)
     for output, values in zip(task.recipe.outputs, expected, strict=True):
-        stored = torch.empty(box.numel, dtype=output.dtype)
-        place = task.part(output.key, box)
-        merged.cover(output.key, place).read(place, Buffer(stored))
+        stored = merged.read(output.key, task.part(output.key, box))
         if not torch.equal(stored.view(torch.uint8), values.view(torch.uint8)):
             raise MergeError(
                 f"{merged.layout.path}: {output.key} at {box.offsets} is not the merge of its "
@@ -193,17 +183,13 @@ def _recompute(
     task: Task, sources: Sequence[CheckpointReader], coefficients: Sequence[float], box: Box
 ) -> list[torch.Tensor]:
     recipe = task.recipe
-    key, dtype = recipe.inputs[0], recipe.input_dtypes[0]
+    key = recipe.inputs[0]
     box = task.part(key, box)
     if recipe.rule is Rule.COPY:
-        data = torch.empty(box.numel, dtype=dtype)
-        sources[-1].cover(key, box).read(box, Buffer(data))
-        return [data]
+        return [sources[-1].read(key, box)]
     total = torch.zeros(0, dtype=torch.float64)
     for coefficient, source in zip(coefficients, sources, strict=True):
-        data = torch.empty(box.numel, dtype=dtype)
-        source.cover(key, box).read(box, Buffer(data))
-        product = data.double() * coefficient
+        product = source.read(key, box).double() * coefficient
         total = product if total.numel() == 0 else total + product
     first = reference.round_once(total, recipe.outputs[0].dtype)
     return [first, *(first.to(output.dtype) for output in recipe.outputs[1:])]

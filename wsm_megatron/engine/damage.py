@@ -1,0 +1,70 @@
+"""What may be wrong with the values of a source, and the errors that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.layout import Layout
+from wsm_megatron.checkpoint.roles import may_be_padding
+from wsm_megatron.engine.recipe import Output, Recipe, Task
+from wsm_megatron.errors import MergeError
+
+
+def wrong_main(recipe: Recipe, layout: Layout) -> MergeError:
+    """A source's main param is of other weights than its model tensor."""
+    main, model = recipe.inputs
+    return MergeError(
+        f"{layout.path}: the main param {main} does not belong to the model tensor "
+        f"{model}: rounded to {recipe.input_dtypes[1]} it differs. Megatron-LM through "
+        "core_r0.19 can save such mains with fully_reshardable optimizer state and several DDP "
+        "buckets; the model tensors are right. Merge with --mains-from-model (but for flat "
+        "buckets), or --optimizer-state drop"
+    )
+
+
+def is_damaged(key: str, box: Box, data: torch.Tensor) -> bool:
+    """Whether values of a chunk, or of a part of it, are not finite, padding apart."""
+    if not data.is_floating_point() or torch.isfinite(data).all():
+        return False
+    return not _is_padding(key, box)
+
+
+def check_finite(task: Task, layout: Layout, data: torch.Tensor) -> None:
+    """Raise ``MergeError`` where copied values are not finite, padding apart."""
+    if is_damaged(task.recipe.key, task.box, data):
+        raise MergeError(_nonfinite_message(layout, task.recipe.key, data))
+
+
+def explain_nonfinite(
+    task: Task, read: Iterable[tuple[Layout, torch.Tensor]], output: Output
+) -> None:
+    """A sum of what was read is not finite: name the source that is to blame, or the overflow.
+
+    Raises:
+        MergeError: unless it is padding.
+    """
+    key = task.recipe.inputs[0]
+    if _is_padding(key, task.part(key, task.box)):
+        return
+    for layout, elements in read:
+        if not torch.isfinite(elements).all():
+            raise MergeError(_nonfinite_message(layout, key, elements))
+    raise MergeError(
+        f"{key}: the merged values overflow {output.dtype} although every source is finite; "
+        "choose another --dtype"
+    )
+
+
+def _is_padding(key: str, box: Box) -> bool:
+    return len(box.offsets) == 1 and may_be_padding(key, box.offsets[0], box.sizes[0])
+
+
+def _nonfinite_message(layout: Layout, key: str, data: torch.Tensor) -> str:
+    count = int((~torch.isfinite(data)).sum())
+    return (
+        f"{layout.path}: {key} holds NaN or Inf ({count} of the {data.numel()} values "
+        "looked at); leave this checkpoint out, or pass --allow-nonfinite"
+    )
