@@ -12,8 +12,9 @@ from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from tests.unit.test_go_on import stop_merge
 from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron.checkpoint import files
+from wsm_megatron.checkpoint.files import SourceFiles
 from wsm_megatron.checkpoint.layout import COMMON_KEY, read_layout
-from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.engine.prepare import prepare_job
 
 
@@ -73,15 +74,15 @@ class Watched:
     @contextmanager
     def _progress(self, rank, total):
         """Planning and publishing, which read some metadata and samples, are not inside."""
-        self.total, read, log = total, CheckpointReader.read_record, self._reads
+        self.total, read, log = total, SourceFiles.read, self._reads
 
-        def logged(reader, location, start, out, key):
-            begin = location.offset + start
-            log.append((reader.layout.path, location.file, begin, begin + len(out)))
-            read(reader, location, start, out, key)
+        def logged(opened, name, position, out, what):
+            log.append((opened.path, name, position, position + len(out)))
+            read(opened, name, position, out, what)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CheckpointReader, "read_record", logged)
+            patch.setattr(files, "_reads", None)  # one by one
+            patch.setattr(SourceFiles, "read", logged)
             yield self._moves.append
 
     def read_once(self):

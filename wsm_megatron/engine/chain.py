@@ -23,7 +23,7 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.cover import Cover
+from wsm_megatron.checkpoint.cover import Cover, read_together
 from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
 from wsm_megatron.engine.context import Context, finish
@@ -255,9 +255,13 @@ def _tile(task: Task, inputs: dict[int, int], memory: Memory, numel: int) -> _Ti
 
 def _read(task: Task, covers: dict[int, list[Cover]], part: Box, tile: _Tile) -> None:
     boxes = [task.part(key, part) for key in task.recipe.inputs]
-    for j, inputs in covers.items():
-        for cover, box, buffer in zip(inputs, boxes, tile.sources[j], strict=False):
-            cover.read(box, buffer)
+    read_together(
+        [
+            (cover, box, buffer)
+            for j, inputs in covers.items()
+            for cover, box, buffer in zip(inputs, boxes, tile.sources[j], strict=False)
+        ]
+    )
 
 
 def _write(writers: list[ChunkWriter], tile: _Tile) -> None:
