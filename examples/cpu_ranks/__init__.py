@@ -6,6 +6,7 @@ test suite uses it as its test bed.
 
     config.py        GPTConfig: the model, its parallel layout, its optimizer
     launch.py        run_ranks(): start n ranks, collect their results or their traceback
+    server.py        the process that has imported megatron-core and forks the ranks
     rank.py          what runs in each rank process
     cuda_standin.py  the names of torch.cuda that megatron-core needs, answered by the CPU
     fused_adam.py    the optimizer megatron-core would take from Transformer Engine or Apex

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
+import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from examples.cpu_ranks.rank import Call
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -27,18 +29,19 @@ def run_ranks(
     folder: str | Path,
     *,
     timeout: float = 300.0,
-    env: dict[str, str] | None = None,
     echo: bool = False,
     cuda_standin: bool = True,
     **kwargs: Any,
 ) -> list[Any]:
     """Call ``function(**kwargs)`` in ``nproc`` new processes joined by gloo.
 
+    They are forked from a process that has imported torch and megatron-core (server.py), which is
+    started by the first call. So all ranks share the seed of Python's hashes.
+
     function: module-level, in a module importable from the repository; it imports
         megatron-core inside its body if this process should stay without it.
     folder: gets a fresh sub-folder with the ranks' logs and results.
     timeout: seconds for all ranks together.
-    env: more environment variables for the ranks.
     echo: the ranks write to this process's stdout and stderr instead of log files.
     cuda_standin: megatron-core can be used in the ranks; without, they are plain gloo ranks.
 
@@ -46,19 +49,19 @@ def run_ranks(
     once) or when the time is over.
     """
     folder = _new_folder(Path(folder), function.__name__)
-    call = folder / "call.pickle"
-    call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, kwargs)))
+    file = folder / "call.pickle"
+    file.write_bytes(pickle.dumps((function.__module__, function.__qualname__, kwargs)))
     # Short, as the sockets that checkpoint writers put there may have only some 100 characters.
     with tempfile.TemporaryDirectory(prefix="ranks-") as temporary:
-        environment = _environment(Path(temporary), nproc) | (env or {})
-        if cuda_standin:
-            environment["CUDA_STANDIN"] = "1"
-        ranks = [_start(rank, call, folder, environment, echo) for rank in range(nproc)]
-        try:
-            _wait(ranks, folder, time.monotonic() + timeout, timeout)
-        finally:
-            for process in ranks:
-                _kill(process)
+        call = Call(
+            file=file,
+            nproc=nproc,
+            folder=folder,
+            environment=_environment(Path(temporary), nproc),
+            echo=echo,
+            timeout=timeout,
+        )
+        _raise_failure(_server(cuda_standin).run(call), call)
     return [pickle.loads((folder / f"result{rank}.pickle").read_bytes()) for rank in range(nproc)]
 
 
@@ -77,59 +80,75 @@ def _environment(temporary: Path, nproc: int) -> dict[str, str]:
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "TMPDIR": str(temporary),
-        "PYTHONPATH": os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **_FOR_IMPORTS,
     }
 
 
-def _start(
-    rank: int, call: Path, folder: Path, environment: dict[str, str], echo: bool
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "ignore", "-m", "examples.cpu_ranks.rank"]
-    command += [str(call), str(folder / f"result{rank}.pickle")]
-    environment = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    with (folder / f"rank{rank}.log").open("wb") as log:
-        output = None if echo else log
-        return subprocess.Popen(
-            command,
+_FOR_IMPORTS = {
+    "PYTHONPATH": os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
+
+class _Server:
+    """The process that forks ranks; it ends with this one."""
+
+    def __init__(self, cuda_standin: bool):
+        self._connection, theirs = multiprocessing.Pipe()
+        environment = os.environ | _FOR_IMPORTS
+        if cuda_standin:
+            environment["CUDA_STANDIN"] = "1"
+        command = [sys.executable, "-W", "ignore", "-m", "examples.cpu_ranks.server"]
+        self._process = subprocess.Popen(
+            [*command, str(theirs.fileno())],
             env=environment,
             cwd=_REPOSITORY,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # so that a rank dies together with what it spawned
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # no Ctrl-C: it ends its ranks when this process is gone
         )
+        theirs.close()
+        atexit.register(self.close)
+
+    def run(self, call: Call) -> list[int | None]:
+        """The ranks' exit statuses, see server.py."""
+        try:
+            self._connection.send(call)
+            return self._connection.recv()
+        except BaseException as error:
+            self.close()
+            _server.cache_clear()  # an answer to this call is none to the next one
+            if isinstance(error, (EOFError, BrokenPipeError)):
+                raise RankError("the process that forks ranks has ended; see its output") from error
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.wait()
 
 
-def _wait(
-    ranks: list[subprocess.Popen[bytes]], folder: Path, deadline: float, timeout: float
-) -> None:
-    while any(process.poll() is None for process in ranks):
-        failed = [rank for rank, process in enumerate(ranks) if process.poll()]
-        if failed:
-            break
-        if time.monotonic() > deadline:
-            raise RankError(f"ranks still running after {timeout:.0f} s\n{_tails(ranks, folder)}")
-        time.sleep(0.05)
-    failed = [rank for rank, process in enumerate(ranks) if process.poll()]
+@functools.cache
+def _server(cuda_standin: bool) -> _Server:
+    return _Server(cuda_standin)
+
+
+def _raise_failure(status: list[int | None], call: Call) -> None:
+    """Raise RankError unless all ranks ended well."""
+    failed = [rank for rank, code in enumerate(status) if code]
     if failed:
-        code = ranks[failed[0]].returncode
-        raise RankError(f"rank {failed[0]} ended with {code}\n{_tails(ranks, folder, failed)}")
+        message = f"rank {failed[0]} ended with {status[failed[0]]}"
+        raise RankError(f"{message}\n{_tails(call, failed)}")
+    if None in status:
+        message = f"ranks still running after {call.timeout:.0f} s"
+        raise RankError(f"{message}\n{_tails(call, list(range(call.nproc)))}")
 
 
-def _tails(
-    ranks: list[subprocess.Popen[bytes]], folder: Path, which: list[int] | None = None
-) -> str:
+def _tails(call: Call, ranks: list[int]) -> str:
     tails = []
-    for rank in range(len(ranks)) if which is None else which:
-        text = (folder / f"rank{rank}.log").read_text(errors="replace")
+    for rank in ranks:
+        log = call.folder / f"rank{rank}.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
         tails.append(f"--- end of rank {rank}'s output ---\n{text[-6000:]}")
     return "\n".join(tails)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # the whole session has ended
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from tests import runs
 from tests.dist.test_source_parallel import assert_equal, ordinary, spread, whole_checkpoints
 from tests.faults import rank as faults
 from tests.faults.rank import Case
+from tests.ports import reserved_ports
 
 RANKS = 3
 WITHIN = 60.0
@@ -23,7 +24,7 @@ CASES = [
     for rank in range(RANKS)
 ]
 CASES += [Case(fault, "write", 0) for fault in ("SIGKILL", "ENOSPC")]  # it has the newest source
-AT_ONCE = 3
+AT_ONCE = 4
 
 
 def run_rank(case: Case | None, rank: int, port: int, log: Path, argv: list[str]) -> None:
@@ -39,11 +40,8 @@ def run_rank(case: Case | None, rank: int, port: int, log: Path, argv: list[str]
 class Merge:
     """A ``wsm merge`` of all ranks, each with the sources of its own node."""
 
-    def __init__(self, folder: Path, case: Case | None):
+    def __init__(self, folder: Path, case: Case | None, port: int):
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.faults.rank"])
         self.processes = []
@@ -67,6 +65,15 @@ class Merge:
         return status, [(self.folder / f"rank{r}.log").read_text() for r in range(RANKS)]
 
 
+def merge_all(
+    folders: list[Path], cases: Sequence[Case | None]
+) -> list[tuple[list[int | None], list[str]]]:
+    """A merge in every folder, side by side: how its ranks end, and what they say."""
+    with reserved_ports(len(folders)) as ports:
+        merges = [Merge(*one) for one in zip(folders, cases, ports, strict=True)]
+        return [merge.end() for merge in merges]
+
+
 def test_no_fault_hangs_a_rank_and_the_second_run_merges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,15 +84,14 @@ def test_no_fault_hangs_a_rank_and_the_second_run_merges(
         folders = [tmp_path / f"{c.fault}-{c.stage}-{c.rank}".replace(" ", "-") for c in some]
         for folder in folders:
             spread(runs.DENSE, folder, RANKS, whole_checkpoints(0, 1, 2, 0))
-        first = [Merge(folder, case) for folder, case in zip(folders, some, strict=True)]
-        ends = [merge.end() for merge in first]
-        second = [Merge(folder, None) for folder in folders]
-        for case, (status, said), merge in zip(some, ends, second, strict=True):
+        first = merge_all(folders, some)
+        second = merge_all(folders, [None] * len(some))
+        for case, folder, (status, said), again in zip(some, folders, first, second, strict=True):
             assert None not in status, f"a rank hangs: {case} {said}"
             assert all(status), f"a rank takes the merge for done: {case} {status} {said}"
             for other in set(range(RANKS)) - {case.rank}:
                 assert f"rank {case.rank}" in said[other], (case, said)
-            assert merge.end()[0] == [0] * RANKS, (case, said)
-            assert_equal(merge.folder / "out" / "iter_0000008", expected)
-            left = sorted(path.name for path in (merge.folder / "out").iterdir())
+            assert again[0] == [0] * RANKS, (case, said, again)
+            assert_equal(folder / "out" / "iter_0000008", expected)
+            left = sorted(path.name for path in (folder / "out").iterdir())
             assert left == ["iter_0000008", "latest_checkpointed_iteration.txt"], (case, left)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.rank import Case, run_rank
+from tests.ports import reserved_ports
 from tests.reference import RUNS
 from tests.runs import DENSE
 
 RANKS = 2
 WITHIN = 60.0
-"""Seconds after which a rank counts as hanging. A lost rank is noticed after 2 here."""
+"""Seconds after which a rank counts as hanging. A lost rank is noticed after 4 here."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,23 @@ def run_all(
 
     Of the folder's ``run``, where it has one. Saved to its ``out``.
     """
-    started = [_start(server, folder, case) for folder, case in zip(folders, cases, strict=True)]
-    deadline = time.monotonic() + WITHIN
-    return [_end(ranks, folder, deadline) for ranks, folder in zip(started, folders, strict=True)]
+    with reserved_ports(len(folders)) as ports:
+        started = [
+            _start(server, folder, case, port)
+            for folder, case, port in zip(folders, cases, ports, strict=True)
+        ]
+        deadline = time.monotonic() + WITHIN
+        return [
+            _end(ranks, folder, deadline) for ranks, folder in zip(started, folders, strict=True)
+        ]
 
 
-def _start(server: ForkServerContext, folder: Path, case: Case | None) -> list[ForkServerProcess]:
+def _start(
+    server: ForkServerContext, folder: Path, case: Case | None, port: int
+) -> list[ForkServerProcess]:
     run = folder / "run" if (folder / "run").exists() else RUNS / DENSE
     argv = ["merge", "--load", str(run), "--save", str(folder / "out"), "--threads", "2"]
     argv += ["--log-json", str(folder / "events.jsonl")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ranks = [
         server.Process(
             target=run_rank, args=(case, rank, RANKS, port, folder / f"rank{rank}.log", argv)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.faults.job import RANKS, Run, make_folder, run_all
 from tests.faults.rank import FAULTS, STAGES, Case
 
-AT_ONCE = 4
+AT_ONCE = 6
 CASES = [Case(f, s, r) for f in FAULTS for s in STAGES for r in range(RANKS)]
 CASES.append(Case("SIGKILL", "track", 0))
 CASES += [Case("stalled write", "sync", r) for r in range(RANKS)]

@@ -17,8 +17,8 @@ and in each rank (megatron-core is imported there only)::
         save_checkpoint(training, root)
         return snapshot(training)
 
-A start of ranks costs seconds, a ``build`` in running ranks tenths: put what belongs together into
-one rank function.
+The first start of ranks costs seconds, every other one and a ``build`` in running ranks tenths: put
+what belongs together into one rank function.
 """
 
 from examples.cpu_ranks import GPTConfig, RankError, run_ranks

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.ports import reserved_ports
+
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("wsm1", "wsm2")
 _SBIN = "/usr/sbin:/sbin:/usr/local/sbin"
@@ -72,6 +74,7 @@ class Cluster:
     folder: Path
     environ: dict[str, str] = field(default_factory=dict)
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _ports: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Cluster:
         self.environ = {
@@ -107,6 +110,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 os.killpg(daemon.pid, signal.SIGKILL)
                 daemon.wait()
+        self._ports.close()
 
     def call(
         self,
@@ -170,7 +174,7 @@ class Cluster:
         )
 
     def _configure(self) -> None:
-        controller, *nodes = _free_ports(1 + len(NODES))
+        controller, *nodes = self._ports.enter_context(reserved_ports(1 + len(NODES)))
         host = socket.gethostname().split(".")[0]
         (self.folder / "state").mkdir()
         text = _CONFIG.format(
@@ -235,11 +239,3 @@ class Cluster:
                 )
                 raise RuntimeError(f"{what} did not come up; ended: {dead}\n{logs}")
             time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]

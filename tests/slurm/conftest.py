@@ -34,5 +34,6 @@ def cluster() -> Iterator[Cluster]:
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             "PATH": f"{Path(sys.executable).parent}:{cluster.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": folder,  # torchrun leaves a folder behind
         }
         yield cluster

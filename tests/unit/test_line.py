@@ -21,7 +21,7 @@ from wsm_megatron.line import Line
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line, "BEAT", 0.05)
-    monkeypatch.setattr(line, "LOST_AFTER", 1.0)
+    monkeypatch.setattr(line, "LOST_AFTER", 3.0)
 
 
 @pytest.fixture

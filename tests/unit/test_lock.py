@@ -24,7 +24,7 @@ LOCK = ".iter_0000008.wsm.lock"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "FRESHEN", 0.05)
-    monkeypatch.setattr(lock, "STALE_AFTER", 0.5)
+    monkeypatch.setattr(lock, "STALE_AFTER", 2.0)
 
 
 def hold(path: Path, **changes: Any) -> None:

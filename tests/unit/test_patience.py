@@ -25,7 +25,7 @@ from wsm_megatron.line import Line
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "STALLED_AFTER", 0.5)
+    monkeypatch.setattr(patience, "STALLED_AFTER", 2.0)
     monkeypatch.setattr(crew, "_PATIENCE", 0.1)
 
 

@@ -20,7 +20,7 @@ from wsm_megatron.line import Line
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Wire]]:
     monkeypatch.setattr(line, "BEAT", 0.05)
-    monkeypatch.setattr(line, "LOST_AFTER", 1.0)
+    monkeypatch.setattr(line, "LOST_AFTER", 3.0)
     store = dist.HashStore()
     lines = [Line(store, rank, 2) for rank in range(2)]
     ranks = [Ranks(rank, 2, one, store) for rank, one in enumerate(lines)]
