@@ -10,8 +10,8 @@ from wsm_megatron.engine.recipe import Recipe, Rule
 
 MOST = 512 * 2**20
 """Bytes taken by default where the machine has them eight times over."""
-TILE_BYTES = 2 * 2**20
-"""Bytes of all sources together in one tile: about a core's share of cache."""
+TILE_BYTES = 3 * 2**20
+"""Bytes of all sources together in one tile: about what a core's caches hold, measured."""
 STAGED_BYTES = 16 * 2**20
 """The same on a GPU: enough to keep it busy longer than it takes to start it."""
 LEAST_ELEMENTS = 2**14
