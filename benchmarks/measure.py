@@ -47,6 +47,7 @@ def launch(command: list[str], ranks: int = 1) -> Run:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    os.sync()  # what ran before leaves nothing to write
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         processes = [
@@ -106,6 +107,7 @@ def raw_write(folder: Path, nbytes: int) -> float:
     """Seconds to write and sync one file."""
     data = os.urandom(_PIECE)
     path = folder / "raw"
+    os.sync()
     start = time.perf_counter()
     with path.open("wb", buffering=0) as stream:
         for _ in range(0, nbytes, _PIECE):
