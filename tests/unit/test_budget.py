@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.checkpoint import direct
+from wsm_megatron.checkpoint import direct, files
 from wsm_megatron.checkpoint.roles import Role
 from wsm_megatron.cli import main
 from wsm_megatron.engine import budget, device
@@ -135,6 +135,7 @@ def test_reading_ahead_stays_inside_the_window(tmp_path, monkeypatch):
     """Chunks of several tiles are announced, piece after piece; advice that is refused is left."""
     monkeypatch.setattr(budget, "LEAST_ELEMENTS", 64)
     monkeypatch.setattr(device, "TILE_BYTES", 1024)
+    monkeypatch.setattr(files, "is_cached", lambda descriptor, position: False)
     advised = []
     monkeypatch.setattr(
         os, "posix_fadvise", lambda fd, start, length, what: advised.append((start, length, what))

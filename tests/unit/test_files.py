@@ -136,6 +136,25 @@ def test_files_past_the_page_cache_are_read_by_themselves(
         files.close()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_cached_is_not_announced(
+    sources: list[SourceFiles], monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    asked, advised = [], []
+
+    def preadv(descriptor: int, buffers: list, position: int, flags: int) -> int:
+        asked.append((position, flags))
+        if not cached:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[1:]))
+    sources[0].prefetch("a", 1000, 500)
+    assert asked == [(1499, os.RWF_NOWAIT)]
+    assert advised == ([] if cached else [(1000, 500, os.POSIX_FADV_WILLNEED)])
+
+
 def test_the_extension_checks_its_arguments() -> None:
     current = ctypes.c_int64()
     assert module._reads.fill((), ctypes.addressof(current)) == 0

@@ -73,8 +73,12 @@ class SourceFiles:
 
     def prefetch(self, name: str, position: int, length: int) -> None:
         """Tell the kernel what will be read next; it reads ahead, or ignores it."""
-        with contextlib.suppress(OSError):  # advice that this file system does not take
-            os.posix_fadvise(self.descriptor(name), position, length, os.POSIX_FADV_WILLNEED)
+        descriptor = self.descriptor(name)
+        with watched(partial(self.place, name, position, "ahead")):
+            if is_cached(descriptor, position + length - 1):
+                return  # it would look at every page
+            with contextlib.suppress(OSError):  # advice that this file system does not take
+                os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_WILLNEED)
 
     def descriptor(self, name: str) -> int:
         """Of a file, opened."""
@@ -96,7 +100,15 @@ class SourceFiles:
         return f"{self.path}: reading {what} from {name} at byte {position}"
 
 
-@dataclass(frozen=True, slots=True)
+def is_cached(descriptor: int, position: int) -> bool:
+    """Whether a byte is in the page cache, as far as the file system says."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+    except (OSError, AttributeError):  # it is not; or the system has no such read
+        return False
+
+
+@dataclass(slots=True)
 class Read:
     """Bytes of one file, and where to; ``what`` they are, for messages."""
 
