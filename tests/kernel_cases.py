@@ -139,9 +139,10 @@ def no_fused_multiply_add(weighted_sum: WeightedSum, device: str = "cpu") -> Non
     """(1 + e)(1 + e) - 1 is 2 e once the product is rounded, and 2 e + e e if it is not."""
     e = 2.0**-30
     sources = [torch.full((1500,), value, dtype=FP64, device=device) for value in (1.0, 1 + e)]
-    output = torch.empty_like(sources[0])
-    assert weighted_sum(sources, [[-1.0, 1 + e]], [output])
-    assert set(output.tolist()) == {2 * e}
+    for count in (1, 2, 6):  # outputs
+        outputs = [torch.empty_like(sources[0]) for _ in range(count)]
+        assert weighted_sum(sources, [[-1.0, 1 + e]] * count, outputs)
+        assert all(set(output.tolist()) == {2 * e} for output in outputs)
 
 
 CASES = (every_pattern_converts, every_tie_rounds_to_even, no_fused_multiply_add)

@@ -51,7 +51,7 @@ VALUES = st.one_of(
 
 @st.composite
 def problems(draw):
-    n, m, size = draw(st.integers(1, 7)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    n, m, size = draw(st.integers(1, 7)), draw(st.integers(1, 6)), draw(st.integers(1, 20))
     some = st.sampled_from(DTYPES)
     columns = st.lists(VALUES, min_size=size, max_size=size)
     sources = [torch.tensor(draw(columns), dtype=FP64).to(draw(some)) for _ in range(n)]
