@@ -34,6 +34,7 @@ from wsm_megatron.errors import (
 )
 from wsm_megatron.local import run_forked
 from wsm_megatron.progress import progress_bar
+from wsm_megatron.signals import ENDING, ending_signals
 from wsm_megatron.window import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def _merge(arguments: argparse.Namespace) -> int | None:
 
 def _merge_on_rank(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    with _signals_raise(), _exit_when_storage_hangs(), job_ranks() as ranks:
+    with ending_signals(_stop), _exit_when_storage_hangs(), job_ranks() as ranks:
         done = merge(config, progress_bar)
         if ranks.rank != 0:
             return
@@ -210,23 +211,12 @@ def _merge_on_rank(arguments: argparse.Namespace) -> None:
         _print_json(done.as_data())
 
 
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGTERM (of Slurm, say) and SIGINT end the block as an error does, the first time."""
-
-    def stop(number: int, _: object) -> None:
-        for one in handled:
-            signal.signal(one, signal.SIG_IGN)
-        name = signal.Signals(number).name
-        raise StoppedError(f"stopped by {name}; nothing was published", number)
-
-    handled = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(one, stop) for one in handled]
-    try:
-        yield
-    finally:
-        for one, handler in zip(handled, before, strict=True):
-            signal.signal(one, handler)
+def _stop(number: int, _: object) -> None:
+    """A signal ends what runs as an error does, the first time."""
+    for one in ENDING:
+        signal.signal(one, signal.SIG_IGN)
+    name = signal.Signals(number).name
+    raise StoppedError(f"stopped by {name}; nothing was published", number)
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch.distributed as dist
 
 from wsm_megatron.distributed import launched_as
 from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.signals import ending_signals
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,13 @@ def run_forked(ranks: int, main: Callable[[], int]) -> int:
     reading, writing = os.pipe()
     processes = {_fork(number, ranks, main, reading, writing): number for number in range(ranks)}
     os.close(reading)
-    with _signals_passed_on(processes):
+
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, number)
+
+    with ending_signals(pass_on):
         store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
         os.write(writing, store.port.to_bytes(_PORT_BYTES, "little") * ranks)
         os.close(writing)
@@ -83,22 +90,6 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return {"MASTER_ADDR": _HOST, **agent, **{k: str(v) for k, v in numbers.items()}}
-
-
-@contextmanager
-def _signals_passed_on(processes: Mapping[int, int]) -> Iterator[None]:
-    def pass_on(number: int, _: object) -> None:
-        for process in processes:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.kill(process, number)
-
-    handled = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(one, pass_on) for one in handled]
-    try:
-        yield
-    finally:
-        for one, handler in zip(handled, before, strict=True):
-            signal.signal(one, handler)
 
 
 def _wait(processes: dict[int, int]) -> int:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ from wsm_megatron import MergeConfig, merge
 from wsm_megatron.checkpoint import journal
 from wsm_megatron.checkpoint.journal import Journal
 from wsm_megatron.errors import StorageError
+
+
+@contextmanager
+def begun(file: Path) -> Iterator[Journal]:
+    """A journal of a file with one part, which no sync has seen."""
+    with file.open("r+b") as stream:
+        kept = Journal(file, stream.fileno())
+        kept.add((0, 600, 1))
+        assert lines(file) == 0
+        yield kept
 
 
 @pytest.fixture
@@ -41,10 +52,7 @@ def wait_for(count: int, file: Path) -> None:
 
 def test_syncs_go_on_beside_the_writing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SYNC_BYTES", 1000)
-    with file.open("r+b") as stream:
-        kept = Journal(file, stream.fileno())
-        kept.add((0, 600, 1))
-        assert lines(file) == 0
+    with begun(file) as kept:
         kept.add((600, 600, 2))
         wait_for(2, file)
         kept.add((1200, 600, 3))
@@ -56,10 +64,7 @@ def test_writing_waits_for_storage_that_is_far_behind(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "BEHIND_BYTES", 1000)
-    with file.open("r+b") as stream:
-        kept = Journal(file, stream.fileno())
-        kept.add((0, 600, 1))
-        assert lines(file) == 0
+    with begun(file) as kept:
         kept.add((600, 600, 2))
         assert lines(file) == 2
         kept.add((1200, 600, 3))  # what is on disk no longer counts

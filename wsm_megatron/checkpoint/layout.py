@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wsm_megatron.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from wsm_megatron.checkpoint.metadata import Metadata, TensorStorageMetadata
 from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
 from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
@@ -191,7 +191,7 @@ def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
         if info.relative_path in ("", ".", "..") or "/" in info.relative_path:
             raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")
         location = Location(info.relative_path, info.offset, info.length)
-        locations[_index_key(index)] = location
+        locations[index.fqn, index.offset] = location
     return locations
 
 
@@ -210,10 +210,6 @@ def check_size(path: Path, file: str, size: int, end: int) -> None:
             f"{path}: file {file} is truncated ({size} bytes where .metadata needs {end}); "
             "restore it or leave the checkpoint out"
         )
-
-
-def _index_key(index: MetadataIndex) -> tuple:
-    return index.fqn, None if index.offset is None else tuple(index.offset)
 
 
 def _location_of(
