@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wsm_megatron import report
 from wsm_megatron.checkpoint.patience import check_storage
@@ -35,9 +35,12 @@ from wsm_megatron.errors import (
 from wsm_megatron.local import run_forked
 from wsm_megatron.progress import progress_bar
 from wsm_megatron.signals import ENDING, ending_signals
+from wsm_megatron.values import count, local_path, number, several, size
 from wsm_megatron.window import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GRACE = 10.0
 """Seconds that a merge has to end by itself once storage hangs."""
@@ -48,7 +51,7 @@ _GROUPS = {"run": "run", "which": "which checkpoints", "how": "how they are merg
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``wsm``; returns the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_with_negative_values(sys.argv[1:] if argv is None else argv))
     logging.getLogger("wsm_megatron").setLevel(
         logging.INFO if arguments.verbose else logging.WARNING
     )
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add_merge(commands, "merge", _merge, "merge checkpoints of a run into one")
     command.add_argument(
         "--local-ranks",
-        type=int,
+        type=_count,
         metavar="N",
         help="start N ranks on this machine, without torchrun or srun: one for each GPU, or for "
         "every 16 cores (default: this process alone)",
@@ -80,18 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands, "plan", _plan, "say everything that merge would do; write nothing")
     _add_coefficients(commands)
     command = _add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
-    command.add_argument("directory", type=Path)
+    command.add_argument("directory", type=_path)
     command.add_argument("--entries", action="store_true", help="list every entry")
     command = _add(commands, "verify", _verify, "check a checkpoint on disk, every byte")
-    command.add_argument("directory", type=Path)
+    command.add_argument("directory", type=_path)
     command.add_argument(
         "--sources", action="store_true", help="recompute samples from the sources, bit for bit"
     )
     command.add_argument("--allow-nonfinite", action="store_true", help="let NaN and Inf pass")
     command = _add(commands, "resume-check", _resume_check, "say whether and how Megatron resumes")
-    command.add_argument("directory", type=Path, help="a checkpoint, or a root with a tracker")
+    command.add_argument("directory", type=_path, help="a checkpoint, or a root with a tracker")
     command.add_argument(
-        "--against", type=Path, help="a run or checkpoint whose launch line is to resume from it"
+        "--against", type=_path, help="a run or checkpoint whose launch line is to resume from it"
     )
     return parser
 
@@ -142,9 +145,9 @@ def _add_option(parser: Any, option: Field) -> None:
 def _add_coefficients(commands: Any) -> None:
     command = _add(commands, "coefficients", _coefficients, "coefficients of a decay")
     where = command.add_mutually_exclusive_group(required=True)
-    where.add_argument("--num", type=int, help="N checkpoints, evenly spaced")
-    where.add_argument("--positions", type=_integers, help="positions: 1000,2000,4000")
-    where.add_argument("--load", type=Path, help="a run directory")
+    where.add_argument("--num", type=_count, help="N checkpoints, evenly spaced")
+    where.add_argument("--positions", type=_counts, help="positions: 1000,2000,4000")
+    where.add_argument("--load", type=_path, help="a run directory")
     window = command.add_argument_group("which checkpoints of --load")
     how = command.add_argument_group("how")
     for option in fields(MergeConfig):
@@ -154,32 +157,40 @@ def _add_coefficients(commands: Any) -> None:
             _add_option(how, option)
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """For argparse, which shows the message of its own exception only."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
-def _bytes(text: str) -> int:
-    """A size: 1000000, 256MiB, 2GB."""
-    match = re.fullmatch(r"(\d+)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB")
-    number, unit, binary = match.groups()
-    return int(number) * (1024 if binary else 1000) ** ("kmgt".index(unit) + 1 if unit else 0)
-
-
+_path, _count, _counts = _typed(local_path), _typed(count), _typed(several(count))
 _TYPES: dict[str, Callable[[str], Any]] = {
-    "Path": Path,
-    "int": int,
-    "float": float,
+    "Path": _path,
+    "int": _count,
+    "float": _typed(number),
     "str": str,
-    "tuple[int, ...]": _integers,
-    "tuple[float, ...]": _floats,
-    "bytes": _bytes,
+    "tuple[int, ...]": _counts,
+    "tuple[float, ...]": _typed(several(number)),
+    "bytes": _typed(size),
 }
+
+
+def _with_negative_values(arguments: Sequence[str]) -> list[str]:
+    """``--weights -0.5,1.5`` as ``--weights=-0.5,1.5``: argparse sees an option there."""
+    joined: list[str] = []
+    for argument in arguments:
+        before = joined[-1] if joined else ""
+        if re.match(r"-[0-9.]", argument) and before.startswith("--") and "=" not in before:
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
@@ -280,7 +291,7 @@ def _decay(arguments: argparse.Namespace) -> Decay:
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
         raise ValueError("coefficients shows one decay over one window at a time")
     return decay_over(
-        checkpoints, config.decay, config.min_decay, config.weights, config.allow_unnormalized
+        checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.decay import DECAYS
+from wsm_megatron.values import local_path
 from wsm_megatron.window import Window
 
 OPTIMIZER_STATE = ("drop", "last", "merge")
@@ -47,7 +48,7 @@ class MergeConfig:
     )
     window_tokens: tuple[int, ...] | None = _option(
         None,
-        "the last T tokens up to --to, both ends included; several make several merges",
+        "the last T tokens up to --to, both ends included: 500M, 2B; several make several merges",
         group="which",
         metavar="T,...",
     )
@@ -72,7 +73,9 @@ class MergeConfig:
         0.0, "floor of the decay: minimum LR as a fraction of the maximum", group="how"
     )
     weights: tuple[float, ...] | None = _option(
-        None, "explicit coefficients, oldest first, instead of --decay: 0.2,0.3,0.5", group="how"
+        None,
+        "explicit coefficients, oldest first, instead of --decay: 0.2,0.3,0.5 or 1/3,1/3,1/3",
+        group="how",
     )
     allow_unnormalized: bool = _option(
         False, "let --weights sum to something other than 1", group="how"
@@ -147,10 +150,7 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("load", "save"):
-            object.__setattr__(self, name, Path(getattr(self, name)))
-        if self.log_json is not None:
-            object.__setattr__(self, "log_json", Path(self.log_json))
+        self._check_paths()
         for option in fields(self):
             choices = option.metadata.get("choices")
             value = getattr(self, option.name)
@@ -183,11 +183,19 @@ class MergeConfig:
 
     @property
     def decays(self) -> tuple[str, ...]:
-        return tuple(self.decay.split(","))
+        return tuple(one.strip() for one in self.decay.split(","))
 
     @property
     def keeps_optimizer(self) -> bool:
         return self.optimizer_state != "drop"
+
+    def _check_paths(self) -> None:
+        paths = {name: getattr(self, name) for name in ("load", "save", "log_json")}
+        for name, value in paths.items():
+            if value is not None:
+                object.__setattr__(self, name, _local(name, value))
+        for decay in self.decays:
+            _local("decay", decay)
 
     def _check_which(self) -> None:
         windows = self.windows  # contradictions between the window's options raise here
@@ -239,6 +247,13 @@ class MergeConfig:
                 "negative --weights can make the merged second moment negative; use "
                 "--optimizer-state last or drop"
             )
+
+
+def _local(name: str, value: str | Path) -> Path:
+    try:
+        return local_path(value)
+    except ValueError as error:
+        raise ValueError(f"{flag(name)}: {error}") from None
 
 
 def flag(name: str) -> str:

@@ -17,6 +17,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +37,17 @@ _SHAPES: dict[str, Shape] = {
     "exponential": lambda t: 2.0 * 0.5**t - 1.0,
 }
 _ALIASES = {"minus_sqrt": "1-sqrt"}
+
+_MEANT = {
+    "average": "mean",
+    "avg": "mean",
+    "uniform": "mean",
+    "constant": "mean",
+    "swa": "mean",
+    "lawa": "mean",
+    "sqrt": "1-sqrt",
+}
+"""What others call a shape."""
 
 DECAYS = ("mean", *_SHAPES)
 """Names that :func:`coefficients` knows; ``minus_sqrt``, Megatron's word, means ``1-sqrt``."""
@@ -119,8 +131,8 @@ def check_weights(
     total = math.fsum(values)
     if abs(total - 1.0) > SUM_TOLERANCE and not allow_unnormalized:
         raise ValueError(
-            f"--weights sum to {total:.9g}, not 1: the merged model would be scaled; "
-            "pass --allow-unnormalized if that is meant"
+            f"--weights sum to {total:.9g}, not 1: the merged model would be scaled. Give shares "
+            "of 1 (fractions such as 1/3 are exact), or --allow-unnormalized if that is meant"
         )
     return values
 
@@ -202,8 +214,15 @@ def _shape(decay: str | Shape) -> Shape:
     if Path(decay).suffix == ".csv" or Path(decay).is_file():
         return load_curve(decay)
     raise ValueError(
-        f"unknown decay {decay!r}: use one of {', '.join(DECAYS)}, or a CSV file of t,s points"
+        f"unknown decay {decay!r}{_did_you_mean(decay)}: use one of {', '.join(DECAYS)}, or a CSV "
+        "file of t,s points"
     )
+
+
+def _did_you_mean(decay: str) -> str:
+    name = decay.lower()
+    close = [_MEANT[name]] if name in _MEANT else get_close_matches(name, DECAYS, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}" if close else ""
 
 
 def _check_positions(positions: Sequence[float]) -> tuple[float, ...]:

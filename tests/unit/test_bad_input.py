@@ -218,6 +218,19 @@ def test_truncated_distcp(tmp_path, merge_fails):
     assert "missing" in merge_fails(run, status=EXIT_FAILED)
 
 
+def test_files_on_other_nodes(tmp_path, merge_fails):
+    """Of two nodes without shared storage, each has the files of its own ranks."""
+    run = damaged(tmp_path, runs.FULLY)
+    for iteration in (2, 4, 6, 8):
+        next(runs.checkpoint(run, iteration).glob("__1_*.distcp")).unlink()
+    message = merge_fails(run, status=EXIT_FAILED)
+    assert "iter_0000002: file __1_" in message and "with --source-parallel" in message
+    for iteration in (2, 4, 6, 8):
+        (runs.checkpoint(run, iteration) / "metadata.json").unlink()
+    message = merge_fails(run, status=EXIT_USAGE)
+    assert "no checkpoint is finished" in message and "with --source-parallel" in message
+
+
 @pytest.mark.parametrize("fraction", [0.02, 0.35, 0.6, 0.95])
 def test_flipped_bytes(tmp_path, merge_fails, fraction):
     """Wherever a byte of a tensor changes: in its values, its header, its directory."""

@@ -199,7 +199,11 @@ def _check_files(layout: Layout) -> None:
     path = layout.path
     for file, end in sorted(layout.files.items()):
         if not (path / file).is_file():
-            raise MergeError(f"{path}: file {file} is missing; the checkpoint is damaged")
+            raise MergeError(
+                f"{path}: file {file} is missing; the checkpoint is damaged, leave it out. Where "
+                "each node keeps the files of its own ranks, start a rank on every node with "
+                "--source-parallel"
+            )
         check_size(path, file, (path / file).stat().st_size, end)
 
 

@@ -87,6 +87,11 @@ def select_checkpoints(
     Warns about unfinished ones; raises ``ValueError`` where one is named explicitly.
     """
     run = scan_run(root)
+    if run.unfinished and not run.finished:
+        raise ValueError(
+            f"{root}: no checkpoint is finished (metadata.json, which Megatron writes last). Where "
+            "it lies on another node, start a rank on every node with --source-parallel"
+        )
     return choose_checkpoints(
         run, window, sliding_every, cache(lambda i: read_tokens(run.checkpoint(i)))
     )
