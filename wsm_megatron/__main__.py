@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
+import signal
 from typing import NoReturn
+
+from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.output import finish, open_streams, say, say_defect
 
 
 def run() -> NoReturn:
@@ -14,18 +17,25 @@ def run() -> NoReturn:
     Importing torch makes a million objects that live to the end. Collecting garbage among them
     meanwhile, and taking them apart at exit, takes about as long as the import itself.
     """
-    gc.disable()
-    from wsm_megatron.cli import main
-
-    gc.freeze()
-    gc.enable()
+    status = EXIT_FAILED
     try:
+        open_streams()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line
+        gc.disable()
+        from wsm_megatron.cli import main
+
+        gc.freeze()
+        gc.enable()
         status = main()
     except SystemExit as error:  # argparse: 0 after --help, 2 for a wrong option
-        status = error.code if isinstance(error.code, int) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        status = error.code if isinstance(error.code, int) else EXIT_FAILED
+    except KeyboardInterrupt:
+        say("wsm: stopped by SIGINT")
+        status = 128 + signal.SIGINT
+    except BaseException:
+        say_defect()
+    finally:
+        os._exit(finish(status))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from wsm_megatron.errors import (
     exit_code,
 )
 from wsm_megatron.local import run_forked
+from wsm_megatron.output import say, show
 from wsm_megatron.progress import progress_bar
 from wsm_megatron.signals import ENDING, ending_signals
 from wsm_megatron.values import count, local_path, number, several, size
@@ -58,13 +60,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _status(arguments, arguments.run)
 
 
-def _status(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], int | None]) -> int:
-    """The exit status of a command, its error printed."""
+@dataclass(frozen=True)
+class _Answer:
+    """What a command has to say once it is done.
+
+    Attributes:
+        data: for ``--json``.
+        status: the exit status.
+        shown: whether showing it is all that the command is for.
+    """
+
+    lines: Iterable[str] = ()
+    data: Callable[[], dict[str, Any]] = dict
+    status: int = 0
+    shown: bool = False
+
+
+_Command = Callable[[argparse.Namespace], "_Answer"]
+
+
+def _status(arguments: argparse.Namespace, run: _Command) -> int:
+    """The exit status of a command, its answer or its error printed."""
+    name = f"wsm {arguments.command}"
     try:
-        return run(arguments) or 0
+        answer = run(arguments)
+        lines = list(answer.lines)
+        if lines and arguments.json:
+            lines.append(json.dumps(answer.data()))
+        failure = show(lines)
     except (ValueError, MergeError) as error:
-        print(f"wsm {arguments.command}: {error}", file=sys.stderr)
+        say(f"{name}: {error}")
         return exit_code(error)
+    except KeyboardInterrupt:
+        say(f"{name}: stopped by SIGINT")
+        return 128 + signal.SIGINT
+    if failure is not None:
+        done = "" if answer.shown else "it is done, but "
+        say(f"{name}: {done}standard output cannot be written: {failure.strerror}")
+    return answer.status or (EXIT_FAILED if failure is not None and answer.shown else 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,9 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
-) -> argparse.ArgumentParser:
+def _add(commands: Any, name: str, run: _Command, help: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help, description=help)
     command.add_argument("--json", action="store_true", help="last line of output: a JSON object")
     command.add_argument("-v", "--verbose", action="store_true", help="log what is done")
@@ -109,9 +140,7 @@ def _add(
     return command
 
 
-def _add_merge(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str
-) -> argparse.ArgumentParser:
+def _add_merge(commands: Any, name: str, run: _Command, help: str) -> argparse.ArgumentParser:
     command = _add(commands, name, run, help)
     groups = {key: command.add_argument_group(title) for key, title in _GROUPS.items()}
     for option in fields(MergeConfig):
@@ -203,23 +232,20 @@ def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
     return MergeConfig(**{**given, **more})
 
 
-def _merge(arguments: argparse.Namespace) -> int | None:
-    if arguments.local_ranks is not None:
-        return run_forked(arguments.local_ranks, lambda: _status(arguments, _merge_on_rank))
-    _merge_on_rank(arguments)
-    return None
+def _merge(arguments: argparse.Namespace) -> _Answer:
+    if arguments.local_ranks is None:
+        return _merge_on_rank(arguments)
+    rank = partial(_status, arguments, _merge_on_rank)
+    return _Answer(status=run_forked(arguments.local_ranks, rank))
 
 
-def _merge_on_rank(arguments: argparse.Namespace) -> None:
+def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
     config = _config(arguments)
     with ending_signals(_stop), _exit_when_storage_hangs(), job_ranks() as ranks:
         done = merge(config, progress_bar)
         if ranks.rank != 0:
-            return
-    for line in report.merged(done):
-        print(line)
-    if arguments.json:
-        _print_json(done.as_data())
+            return _Answer()
+    return _Answer(report.merged(done), done.as_data)
 
 
 def _stop(number: int, _: object) -> None:
@@ -258,23 +284,17 @@ def _say_last(message: str) -> None:
         handler.flush()
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+def _plan(arguments: argparse.Namespace) -> _Answer:
     with job_ranks() as ranks:
         job = prepare(_config(arguments), ranks)
         if ranks.rank != 0:
-            return
-    for line in report.planned(job):
-        print(line)
-    if arguments.json:
-        _print_json(report.plan_data(job))
+            return _Answer()
+    return _Answer(report.planned(job), lambda: report.plan_data(job), shown=True)
 
 
-def _coefficients(arguments: argparse.Namespace) -> None:
+def _coefficients(arguments: argparse.Namespace) -> _Answer:
     decay = _decay(arguments)
-    for line in report.decay_table(decay):
-        print(line)
-    if arguments.json:
-        _print_json(report.decay_data(decay))
+    return _Answer(report.decay_table(decay), lambda: report.decay_data(decay), shown=True)
 
 
 def _decay(arguments: argparse.Namespace) -> Decay:
@@ -308,43 +328,26 @@ def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
     return tuple(Checkpoint(number) for number in numbers)
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(arguments: argparse.Namespace) -> _Answer:
     path = arguments.directory
     if is_checkpoint(path):
         contents = inspect_checkpoint(path)
-        lines, data = (
-            report.checkpoint(contents, arguments.entries),
-            report.checkpoint_data(contents),
-        )
-    else:
-        run = inspect_run(path)
-        lines, data = report.run(run), report.run_data(run)
-    for line in lines:
-        print(line)
-    if arguments.json:
-        _print_json(data)
+        lines = report.checkpoint(contents, arguments.entries)
+        return _Answer(lines, lambda: report.checkpoint_data(contents), shown=True)
+    run = inspect_run(path)
+    return _Answer(report.run(run), lambda: report.run_data(run), shown=True)
 
 
-def _verify(arguments: argparse.Namespace) -> None:
+def _verify(arguments: argparse.Namespace) -> _Answer:
     done = verify(
         arguments.directory,
         sources=arguments.sources,
         allow_nonfinite=arguments.allow_nonfinite,
     )
-    for line in report.verified(done):
-        print(line)
-    if arguments.json:
-        _print_json({**asdict(done), "path": str(done.path)})
+    return _Answer(report.verified(done), lambda: {**asdict(done), "path": str(done.path)})
 
 
-def _resume_check(arguments: argparse.Namespace) -> int:
+def _resume_check(arguments: argparse.Namespace) -> _Answer:
     found = check_resume(arguments.directory, arguments.against)
-    for line in report.resume(found):
-        print(line)
-    if arguments.json:
-        _print_json(report.resume_data(found))
-    return 0 if found.resumes else EXIT_DOES_NOT_RESUME
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data), flush=True)
+    status = 0 if found.resumes else EXIT_DOES_NOT_RESUME
+    return _Answer(report.resume(found), lambda: report.resume_data(found), status)

@@ -6,6 +6,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from wsm_megatron.output import open_streams
+
 
 def main() -> None:
     """Run the script named first on the command line as ``__main__``, as Python itself would."""
@@ -14,6 +16,7 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         raise SystemExit(f"wsm_megatron.launch: no such script: {script}")
+    open_streams()
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(script.resolve().parent))
     from wsm_megatron.plugin.hooks import install

@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,6 +15,7 @@ import torch.distributed as dist
 
 from wsm_megatron.distributed import launched_as
 from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.output import finish, say_defect
 from wsm_megatron.signals import ending_signals
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,7 @@ def run_forked(ranks: int, main: Callable[[], int]) -> int:
 
 def _fork(rank: int, ranks: int, main: Callable[[], int], reading: int, writing: int) -> int:
     """Start one rank; its process number."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    finish(0)  # nothing is printed twice
     if process := os.fork():
         return process
     status = EXIT_FAILED
@@ -78,11 +76,9 @@ def _fork(rank: int, ranks: int, main: Callable[[], int], reading: int, writing:
             os.environ |= _environment(rank, ranks, int.from_bytes(port, "little"))
             status = main()
     except BaseException:
-        traceback.print_exc()
+        say_defect()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(finish(status))
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:

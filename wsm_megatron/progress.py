@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from wsm_megatron.engine.context import Progress
+from wsm_megatron.output import say
 
 LOG_SECONDS = 30.0
 """Seconds between two lines in a log file."""
@@ -61,4 +62,4 @@ class _Lines:
                 unit_scale=True,
                 bar_format=_LINE,
             )
-        tqdm.write(line, file=sys.stderr)
+        say(line)
