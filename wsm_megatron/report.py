@@ -50,6 +50,8 @@ def planned(job: Job) -> Iterator[str]:
     yield from _recipe_lines(job.plan.recipes)
     for key in sorted(job.products[0].objects):
         yield f"  copied as it is      {key}"
+    for file in job.sources[job.products[0].newest].beside.copied:
+        yield f"  copied beside        {file.name}"
     for key in job.plan.left_out:
         yield f"  left out             {key}"
     if job.spread is not None:
@@ -71,6 +73,7 @@ def plan_data(job: Job) -> dict[str, Any]:
         "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},
         "objects": list(product.objects),
         "left_out": list(job.plan.left_out),
+        "side_files": [file.name for file in job.sources[product.newest].beside.copied],
     }
 
 

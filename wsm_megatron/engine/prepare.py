@@ -18,6 +18,7 @@ from wsm_megatron.engine.job import Job, Product
 from wsm_megatron.engine.plan import kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
 from wsm_megatron.engine.recipe import Rule
+from wsm_megatron.engine.side_files import warn_of_left_out
 from wsm_megatron.engine.sources import (
     Source,
     decay_over,
@@ -75,6 +76,8 @@ def plan_job(
     products = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
     job = Job(config, sources, products, plan)
     _check_copied(job)
+    newest = sorted({product.newest for product in products})
+    warn_of_left_out([(sources[j].path, sources[j].beside) for j in newest])
     return job
 
 
