@@ -152,8 +152,18 @@ def verified(done: VerifyReport) -> Iterator[str]:
         f"{done.path}: {kind} is whole: {done.tensors} tensors and {done.objects} objects, "
         f"{size(done.bytes_read)} read, checksums and values right"
     )
-    if done.samples:
-        yield f"{done.samples} elements recomputed from the sources: the same bits"
+    if done.merged:
+        yield f"{done.files} files are what the merge wrote"
+    if done.unchecked:
+        yield (
+            f"not checked, as the wsm_merge.json of an earlier version does not list them: "
+            f"{', '.join(done.unchecked)}"
+        )
+    if done.recomputed is not None:
+        how_many = "all" if done.recomputed == "all" else "some of"
+        yield (
+            f"{how_many} its elements recomputed from the sources, {done.samples:,}: the same bits"
+        )
 
 
 def resume(found: ResumeReport) -> Iterator[str]:

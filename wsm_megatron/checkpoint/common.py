@@ -8,7 +8,7 @@ list of that one dict from 0.19.
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -112,7 +112,8 @@ def prepare(
     if "args" in merged:
         merged["args"] = with_attributes(merged["args"], changes | dict(new_args or {}))
     merged["iteration"] = iteration
-    merged[PROVENANCE_KEY] = copy.deepcopy(dict(provenance))
+    # Through JSON: pickles say which objects are one, and equal merges are to be equal bytes.
+    merged[PROVENANCE_KEY] = json.loads(json.dumps(dict(provenance)))
     return merged
 
 
