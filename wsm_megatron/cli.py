@@ -25,7 +25,7 @@ from wsm_megatron.engine.inspect import inspect_checkpoint, inspect_run, is_chec
 from wsm_megatron.engine.merge import merge, prepare
 from wsm_megatron.engine.resume import check_resume
 from wsm_megatron.engine.sources import Decay, decay_over, select_checkpoints
-from wsm_megatron.engine.verify import verify
+from wsm_megatron.engine.verify import SOURCES, verify
 from wsm_megatron.errors import (
     EXIT_DOES_NOT_RESUME,
     EXIT_FAILED,
@@ -119,9 +119,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("directory", type=_path)
     command.add_argument("--entries", action="store_true", help="list every entry")
     command = _add(commands, "verify", _verify, "check a checkpoint on disk, every byte")
-    command.add_argument("directory", type=_path)
+    command.add_argument("directory", type=_path, nargs="?")
     command.add_argument(
-        "--sources", action="store_true", help="recompute samples from the sources, bit for bit"
+        "--sources",
+        nargs="?",
+        const="sample",
+        metavar="all|sample",
+        help="make the merge again from its sources and compare it bit for bit: some elements of "
+        "every tensor, or all",
+    )
+    command.add_argument(
+        "--sources-from",
+        type=_path,
+        metavar="RUN",
+        help="the run directory where the sources are now (default: where they were merged from)",
     )
     command.add_argument("--allow-nonfinite", action="store_true", help="let NaN and Inf pass")
     command = _add(commands, "resume-check", _resume_check, "say whether and how Megatron resumes")
@@ -339,9 +350,15 @@ def _inspect(arguments: argparse.Namespace) -> _Answer:
 
 
 def _verify(arguments: argparse.Namespace) -> _Answer:
+    directory, sources = arguments.directory, arguments.sources
+    if directory is None and sources not in (None, *SOURCES):  # `--sources DIRECTORY`
+        directory, sources = Path(sources), "sample"
+    if directory is None:
+        raise ValueError("name the checkpoint, an iter_XXXXXXX directory")
     done = verify(
-        arguments.directory,
-        sources=arguments.sources,
+        directory,
+        sources=sources or False,
+        sources_from=arguments.sources_from,
         allow_nonfinite=arguments.allow_nonfinite,
     )
     return _Answer(report.verified(done), lambda: {**asdict(done), "path": str(done.path)})

@@ -50,6 +50,8 @@ def planned(job: Job) -> Iterator[str]:
     yield from _recipe_lines(job.plan.recipes)
     for key in sorted(job.products[0].objects):
         yield f"  copied as it is      {key}"
+    for file in job.sources[job.products[0].newest].beside.copied:
+        yield f"  copied beside        {file.name}"
     for key in job.plan.left_out:
         yield f"  left out             {key}"
     if job.spread is not None:
@@ -71,6 +73,7 @@ def plan_data(job: Job) -> dict[str, Any]:
         "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},
         "objects": list(product.objects),
         "left_out": list(job.plan.left_out),
+        "side_files": [file.name for file in job.sources[product.newest].beside.copied],
     }
 
 
@@ -149,8 +152,18 @@ def verified(done: VerifyReport) -> Iterator[str]:
         f"{done.path}: {kind} is whole: {done.tensors} tensors and {done.objects} objects, "
         f"{size(done.bytes_read)} read, checksums and values right"
     )
-    if done.samples:
-        yield f"{done.samples} elements recomputed from the sources: the same bits"
+    if done.merged:
+        yield f"{done.files} files are what the merge wrote"
+    if done.unchecked:
+        yield (
+            f"not checked, as the wsm_merge.json of an earlier version does not list them: "
+            f"{', '.join(done.unchecked)}"
+        )
+    if done.recomputed is not None:
+        how_many = "all" if done.recomputed == "all" else "some of"
+        yield (
+            f"{how_many} its elements recomputed from the sources, {done.samples:,}: the same bits"
+        )
 
 
 def resume(found: ResumeReport) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -228,7 +229,7 @@ def test_common_state_tracker_and_provenance(tmp_path):
         assert set(provenance["files"]) == {
             p.name for p in report.output.iterdir() if p.name != "wsm_merge.json"
         }
-        files = provenance.pop("files")
+        files, _ = provenance.pop("files"), provenance.pop("crc32")
         assert state["wsm_merge"] == provenance and files
 
 
@@ -261,15 +262,30 @@ def test_sources_are_not_touched_and_may_be_read_only(tmp_path):
 
 
 def test_equal_merges_are_equal_bytes(tmp_path):
-    """Whatever the number of threads; pickles may share equal strings differently."""
+    """Whatever the number of threads."""
     outputs = [
         run_merge(runs.FP32_PARAM, tmp_path / name, threads=threads).output
         for name, threads in (("a", 1), ("b", 4))
     ]
-    for name in ("__0_0.distcp", "metadata.json"):
-        assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
-    states = [load_common(*read_common(output)) for output in outputs]
-    assert states[0]["wsm_merge"] == states[1]["wsm_merge"]
+    for path in outputs[0].iterdir():
+        assert path.read_bytes() == (outputs[1] / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_the_umask_decides_who_may_read(tmp_path, umask):
+    run = runs.copy_run(runs.DENSE, tmp_path / "run")
+    (runs.checkpoint(run, 8) / "tokenizer").mkdir()
+    (runs.checkpoint(run, 8) / "tokenizer" / "vocab.json").write_text("{}")
+    before = os.umask(umask)
+    try:
+        run_merge(run, tmp_path / "out", optimizer_state="drop")
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "out", *tmp_path.glob("out/**/*")]
+    found = {path.name: path.stat().st_mode & 0o777 for path in paths}
+    folders = {"out", "iter_0000008", "tokenizer"}
+    assert found == {name: (0o777 if name in folders else 0o666) & ~umask for name in found}
+    assert {"__0_0.distcp", ".metadata", "common.pt", "wsm_merge.json", "vocab.json"} < set(found)
 
 
 def test_bytes_are_counted(tmp_path):

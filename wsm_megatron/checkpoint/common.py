@@ -8,7 +8,7 @@ list of that one dict from 0.19.
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -112,7 +112,9 @@ def prepare(
     if "args" in merged:
         merged["args"] = with_attributes(merged["args"], changes | dict(new_args or {}))
     merged["iteration"] = iteration
-    merged[PROVENANCE_KEY] = copy.deepcopy(dict(provenance))
+    # A pickle says which objects in it are one. Through JSON none are, whoever made them: equal
+    # merges are equal bytes.
+    merged[PROVENANCE_KEY] = json.loads(json.dumps(provenance))
     return merged
 
 
@@ -129,7 +131,9 @@ def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection
     """``args`` with other values, or without some; a new object of the same kind."""
     values = {k: v for k, v in (attributes(args) | dict(changes)).items() if k not in leave_out}
     if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
-        return type(args)(**values)
+        made = type(args)()
+        vars(made).update(values)  # setattr may put another, interned string for a name
+        return made
     if isinstance(args, Inert) and isinstance(args.state, dict):
         return replace(args, state=values)
     raise MergeError(

@@ -19,6 +19,8 @@ from wsm_megatron.errors import MergeError
 METADATA_FILE = ".metadata"
 MARKER_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+PROVENANCE_FILE = "wsm_merge.json"
+"""How a merged checkpoint was made, and all of its files."""
 COMMON_KEY = "common_state/shard_0_1"
 """Where the common state is from Megatron 0.19 on (``save`` in dist_checkpointing)."""
 

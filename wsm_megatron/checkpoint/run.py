@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from wsm_megatron.checkpoint.bridge import LATEST_FILE, TRAIN_STATE_FILE
 from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.patience import watched
 
@@ -60,15 +61,23 @@ def list_checkpoints(path: Path) -> dict[int, Path]:
 
 
 def write_tracker(root: Path, iteration: int) -> None:
-    """Point ``root``'s tracker at ``iteration``, atomically and durably."""
-    temporary = root / f".{TRACKER_FILE}.{socket.gethostname()}-{os.getpid()}"
-    with watched(lambda: f"{root / TRACKER_FILE}: writing"):
-        with temporary.open("w") as stream:
-            stream.write(str(iteration))
+    """Point ``root``'s tracker at ``iteration``, and Megatron-Bridge's where the checkpoint has a
+    train state of Bridge's; each atomically and durably."""
+    state = checkpoint_path(root, iteration) / TRAIN_STATE_FILE
+    if state.is_file():
+        _replace(root / LATEST_FILE, state.read_bytes())
+    _replace(root / TRACKER_FILE, str(iteration).encode())
+    sync_directory(root)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    with watched(lambda: f"{path}: writing"):
+        with temporary.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, root / TRACKER_FILE)
-    sync_directory(root)
+        os.replace(temporary, path)
 
 
 def read_tracker(root: Path) -> str | None:

@@ -92,7 +92,7 @@ class CheckpointFile:
         try:
             flags = os.O_RDWR | os.O_CREAT | (0 if keep_journal else os.O_EXCL)
             with watched(lambda: f"{path}: opening"):
-                self._descriptor = os.open(path, flags, 0o644)
+                self._descriptor = os.open(path, flags, 0o666)  # the umask decides
                 self._journal = Journal(path, self._descriptor) if keep_journal else None
         except OSError as error:
             raise MergeError(f"{path}: cannot create: {error.strerror}") from error

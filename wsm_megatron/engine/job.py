@@ -15,6 +15,7 @@ from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.plan import MergePlan
 from wsm_megatron.engine.recipe import Merge, Task, bytes_read, costs
+from wsm_megatron.engine.side_files import Files, copy_side_files
 from wsm_megatron.engine.sources import Decay, Fingerprint, Source
 from wsm_megatron.engine.spread import Spread
 from wsm_megatron.engine.turns import bytes_sent, cost_of
@@ -131,14 +132,20 @@ class Job:
         return sum(bytes_read(self.plan.tasks, self.merges)) + self._objects_read(objects)
 
     def bytes_to_write(self) -> int:
-        """Bytes of all products' tensors and objects."""
+        """Bytes of all products' tensors, objects and side files."""
         objects = [product.objects for product in self.products]
         tensors = self.plan.bytes_to_write() * len(self.products)
-        return tensors + self._objects_written(objects, True)
+        beside = sum(self.sources[product.newest].beside.nbytes for product in self.products)
+        return tensors + self._objects_written(objects, True) + beside
 
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""
         return 0 if self.spread is None else bytes_sent(self.spread.held, self.merges)
+
+    def copy_beside(self, product: Product, directory: Path) -> Files:
+        """Copy what lies beside the newest source's tensors; size and CRC-32 of the copies."""
+        source, kept = self.sources[product.newest], self.config.keeps_optimizer
+        return copy_side_files(source.path, source.beside, directory, product.iteration, kept)
 
     def fingerprint(self, j: int) -> Fingerprint | tuple[Fingerprint, ...]:
         """What tells one state of a source's files from another, on every rank that sees any."""

@@ -29,8 +29,9 @@ from wsm_megatron.engine.parallel import prepare_spread
 from wsm_megatron.engine.phases import Phases, RankReport
 from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.engine.provenance import holds_merge, write_provenance
-from wsm_megatron.engine.publish import Staging, copy_side_files
-from wsm_megatron.engine.rank import Files, ProgressFactory, RankResult, run_share
+from wsm_megatron.engine.publish import Staging
+from wsm_megatron.engine.rank import ProgressFactory, RankResult, run_share
+from wsm_megatron.engine.side_files import Files
 from wsm_megatron.engine.steps import check_shared, check_sources, connect
 from wsm_megatron.engine.watch import SourceWatch
 from wsm_megatron.errors import MergeError, PassingError
@@ -255,11 +256,11 @@ def _publish(
 def _complete(job: Job, k: int, parts: Sequence[Part], directory: Path, files: Files) -> None:
     product = job.products[k]
     newest = job.newest(product)
+    if job.spread is None:
+        files |= job.copy_beside(product, directory)
     placed = [one for rank, part in enumerate(parts) for one in job.placed(k, rank, part)]
     files[METADATA_FILE] = write_metadata(directory, placed, newest.mcore_data)
     if job.common_key(product) is None:
         files[COMMON_FILE] = write_file(directory / COMMON_FILE, product.common)
-    if job.spread is None:
-        copy_side_files(newest.path, directory)
     files[MARKER_FILE] = write_marker(directory, job.marker(product))
     write_provenance(directory, product.provenance, files)

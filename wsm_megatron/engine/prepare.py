@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
+from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.compatible import check_entry
 from wsm_megatron.engine.flags import describe_resume
@@ -18,6 +19,7 @@ from wsm_megatron.engine.job import Job, Product
 from wsm_megatron.engine.plan import kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
 from wsm_megatron.engine.recipe import Rule
+from wsm_megatron.engine.side_files import warn_of_left_out
 from wsm_megatron.engine.sources import (
     Source,
     decay_over,
@@ -75,6 +77,8 @@ def plan_job(
     products = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
     job = Job(config, sources, products, plan)
     _check_copied(job)
+    newest = sorted({product.newest for product in products})
+    warn_of_left_out([(sources[j].path, sources[j].beside) for j in newest])
     return job
 
 
@@ -147,26 +151,56 @@ def _product(
     before = load_common(*common_of(newest))
     provenance = describe(list(map(describe_source, sources)), decay, config, iteration)
     provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
+    common = common_of_merge(newest.layout, before, config, iteration, provenance)
+    return Product(
+        root=_root(whole, config),
+        iteration=iteration,
+        members=members,
+        decay=decay,
+        objects=common.objects,
+        common=dump_common(common.state, in_distcp=common.in_distcp),
+        in_distcp=common.in_distcp,
+        provenance=provenance,
+    )
+
+
+@dataclass(frozen=True)
+class MergedCommon:
+    """The common state of a merged checkpoint, and the byte entries that go with it.
+
+    Attributes:
+        objects: keys of byte entries that are copied from the newest source.
+        in_distcp: the common state is an entry of the distcp files, not a file of its own.
+    """
+
+    state: dict[str, Any]
+    objects: tuple[str, ...]
+    in_distcp: bool
+
+
+def common_of_merge(
+    newest: Layout,
+    before: dict[str, Any],
+    config: MergeConfig,
+    iteration: int,
+    provenance: dict[str, Any],
+) -> MergedCommon:
+    """What a merge makes of its newest source's common state.
+
+    Args:
+        before: that state. config: of one merge. iteration: of the merged checkpoint.
+    """
     state = prepare(
         before,
         iteration=iteration,
         drop_optimizer=not config.keeps_optimizer,
         provenance=provenance,
     )
-    was_in_distcp = newest.layout.common_entry is not None
+    was_in_distcp = newest.common_entry is not None
     in_distcp = was_in_distcp if config.format == "same" else config.format == "0.19"
-    objects = kept_objects(newest.layout, config)
+    objects = kept_objects(newest, config)
     if in_distcp != was_in_distcp:
         state, objects = without_rerun_state(state, objects)
     if not in_distcp:
         state = for_common_file(state)
-    return Product(
-        root=_root(whole, config),
-        iteration=iteration,
-        members=members,
-        decay=decay,
-        objects=objects,
-        common=dump_common(state, in_distcp=in_distcp),
-        in_distcp=in_distcp,
-        provenance=provenance,
-    )
+    return MergedCommon(state, objects, in_distcp)

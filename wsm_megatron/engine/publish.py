@@ -10,16 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
-from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
 from wsm_megatron.engine.lock import Lock
 from wsm_megatron.errors import MergeError
 
 logger = logging.getLogger(__name__)
-
-PROVENANCE_FILE = "wsm_merge.json"
-_OWN_FILES = {METADATA_FILE, MARKER_FILE, COMMON_FILE, PROVENANCE_FILE}
 
 
 class Staging:
@@ -135,25 +131,3 @@ def _remove_all_but_shares(directory: Path) -> None:
             shutil.rmtree(child)
         elif child.suffix not in (".distcp", JOURNAL_SUFFIX):
             child.unlink()
-
-
-def copy_side_files(source: Path, directory: Path) -> None:
-    """Copy what a checkpoint holds beside its entries, such as ``tokenizer/``, durably."""
-    for child in sorted(source.iterdir()):
-        if child.name in _OWN_FILES or child.suffix == ".distcp":
-            continue
-        try:
-            if child.is_dir():
-                shutil.copytree(child, directory / child.name, copy_function=_copy)
-            else:
-                _copy(child, directory / child.name)
-        except (OSError, shutil.Error) as error:
-            raise MergeError(f"{child}: cannot copy to {directory}: {error}") from error
-
-
-def _copy(source: str | Path, target: str | Path) -> None:
-    place = watched(lambda: f"{source}: copying to {target}")
-    with place, open(source, "rb") as reading, open(target, "xb") as writing:
-        shutil.copyfileobj(reading, writing)
-        writing.flush()
-        os.fsync(writing.fileno())

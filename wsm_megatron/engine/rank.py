@@ -29,6 +29,7 @@ from wsm_megatron.engine.objects import copy_objects, write_common
 from wsm_megatron.engine.phases import Phases, RankReport
 from wsm_megatron.engine.recipe import Rule, Task, bytes_read
 from wsm_megatron.engine.run import Share
+from wsm_megatron.engine.side_files import Files
 from wsm_megatron.engine.steps import STEP_BYTES, copy_beside, run_steps
 from wsm_megatron.engine.wire import Wire
 from wsm_megatron.errors import StorageError
@@ -39,9 +40,6 @@ MAX_THREADS = 16
 
 ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 """Called on every rank with its number and the bytes it will read and write."""
-
-Files = dict[str, tuple[int, int]]
-"""Size and CRC-32 of files, by name."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,17 @@ def run_share(
         context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases)
         try:
             digests = _work(job, ranks, part, wire, context, means)
-            if job.spread is not None:
-                copy_beside(job, ranks.rank, directories)
+            beside = copy_beside(job, ranks.rank, directories)
         except BaseException:
             _abandon(files)
             raise
         with phases("syncing"):
             closed = _close(files, ranks.check)
     return RankResult(
-        files=[{file.path.name: closed[file]} for file in files],
+        files=[
+            {file.path.name: closed[file], **copied}
+            for file, copied in zip(files, beside, strict=True)
+        ],
         ledgers=[reader.ledger for reader in readers],
         digests=digests,
         report=_report(ranks.rank, context, means, time.perf_counter() - started),

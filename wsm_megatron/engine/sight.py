@@ -57,7 +57,9 @@ def _files(path: Path) -> dict[str, Seen]:
 
 
 def _see(path: Path) -> Seen | None:
-    """None for a folder, and for a file that is being deleted while its run goes on."""
+    """None for a folder or device, and for a file that is deleted while its run goes on."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as stream:
             stat = os.fstat(stream.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from wsm_megatron.checkpoint.patience import patiently, watched
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
+from wsm_megatron.engine.side_files import SideFiles, find_side_files
 from wsm_megatron.errors import MergeError
 from wsm_megatron.window import Checkpoint, Window, positions, select, slide
 
@@ -32,6 +33,7 @@ class Source:
         tokens: consumed samples x sequence length; None where the checkpoint does not say.
         metadata_crc: CRC-32 of its ``.metadata``, which tells one save from another.
         fingerprint: name, size and modification time (ns) of its files when it was opened.
+        beside: what lies beside its tensors.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Source:
     layout: Layout
     metadata_crc: int
     fingerprint: Fingerprint
+    beside: SideFiles = field(default_factory=SideFiles)
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
@@ -128,7 +131,10 @@ def open_source(root: Path, checkpoint: Checkpoint, whole: bool = True) -> Sourc
     before = fingerprint(path)
     layout = read_layout(path, whole)
     metadata_crc = crc32(read_file(path / METADATA_FILE))
-    return Source(path, checkpoint.iteration, checkpoint.tokens, layout, metadata_crc, before)
+    beside = find_side_files(path, layout.files)
+    return Source(
+        path, checkpoint.iteration, checkpoint.tokens, layout, metadata_crc, before, beside
+    )
 
 
 def decay_over(

@@ -20,7 +20,7 @@ from wsm_megatron.engine.damage import wrong_main
 from wsm_megatron.engine.device import choose_device, local_rank
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
 from wsm_megatron.engine.job import Job
-from wsm_megatron.engine.publish import copy_side_files
+from wsm_megatron.engine.side_files import Files
 from wsm_megatron.engine.turns import Place, cost, ending
 from wsm_megatron.engine.wire import Wire, open_wire
 
@@ -107,13 +107,19 @@ def _is_finished(step: Step, held: Sequence[Held], context: Context, written: se
     return not apart and all((step.number, k) in written for k in range(merges))
 
 
-def copy_beside(job: Job, rank: int, directories: Sequence[Path]) -> None:
-    """Copy what lies beside the newest sources' tensors, where it is on this rank."""
-    assert job.spread is not None
-    for product, directory in zip(job.products, directories, strict=True):
-        j = product.newest
-        if job.spread.reporters[j] == rank:
-            copy_side_files(job.sources[j].path, directory)
+def copy_beside(job: Job, rank: int, directories: Sequence[Path]) -> list[Files]:
+    """Copy what lies beside the newest sources' tensors, where this rank does it.
+
+    Returns:
+        the copies, for every product.
+    """
+    if job.spread is None:  # rank 0 does, when it publishes
+        return [{} for _ in directories]
+    reporters = job.spread.reporters
+    return [
+        job.copy_beside(product, directory) if reporters[product.newest] == rank else {}
+        for product, directory in zip(job.products, directories, strict=True)
+    ]
 
 
 def check_sources(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import random
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,74 +13,150 @@ import torch
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.common import load_common
-from wsm_megatron.checkpoint.layout import Layout, read_layout
-from wsm_megatron.checkpoint.reader import CheckpointReader, size_and_crc
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.checkpoint.common import PROVENANCE_KEY, load_common
+from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, read_layout
+from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.engine.damage import is_damaged
-from wsm_megatron.engine.flat import find_flat_mains
-from wsm_megatron.engine.plan import make_plan
-from wsm_megatron.engine.provenance import read_provenance
-from wsm_megatron.engine.recipe import Rule, Task
+from wsm_megatron.engine.manifest import FilesCheck, check_files
+from wsm_megatron.engine.provenance import described, is_sealed, read_provenance
+from wsm_megatron.engine.recompute import recompute
 from wsm_megatron.engine.sources import read_common
 from wsm_megatron.errors import MergeError
-from wsm_megatron.kernels import reference
 
 _TILE_ELEMENTS = 2**20
-SAMPLE_ELEMENTS = 4096
+SOURCES = ("sample", "all")
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked. ``samples`` counts elements recomputed from the sources."""
+    """What was checked.
+
+    Attributes:
+        files: files that were compared with the list in ``wsm_merge.json``.
+        unchecked: what an older ``wsm_merge.json`` gives nothing to compare with.
+        samples: elements recomputed from the sources.
+        recomputed: ``sample`` or ``all`` of them; None where it was not asked for.
+    """
 
     path: Path
     tensors: int
     objects: int
     bytes_read: int
     merged: bool
+    files: int = 0
+    unchecked: tuple[str, ...] = ()
     samples: int = 0
+    recomputed: str | None = None
 
 
 def verify(
-    path: Path, *, sources: bool = False, allow_nonfinite: bool = False, seed: int = 0
+    path: Path,
+    *,
+    sources: bool | str = False,
+    sources_from: Path | None = None,
+    allow_nonfinite: bool = False,
+    seed: int = 0,
 ) -> VerifyReport:
     """Check a checkpoint from end to end.
 
+    Of a merged one every byte of every file is compared with what the merge wrote, and everything
+    that it did not write is named.
+
     Args:
         path: an ``iter_XXXXXXX`` directory.
-        sources: also recompute samples of every tensor from the sources that the provenance names,
-            by a float64 reference of its own, and compare them bit for bit.
+        sources: also make the merge again from the sources that the provenance names, by a float64
+            reference of its own, and compare it bit for bit: ``"sample"`` (or True) some elements
+            of every tensor, ``"all"`` every element.
+        sources_from: the run directory where the sources are now.
         allow_nonfinite: let NaN and Inf pass.
         seed: of the choice of samples.
 
     Raises:
-        ValueError: unfinished, or ``sources`` without provenance.
+        ValueError: unfinished, or ``sources`` without provenance or without its sources.
         MergeError: what is wrong, where.
     """
-    layout = read_layout(path)
-    load_common(*read_common(path, layout))
-    reader = CheckpointReader(layout)
+    recomputed = ("sample" if sources is True else sources) or None
+    if recomputed not in (None, *SOURCES):
+        raise ValueError(f"sources is {recomputed!r}, not one of {', '.join(SOURCES)}")
+    if sources_from is not None and recomputed is None:
+        raise ValueError("--sources-from has no effect without --sources")
+    provenance = read_provenance(path) if path.is_dir() else None
+    if provenance is None and recomputed is not None:
+        read_layout(path)
+        raise ValueError(f"{path}: no {PROVENANCE_FILE}; not a checkpoint of this tool")
+    files = check_files(path, provenance) if provenance is not None else None
+    if files is not None and files.problems:
+        cause = _damaged_tensor(path, files, allow_nonfinite)
+        raise MergeError(f"{path} is not what the merge wrote: {files.problems}{cause}")
+    reader = CheckpointReader(read_layout(path))
     try:
-        for box, key, data in _tensors(reader):
-            if not allow_nonfinite and is_damaged(key, box, data):
-                raise MergeError(f"{path}: {key} at {box.offsets} holds NaN or Inf")
-        for entry in layout.objects.values():
-            _check_object(layout, entry.key, reader.read_object(entry))
-        provenance = read_provenance(path)
-        if provenance is not None:
-            _check_files(path, provenance)
-        samples = _check_samples(reader, provenance, seed) if sources else 0
+        _check_common(reader, provenance)
+        _check_entries(reader, allow_nonfinite)
+        samples = 0
+        if recomputed is not None and provenance is not None:
+            everything = recomputed == "all"
+            samples = recompute(
+                reader, provenance, everything=everything, run=sources_from, seed=seed
+            )
         return VerifyReport(
             path=path,
-            tensors=len(layout.tensors),
-            objects=len(layout.objects),
-            bytes_read=reader.bytes_read,
+            tensors=len(reader.layout.tensors),
+            objects=len(reader.layout.objects),
+            bytes_read=reader.bytes_read + (files.bytes_read if files is not None else 0),
             merged=provenance is not None,
+            files=len(files.same) if files is not None else 0,
+            unchecked=_unchecked(provenance, files),
             samples=samples,
+            recomputed=recomputed,
         )
     finally:
         reader.close()
+
+
+def _unchecked(provenance: dict[str, Any] | None, files: FilesCheck | None) -> tuple[str, ...]:
+    if provenance is None or files is None or is_sealed(provenance):
+        return ()
+    return (PROVENANCE_FILE, *files.unlisted)
+
+
+def _damaged_tensor(path: Path, files: FilesCheck, allow_nonfinite: bool) -> str:
+    """Which tensor it is, where a file of tensors has changed and can still be read."""
+    if not any(name.endswith(".distcp") for name in files.changed):
+        return ""
+    try:
+        reader = CheckpointReader(read_layout(path))
+        try:
+            _check_entries(reader, allow_nonfinite)
+        finally:
+            reader.close()
+    except (ValueError, MergeError) as error:
+        return f"; {error}"
+    return ""
+
+
+def _check_common(reader: CheckpointReader, provenance: dict[str, Any] | None) -> None:
+    """The common state is whole, and says of the merge what ``wsm_merge.json`` says."""
+    path = reader.layout.path
+    data, where = read_common(path, reader.layout)
+    _check_archive(where, data)
+    said = load_common(data, where).get(PROVENANCE_KEY)
+    if said is None:
+        return
+    if provenance is None:
+        raise MergeError(
+            f"{path}: {PROVENANCE_FILE} is missing: by its common state this is a merged checkpoint"
+        )
+    if said != described(provenance):
+        raise MergeError(f"{path}: {PROVENANCE_FILE} and {where} tell of two merges")
+
+
+def _check_entries(reader: CheckpointReader, allow_nonfinite: bool) -> None:
+    layout = reader.layout
+    for box, key, data in _tensors(reader):
+        if not allow_nonfinite and is_damaged(key, box, data):
+            raise MergeError(f"{layout.path}: {key} at {box.offsets} holds NaN or Inf")
+    for entry in layout.objects.values():
+        _check_archive(f"{layout.path}: {entry.key}", reader.read_object(entry))
 
 
 def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]]:
@@ -97,99 +172,11 @@ def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]
             cover.settle()
 
 
-def _check_object(layout: Layout, key: str, data: bytes) -> None:
+def _check_archive(where: str, data: bytes) -> None:
     """Objects are zip archives too (``torch.save``), with a CRC-32 for every record."""
     try:
         bad = zipfile.ZipFile(io.BytesIO(data)).testzip()
     except zipfile.BadZipFile as error:
-        raise MergeError(f"{layout.path}: {key} is damaged: {error}") from error
+        raise MergeError(f"{where} is damaged: {error}") from error
     if bad is not None:
-        raise MergeError(f"{layout.path}: {key} is damaged: CRC-32 of its record {bad}")
-
-
-def _check_files(path: Path, provenance: dict[str, Any]) -> None:
-    for name, expected in provenance["files"].items():
-        size, crc = size_and_crc(path / name)
-        if size != expected["bytes"] or f"{crc:08x}" != expected["crc32"]:
-            raise MergeError(
-                f"{path / name} has {size} bytes with CRC-32 {crc:08x}; the merge wrote "
-                f"{expected['bytes']} with {expected['crc32']}"
-            )
-
-
-def _check_samples(reader: CheckpointReader, provenance: dict[str, Any] | None, seed: int) -> int:
-    """Recompute a few boxes of every tensor; the number of elements compared."""
-    if provenance is None:
-        raise ValueError(f"{reader.layout.path}: no wsm_merge.json; not a checkpoint of this tool")
-    source_readers = _open_sources(provenance)
-    try:
-        config = _config_of(provenance)
-        layouts = [source.layout for source in source_readers]
-        flat = find_flat_mains(layouts[-1]) if config.keeps_optimizer else None
-        plan = make_plan(layouts, config, flat)
-        chance = random.Random(seed)
-        by_key: dict[str, list[Task]] = {}
-        for task in plan.tasks:
-            by_key.setdefault(task.recipe.key, []).append(task)
-        return sum(
-            _compare(
-                reader, source_readers, provenance["coefficients"], chance.choice(tasks), chance
-            )
-            for tasks in by_key.values()
-        )
-    finally:
-        for source in source_readers:
-            source.close()
-
-
-def _open_sources(provenance: dict[str, Any]) -> list[CheckpointReader]:
-    readers = []
-    for source in provenance["sources"]:
-        path = Path(source["path"])
-        if not path.is_dir():
-            raise ValueError(f"{path}: the source is gone; verify without --sources")
-        readers.append(CheckpointReader(read_layout(path)))
-    return readers
-
-
-def _config_of(provenance: dict[str, Any]) -> MergeConfig:
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in provenance["options"].items()
-    }
-    return MergeConfig(load=Path("sources"), save=Path("merged"), **options)
-
-
-def _compare(
-    merged: CheckpointReader,
-    sources: Sequence[CheckpointReader],
-    coefficients: Sequence[float],
-    task: Task,
-    chance: random.Random,
-) -> int:
-    box = chance.choice(list(task.box.split(SAMPLE_ELEMENTS)))
-    expected = _recompute(task, sources, coefficients, box)
-    for output, values in zip(task.recipe.outputs, expected, strict=True):
-        stored = merged.read(output.key, task.part(output.key, box))
-        if not torch.equal(stored.view(torch.uint8), values.view(torch.uint8)):
-            raise MergeError(
-                f"{merged.layout.path}: {output.key} at {box.offsets} is not the merge of its "
-                "sources"
-            )
-    return box.numel * len(expected)
-
-
-def _recompute(
-    task: Task, sources: Sequence[CheckpointReader], coefficients: Sequence[float], box: Box
-) -> list[torch.Tensor]:
-    recipe = task.recipe
-    key = recipe.inputs[0]
-    box = task.part(key, box)
-    if recipe.rule is Rule.COPY:
-        return [sources[-1].read(key, box)]
-    total = torch.zeros(0, dtype=torch.float64)
-    for coefficient, source in zip(coefficients, sources, strict=True):
-        product = source.read(key, box).double() * coefficient
-        total = product if total.numel() == 0 else total + product
-    first = reference.round_once(total, recipe.outputs[0].dtype)
-    return [first, *(first.to(output.dtype) for output in recipe.outputs[1:])]
+        raise MergeError(f"{where} is damaged: CRC-32 of its record {bad}")

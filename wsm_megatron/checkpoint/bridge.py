@@ -1,0 +1,69 @@
+"""What Megatron-Bridge keeps beside a checkpoint's tensors, brought up to date for a merge.
+
+Read in ``save_checkpoint``, ``_load_checkpoint_from_path`` and ``_resolve_checkpoint_iteration`` of
+``megatron/bridge/training/checkpointing.py`` and in ``TrainState`` (August 2026). There are no
+``args``: iteration and consumed samples come from ``train_state.pt``, which checkpoint is the
+latest from a copy of that beside the tracker, and whether optimizer and RNG states are there from
+``run_config.yaml``.
+"""
+
+from __future__ import annotations
+
+import torch
+import yaml
+
+from wsm_megatron.checkpoint.objects import dump_object, load_object
+from wsm_megatron.errors import MergeError
+
+TRAIN_STATE_FILE = "train_state.pt"
+LATEST_FILE = "latest_train_state.pt"
+"""A copy of the latest checkpoint's, in the root; Bridge looks for it before the tracker."""
+RUN_CONFIG_FILE = "run_config.yaml"
+MOST_BYTES = 4 * 2**20
+"""Larger files of these names are something else."""
+
+_SAVED = ("save_optim", "save_rng")
+
+
+def with_step(data: bytes, step: int, where: str) -> bytes:
+    """A ``train_state.pt`` that says another iteration; the same bytes where it says this one.
+
+    Args:
+        where: names it in messages.
+
+    Raises:
+        MergeError: not a dict of tensors that holds ``step``.
+    """
+    state = load_object(data, where)
+    old = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(old, torch.Tensor) or old.shape or old.dtype != torch.int64:
+        raise MergeError(f"{where}: no train state of Megatron-Bridge: it holds no step")
+    if int(old) == step:
+        return data
+    return dump_object({**state, "step": torch.tensor(step, dtype=old.dtype)})
+
+
+def without_optimizer(data: bytes) -> bytes:
+    """A ``run_config.yaml`` that says the checkpoint holds no optimizer and no RNG states.
+
+    Bridge would look for them, and stop with a ``KeyError``. All else stays as it is written; a
+    file without these settings, or that is no YAML, is not Bridge's and stays so altogether.
+    """
+    try:
+        text = data.decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return data
+    settings = _find(root, "checkpoint")
+    values = [value for name in _SAVED if (value := _find(settings, name)) is not None]
+    spans = {(value.start_mark.index, value.end_mark.index) for value in values}
+    for start, end in sorted(spans, reverse=True):
+        text = f"{text[:start]}false{text[end:]}"
+    return text.encode()
+
+
+def _find(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    """The value of a mapping's key."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    return next((value for key, value in node.value if key.value == name), None)
