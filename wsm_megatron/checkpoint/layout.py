@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
+from operator import gt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ import torch
 
 from wsm_megatron.checkpoint.metadata import Metadata, TensorStorageMetadata
 from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
+from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
 
@@ -131,7 +135,8 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
 
     Raises:
         ValueError: the directory is not a finished ``torch_dist`` checkpoint.
-        MergeError: ``.metadata`` is damaged or names files that are missing or too short.
+        MergeError: ``.metadata`` is damaged or names files that are missing or too short; a
+            tensor's chunks do not tile it, or two entries lie in the same bytes.
     """
     marker = _read_marker(path)
     if not (path / METADATA_FILE).is_file():
@@ -146,6 +151,8 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
             location = _location_of(path, key, locations, None)
             objects[key] = ObjectEntry(key, object_role(key), location)
     layout = Layout(path, tensors, objects, marker, metadata.mcore_data)
+    _check_tiling(layout)
+    _check_apart(layout)
     if whole:
         _check_files(layout)
     return layout
@@ -192,9 +199,59 @@ def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
             raise ValueError(f"{path}: entry {index.fqn!r} is compressed or transformed on disk")
         if info.relative_path in ("", ".", "..") or "/" in info.relative_path:
             raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")
+        if info.offset < 0 or info.length < 0:
+            raise MergeError(f"{path}: entry {index.fqn!r} lies before the beginning of its file")
         location = Location(info.relative_path, info.offset, info.length)
         locations[index.fqn, index.offset] = location
     return locations
+
+
+def _check_tiling(layout: Layout) -> None:
+    """Every element of every tensor is in one chunk."""
+    for key, entry in layout.tensors.items():
+        fault = tiling_fault(entry.shape, tuple([chunk[:2] for chunk in entry.chunks]))
+        if fault is not None:
+            raise MergeError(
+                f"{layout.path}: {key} {entry.shape} is not whole: {fault}; .metadata is damaged, "
+                "restore it or leave the checkpoint out"
+            )
+
+
+def _check_apart(layout: Layout) -> None:
+    """No two entries share bytes: torch stores what is replicated once."""
+    starts: dict[str, list[int]] = {}
+    ends: dict[str, list[int]] = {}
+    for _, location in _locations_of(layout):
+        starts.setdefault(location.file, []).append(location.offset)
+        ends.setdefault(location.file, []).append(location.offset + location.length)
+    for file in starts:
+        if any(map(gt, sorted(ends[file]), sorted(starts[file])[1:])):
+            raise MergeError(f"{layout.path}: {_shared_bytes(layout, file)}")
+
+
+def _shared_bytes(layout: Layout, file: str) -> str:
+    places = sorted(
+        (place.offset, place.offset + place.length, key)
+        for key, place in _locations_of(layout)
+        if place.file == file
+    )
+    for (_, end, key), (start, _, other) in pairwise(places):
+        if start < end:
+            return (
+                f"{key} and {other} lie in the same bytes of {file} ({start} to {end}); .metadata "
+                "is damaged, restore it or leave the checkpoint out"
+            )
+    raise AssertionError("some start lies before the end of the one before")
+
+
+def _locations_of(layout: Layout) -> Iterator[tuple[str, Location]]:
+    """Where all entries lie, but for chunks without elements, which several ranks may save."""
+    for entry in layout.objects.values():
+        yield entry.key, entry.location
+    for tensor in layout.tensors.values():
+        for chunk in tensor.chunks:
+            if 0 not in chunk.sizes:
+                yield tensor.key, chunk.location
 
 
 def _check_files(layout: Layout) -> None:

@@ -20,6 +20,7 @@ from wsm_megatron.checkpoint.direct import DirectFiles
 from wsm_megatron.checkpoint.files import Read, SourceFiles
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry
 from wsm_megatron.checkpoint.patience import RETRIES, patiently
+from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
 
 _FILE_PIECE = 4 * 2**20
@@ -81,7 +82,7 @@ class CheckpointReader:
         """Open the chunks that hold a region of a tensor.
 
         Raises:
-            MergeError: a container is damaged, or the chunks do not cover the box.
+            MergeError: a container is damaged, or the chunks do not tile the box.
         """
         with self._lock:
             index = self._indices.get(key)
@@ -91,11 +92,12 @@ class CheckpointReader:
             Piece(chunk, Box(chunk.offsets, chunk.sizes), self._record(key, chunk))
             for chunk in index.overlapping(box)
         ]
-        covered = sum(common.numel for piece in pieces if (common := box.intersect(piece.box)))
-        if covered != box.numel:
+        parts = [common for piece in pieces if (common := box.intersect(piece.box))]
+        fault = tiling_fault(box.sizes, tuple(part.within(box) for part in parts))
+        if fault is not None:
             raise MergeError(
-                f"{self.layout.path}: the chunks of {key} cover {covered} of {box.numel} elements "
-                f"at {box.offsets}; the checkpoint is incomplete, leave it out"
+                f"{self.layout.path}: {key} at {box.offsets} is not whole: {fault}, counted from "
+                "there; the checkpoint is incomplete, leave it out"
             )
         return Cover(self, key, box, pieces, self._ahead)
 

@@ -10,6 +10,7 @@ import torch
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.roles import OPTIMIZER_ROLES, Role, is_flat_bucket, main_of
+from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.compatible import (
     check_inputs,
@@ -21,6 +22,7 @@ from wsm_megatron.engine.compatible import (
 )
 from wsm_megatron.engine.flat import FlatMains
 from wsm_megatron.engine.recipe import Merge, Output, Recipe, Rule, Task, costs
+from wsm_megatron.errors import MergeError
 
 CHUNK_ELEMENTS = 16 * 2**20
 """Largest chunk written: a larger one of a source becomes several, so that memory, the unit of
@@ -66,6 +68,7 @@ def make_plan(
     Raises:
         ValueError: the checkpoints are not of one model, an entry is unknown, or the optimizer
             state that was asked for is not there. Names the checkpoint and the key.
+        MergeError: what would be written is not every tensor, whole.
     """
     newest = layouts[-1]
     left_out = _left_out(newest, config)
@@ -83,10 +86,27 @@ def make_plan(
         for recipe in recipes
         for location, task in _tasks(recipe, newest, flat or FlatMains())
     ]
+    check_whole(task for _, task in placed)
     placed.sort(key=lambda pair: pair[0])
     tasks = [task for _, task in placed]
     used = dict.fromkeys(task.recipe for task in tasks)
     return MergePlan(tuple(used), tuple(tasks), tuple(sorted(left_out)), rebuilds)
+
+
+def check_whole(tasks: Iterable[Task]) -> None:
+    """Raise ``MergeError`` unless what tasks write tiles every tensor that they write of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    written: dict[str, list[Box]] = {}
+    for task in tasks:
+        for output in task.recipe.outputs:
+            shapes[output.key] = output.shape
+            written.setdefault(output.key, []).append(task.part(output.key, task.box))
+    for key, boxes in written.items():
+        if fault := tiling_fault(shapes[key], tuple(sorted(boxes))):
+            raise MergeError(
+                f"{key} {shapes[key]} would not be whole in the merge: {fault}; nothing is "
+                "written. Please report this, with the output of wsm plan"
+            )
 
 
 def kept_objects(layout: Layout, config: MergeConfig) -> tuple[str, ...]:
