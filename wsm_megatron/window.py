@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 
@@ -14,7 +14,23 @@ class Checkpoint:
     iteration: int
     """Training iteration, the number in ``iter_XXXXXXX``."""
     tokens: int | None = None
-    """Consumed samples x sequence length, or None where the checkpoint does not say."""
+    """Training tokens up to here (:func:`count_tokens`), or None where that is not known."""
+    unknown: str = field(default="", compare=False)
+    """Why ``tokens`` is None: a clause that names the checkpoints, for messages."""
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """How far a run had come when it saved a checkpoint; None for what is not known."""
+
+    iteration: int
+    samples: int | None
+    """Training samples consumed so far (``args.consumed_train_samples``)."""
+    seq_length: int | None
+    """Tokens a sample, as set in the job that saved the checkpoint (``args.seq_length``)."""
+    began: int | None = None
+    """Iteration from which that job had started (``args.iteration``, which Megatron sets on a load
+    and leaves alone while it trains)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +149,84 @@ def _is_whole(run: list[Checkpoint], window: Window, end: Checkpoint) -> bool:
     return run[0].iteration <= end.iteration - window.window_iterations
 
 
+def count_tokens(run: Sequence[Consumed]) -> tuple[Checkpoint, ...]:
+    """Training tokens at consecutive checkpoints of one run, oldest first.
+
+    The samples between two checkpoints count at the later one's sequence length: the length changes
+    where a job is restarted, which is from a checkpoint. What came before the first counts at the
+    first one's own length: if that is wrong, all numbers are shifted, and no distance changes.
+
+    A checkpoint that does not say its samples or its length has None. Where an interval cannot be
+    counted, all before it have None, and counting starts anew behind it: where consumed samples do
+    not increase (the data position was reset, or it is another run), and where the length changed
+    at a restart that lies between the two checkpoints, not at the older one.
+    """
+    counted: list[Checkpoint] = []
+    before, tokens = None, 0
+    for one in run:
+        if one.samples is None or one.seq_length is None:
+            counted.append(Checkpoint(one.iteration, None, _silent(one.iteration)))
+            continue
+        if before is None:
+            tokens = one.samples * one.seq_length
+        elif reason := _uncountable(before, one):
+            counted = [replace(c, tokens=None, unknown=c.unknown or reason) for c in counted]
+            tokens = one.samples * one.seq_length
+        else:
+            assert before.samples is not None
+            tokens += (one.samples - before.samples) * one.seq_length
+        counted.append(Checkpoint(one.iteration, tokens))
+        before = one
+    return tuple(counted)
+
+
 def positions(checkpoints: Sequence[Checkpoint]) -> tuple[tuple[int, ...], str]:
     """Positions of checkpoints (oldest first) for the decay, and their unit.
 
-    ``"tokens"`` where every checkpoint says its tokens and they strictly increase, otherwise
-    ``"iterations"``: never a mixture.
+    ``"tokens"`` where the tokens of every checkpoint are known and strictly increase, otherwise
+    ``"iterations"``: never a mixture. :func:`why_iterations` says why.
     """
-    tokens = tuple(c.tokens for c in checkpoints if c.tokens is not None)
-    if len(tokens) == len(checkpoints) and all(a < b for a, b in pairwise(tokens)):
-        return tokens, "tokens"
-    return tuple(c.iteration for c in checkpoints), "iterations"
+    if why_iterations(checkpoints):
+        return tuple(c.iteration for c in checkpoints), "iterations"
+    return tuple(c.tokens for c in checkpoints if c.tokens is not None), "tokens"
+
+
+def why_iterations(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Why :func:`positions` are in iterations: a clause that names checkpoints; None for tokens."""
+    for c in checkpoints:
+        if c.tokens is None:
+            return c.unknown or _silent(c.iteration)
+    for a, b in pairwise(checkpoints):
+        assert a.tokens is not None and b.tokens is not None
+        if a.tokens >= b.tokens:
+            return (
+                f"tokens do not increase from iteration {a.iteration} ({a.tokens:,}) to "
+                f"{b.iteration} ({b.tokens:,})"
+            )
+    return None
+
+
+def _uncountable(before: Consumed, after: Consumed) -> str | None:
+    """Why the tokens between two checkpoints cannot be known."""
+    assert before.samples is not None and after.samples is not None
+    if before.samples >= after.samples:
+        return (
+            f"consumed samples do not increase from iteration {before.iteration} "
+            f"({before.samples:,}) to {after.iteration} ({after.samples:,})"
+        )
+    if before.seq_length == after.seq_length or after.began is None:
+        return None
+    if before.iteration < after.began < after.iteration:
+        return (
+            f"the sequence length changed from {before.seq_length} to {after.seq_length} between "
+            f"iterations {before.iteration} and {after.iteration}, in a job that started from "
+            f"iteration {after.began}, of which there is no checkpoint"
+        )
+    return None
+
+
+def _silent(iteration: int) -> str:
+    return f"checkpoint of iteration {iteration} does not say how many tokens it has seen"
 
 
 def _unthinned(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
@@ -196,10 +280,8 @@ def _find(run: list[Checkpoint], iteration: int, flag: str) -> Checkpoint:
 
 def _tokens(checkpoint: Checkpoint) -> int:
     if checkpoint.tokens is None:
-        raise ValueError(
-            f"--window-tokens: checkpoint of iteration {checkpoint.iteration} does not say how "
-            "many tokens it has seen; use --window-iterations"
-        )
+        reason = checkpoint.unknown or _silent(checkpoint.iteration)
+        raise ValueError(f"--window-tokens: {reason}; use --window-iterations")
     return checkpoint.tokens
 
 

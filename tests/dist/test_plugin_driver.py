@@ -13,21 +13,26 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.mcore import CONFIGS, RankError, run_ranks
+from tests.mcore import CONFIGS, GPTConfig, RankError, run_ranks
 from wsm_megatron import verify
 from wsm_megatron.engine.flags import as_data
 from wsm_megatron.engine.resume import check_resume
 
 
-class _Run:
+CONFIG = CONFIGS["dp2-fully_reshardable"]
+
+
+class Run:
     """Megatron-LM's loop: a save every 2 iterations, an evaluation every 4."""
 
-    def __init__(self, root: Path, train_iters: int = 8, **options: Any) -> None:
+    def __init__(
+        self, root: Path, train_iters: int = 8, config: GPTConfig = CONFIG, **options: Any
+    ) -> None:
         from tests.mcore.bed import build
         from wsm_megatron.plugin.config import WSMConfig
         from wsm_megatron.plugin.driver import Driver, Megatron
 
-        self.root, self.training = root, build(CONFIGS["dp2-fully_reshardable"])
+        self.root, self.training = root, build(config)
         self.args = _arguments(root, train_iters)
         self.log: list[str] = []
         self.disk_is_full = False
@@ -42,12 +47,16 @@ class _Run:
             preprocess_common_state_dict=None,
             get_tensorboard_writer=lambda: None,
             get_wandb_writer=lambda: None,
+            load_checkpoint=None,
         )
         checkpointing = SimpleNamespace(
             generate_state_dict=dict,
             wandb_utils=SimpleNamespace(on_save_checkpoint_success=None),
             load_checkpoint=self._load,
+            check_checkpoint_args=lambda saved: None,
         )
+        self.stand_in_checkpointing = checkpointing
+        self.started_from, self.seq_lengths = 0, dict[int, int]()
         megatron: Any = Megatron(
             training=self.stand_in,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
@@ -59,11 +68,11 @@ class _Run:
         self.driver.attach(self.training.model, self.training.optimizer, self.training.scheduler)
 
     def restart(self, iteration: int) -> None:
-        from tests.mcore.bed import load_checkpoint
-
-        load_checkpoint(self.training, self.root, iteration)
-        self.args.iteration = iteration
-        self.args.consumed_train_samples = self.training.consumed_samples
+        self.started_from = iteration
+        built = (self.training.model, self.training.optimizer, self.training.scheduler)
+        with self.driver.loading():
+            self.args.iteration, _ = self.stand_in.load_checkpoint(*built)
+        self.log.clear()
         self.attach()
 
     def train(self) -> None:
@@ -101,14 +110,24 @@ class _Run:
             raise OSError(28, "No space left on device")
         save_checkpoint(self.training, self.args.save)
 
-    def _load(self, model: Any, optimizer: Any, scheduler: Any) -> None:
+    def _load(self, model: Any, optimizer: Any, scheduler: Any) -> tuple[int, float]:
+        """As Megatron: a non-persistent checkpoint goes before the one that is asked for."""
         from tests.mcore.bed import load_checkpoint
 
-        steps = self.training.scheduler.num_steps
-        load_checkpoint(self.training, self.root, self.args.ckpt_step)
-        self.training.scheduler.num_steps = steps
+        steps, iteration = self.training.scheduler.num_steps, self.args.ckpt_step
+        if iteration is None or self.args.non_persistent_ckpt_type:
+            iteration = self.started_from
+        load_checkpoint(self.training, self.root, iteration)
+        self.stand_in_checkpointing.check_checkpoint_args(self.saved_with(iteration))
+        if scheduler is None:
+            self.training.scheduler.num_steps = steps
         self.args.consumed_train_samples = self.training.consumed_samples
-        self.log.append(f"load {self.args.ckpt_step}")
+        self.log.append(f"load {iteration}")
+        return self.training.iteration, 0.0
+
+    def saved_with(self, iteration: int) -> Namespace:
+        """What the arguments in a checkpoint say."""
+        return Namespace(seq_length=self.seq_lengths.get(iteration, 16), iteration=0, save_interval=2)
 
 
 def _arguments(root: Path, train_iters: int) -> Namespace:
@@ -126,6 +145,7 @@ def _arguments(root: Path, train_iters: int) -> Namespace:
         finetune=False,
         ckpt_format="torch_dist",
         ckpt_step=None,
+        non_persistent_ckpt_type=None,
         optimizer="adam",
         lr_decay_style="constant",
         global_batch_size=8,
@@ -140,16 +160,16 @@ def _scenarios(root: Path) -> dict[str, Any]:
     from tests.mcore.bed import build, differences, snapshot, train
 
     report: dict[str, Any] = {}
-    run = _Run(root / "a", num=3, decay="1-sqrt", save_interval=4, eval=True)
+    run = Run(root / "a", num=3, decay="1-sqrt", save_interval=4, eval=True)
     run.attach()
     run.train()
-    plain = build(CONFIGS["dp2-fully_reshardable"])
+    plain = build(CONFIG)
     train(plain, 8)
     report["after"] = differences(snapshot(run.training), snapshot(plain))
     report["log"] = run.log
     report["valid samples"] = run.args.consumed_valid_samples
 
-    again = _Run(root / "a", train_iters=10, num=3, save_interval=4)
+    again = Run(root / "a", train_iters=10, num=3, save_interval=4)
     (root / "a" / "wsm" / ".iter_0000012.wsm-emit").mkdir(exist_ok=True)
     if dist.get_rank() == 0:
         (root / "a" / "wsm" / "latest_checkpointed_iteration.txt").write_text("4")
@@ -159,21 +179,21 @@ def _scenarios(root: Path) -> dict[str, Any]:
     report["loads"] = again.log
     report["tracker"] = (root / "a" / "wsm" / "latest_checkpointed_iteration.txt").read_text()
 
-    full = _Run(root / "b", train_iters=4, num=2)
+    full = Run(root / "b", train_iters=4, num=2)
     full.attach()
     full.disk_is_full = True
     full.train()
     dist.barrier()
     report["full disk"] = sorted(p.name for p in (root / "b" / "wsm").iterdir())
 
-    asked = _Run(root / "c", train_iters=8, num=2)
+    asked = Run(root / "c", train_iters=8, num=2)
     asked.attach()
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR2)
     asked.train()
     report["asked for"] = sorted(p.name for p in (root / "c" / "wsm").glob("iter_*"))
 
-    huge = _Run(root / "d", num=10**9)
+    huge = Run(root / "d", num=10**9)
     try:
         huge.attach()
     except ValueError as error:
@@ -191,7 +211,7 @@ def _killed(root: Path, moment: str) -> None:
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    run = _Run(root / moment, num=3, save_interval=4)
+    run = Run(root / moment, num=3, save_interval=4)
     run.attach()
     if dist.get_rank() == 0:
         if moment == "save":
@@ -212,7 +232,7 @@ def _dying_save(progress: Any, recipe: Any, root: Path) -> Path:
 def _continued(root: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for moment in KILLS:
-        run = _Run(root / moment, train_iters=6, num=3)
+        run = Run(root / moment, train_iters=6, num=3)
         run.restart(4)
         window = [c.iteration for c in run.driver._wsm.kept]
         tracker = root / moment / "wsm" / "latest_checkpointed_iteration.txt"

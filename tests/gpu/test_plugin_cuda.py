@@ -7,7 +7,7 @@ import torch
 
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import MemoryStore
-from wsm_megatron.window import Checkpoint
+from wsm_megatron.window import Consumed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ def test_steps_and_buffer_updates_right_after_a_keep_do_not_reach_it() -> None:
     store.reserve(2)
     main.grad = torch.ones_like(main)
     for iteration in (1, 2):
-        store.put(Checkpoint(iteration, iteration))
+        store.put(Consumed(iteration, iteration, 1))
         bias += 1  # in the forward pass
         optimizer.step()
     for iteration in (1, 2):
@@ -51,6 +51,6 @@ def test_nan_on_the_device_is_not_kept() -> None:
     main = torch.ones(1 << 20, device="cuda")
     main[12345] = float("nan")
     store = MemoryStore([shard("main.weight", main)])
-    store.put(Checkpoint(1, 1))
+    store.put(Consumed(1, 1, 1))
     assert "NaN or Inf in main.weight" in str(store.finish(1))
     store.close()

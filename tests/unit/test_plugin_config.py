@@ -161,6 +161,43 @@ def test_surprises_are_warned_about(
     assert message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"save": "{a}/run"}, {}, "--wsm-merge-save .* is the run's own --save"),
+        ({"save": "{a}/link"}, {}, "--wsm-merge-save .* is the run's own --save"),
+        ({"save": "{a}/../a/run/"}, {}, "--wsm-merge-save .* is the run's own --save"),
+        ({"save": "{a}/link"}, {"save": "{a}/other", "load": "{a}/run"}, "the run's own --load"),
+        ({}, {"load": "{a}/run/wsm"}, "--wsm-merge-save .* is the run's own --load"),
+        ({"save": "{a}/run/non_persistent"}, {}, "--non-persistent-global-ckpt-dir"),
+        (
+            {"save": "{a}/np"},
+            {"non_persistent_global_ckpt_dir": "{a}/np"},
+            "--non-persistent-global-ckpt-dir",
+        ),
+        ({"store": "disk", "dir": "{a}/link"}, {}, "--wsm-merge-dir .* is the run's own --save"),
+        (
+            {"store": "disk", "dir": "{a}/link/wsm"},
+            {},
+            "--wsm-merge-dir .* is the run's own --wsm-merge-save",
+        ),
+    ],
+)
+def test_nothing_is_written_among_checkpoints_of_the_run(
+    tmp_path: Path, options: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "a"
+    (folder / "run").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "run")
+
+    def placed(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.format(a=folder) for k, v in values.items()}
+
+    args = run_args(**{"save": str(folder / "run"), **placed(changes)})
+    with pytest.raises(ValueError, match=message):
+        check_run(args, WSMConfig(num=4, **placed(options)))
+
+
 def test_merged_checkpoints_have_a_root_of_their_own() -> None:
     assert merged_root(run_args(), WSMConfig(num=4)) == Path("/runs/a/wsm")
     assert merged_root(run_args(), WSMConfig(num=4, save="/m")) == Path("/m")

@@ -11,7 +11,7 @@ import torch
 from wsm_megatron.plugin import store as store_module
 from wsm_megatron.plugin.shards import Shard, slice_bounds
 from wsm_megatron.plugin.store import DiskStore, Found, MemoryStore, Store, free_bytes
-from wsm_megatron.window import Checkpoint
+from wsm_megatron.window import Consumed
 
 LAYOUT = {"world": 1, "rank": 0}
 
@@ -45,7 +45,7 @@ def store(request: pytest.FixtureRequest, live: list[torch.Tensor], tmp_path: Pa
 
 
 def put(store: Store, iteration: int) -> Exception | None:
-    store.put(Checkpoint(iteration, 10 * iteration))
+    store.put(Consumed(iteration, 10 * iteration, 16))
     return store.finish(iteration)
 
 
@@ -93,7 +93,7 @@ def test_a_disk_store_is_found_again(live: list[torch.Tensor], tmp_path: Path) -
     first = DiskStore(shards_of(*live), tmp_path, LAYOUT)
     assert put(first, 2) is None and put(first, 1) is None
     again = DiskStore(shards_of(*live), tmp_path, LAYOUT)
-    assert again.found() == Found((Checkpoint(1, 10), Checkpoint(2, 20)))
+    assert again.found() == Found((Consumed(1, 10, 16), Consumed(2, 20, 16)))
     assert torch.equal(again.get(2, 0), torch.arange(6.0))
     for store in (first, again):
         store.close()

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsm_megatron.window import Checkpoint, Window, positions, select
+from wsm_megatron.decay import coefficients
+from wsm_megatron.window import (
+    Checkpoint,
+    Consumed,
+    Window,
+    count_tokens,
+    positions,
+    select,
+    why_iterations,
+)
 
 RUN = [Checkpoint(i, i * 10) for i in (4000, 1000, 3000, 2000, 5000)]
 
@@ -149,3 +159,80 @@ def test_thinning_keeps_the_newest_and_even_distances(run: list[Checkpoint], eve
     else:
         with pytest.raises(ValueError, match="at least two"):
             select(run, Window(every=every))
+
+
+def counted(*run: tuple[int | None, ...]) -> list[int | None]:
+    return [c.tokens for c in count_tokens([Consumed(*one) for one in run])]
+
+
+def test_tokens_are_summed_at_the_length_of_each_interval() -> None:
+    """A context extension after iteration 20: 1000 samples an interval, 64 tokens, then 512."""
+    run = [Consumed(i, 100 * i, s) for i, s in ((10, 64), (20, 64), (30, 512), (40, 512))]
+    tokens, unit = positions(count_tokens(run))
+    assert (tokens, unit) == ((64_000, 128_000, 640_000, 1_152_000), "tokens")
+    expected = pytest.approx([0.0441, 0.3529, 0.3529, 0.25], abs=5e-5)
+    assert list(coefficients(tokens, "linear")) == expected
+    assert counted((10, 1000, 512), (20, 2000, 512), (30, 3000, 64)) == [
+        512_000,
+        1_024_000,
+        1_088_000,
+    ]
+
+
+def test_tokens_of_a_run_of_one_length_are_samples_x_length() -> None:
+    """Also with a batch-size ramp-up, whose iterations differ in samples."""
+    assert counted((10, 80, 16), (20, 240, 16), (30, 560, 16)) == [1280, 3840, 8960]
+
+
+def test_a_checkpoint_that_does_not_say_its_samples_is_passed_over() -> None:
+    assert counted((1, 10, 4), (2, None, 4), (3, 30, None), (4, 40, 4)) == [40, None, None, 160]
+
+
+def test_a_change_of_length_must_be_at_a_checkpoint_to_be_counted() -> None:
+    """The job that saved 40 had started from 30, 30 or 20: only there the length can change."""
+    assert counted((20, 2000, 64, 0), (40, 4000, 512, 20)) == [128_000, 128_000 + 2000 * 512]
+    assert counted((30, 3000, 64, 0), (40, 4000, 512, 30))[0] == 192_000
+    run = [Consumed(10, 1000, 64, 0), Consumed(20, 2000, 64, 0), Consumed(40, 4000, 512, 30)]
+    found = count_tokens([*run, Consumed(50, 5000, 512, 30)])
+    assert [c.tokens for c in found] == [None, None, 4000 * 512, 5000 * 512]
+    assert positions(found) == ((10, 20, 40, 50), "iterations")
+    reason = why_iterations(found)
+    assert reason is not None and "from 64 to 512 between iterations 20 and 40" in reason
+    assert "started from iteration 30" in reason
+    # Some write the checkpoint's own iteration there: that says nothing of the start.
+    assert counted((20, 2000, 64, 20), (40, 4000, 512, 40))[0] == 128_000
+
+
+@pytest.mark.parametrize("samples", [500, 2000])
+def test_samples_that_go_backwards_or_repeat_are_no_tokens(samples: int) -> None:
+    """Not even between checkpoints of which the later one has more of them."""
+    run = [(10, 1000, 64), (20, 2000, 64), (30, samples, 64), (40, samples + 1500, 64)]
+    found = count_tokens([Consumed(*one) for one in run])
+    assert positions([found[0], found[3]]) == ((10, 40), "iterations")
+    assert why_iterations(found) == (
+        f"consumed samples do not increase from iteration 20 (2,000) to 30 ({samples:,})"
+    )
+    assert positions(found[2:])[1] == "tokens"
+    with pytest.raises(ValueError, match="--window-tokens: consumed samples do not increase"):
+        select(found, Window(window_tokens=10**9))
+
+
+def test_why_positions_are_in_iterations() -> None:
+    assert why_iterations([Checkpoint(1, 10), Checkpoint(2, 30)]) is None
+    assert why_iterations([Checkpoint(1, 10), Checkpoint(2)]) == (
+        "checkpoint of iteration 2 does not say how many tokens it has seen"
+    )
+    assert why_iterations([Checkpoint(1, 10), Checkpoint(2, 10)]) == (
+        "tokens do not increase from iteration 1 (10) to 2 (10)"
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from([16, 64, 512])), min_size=2))
+def test_distances_are_what_was_trained_between(steps: list[tuple[int, int]]) -> None:
+    run, samples = [], 0
+    for i, (batch, length) in enumerate(steps):
+        samples += batch
+        run.append(Consumed(i, samples, length))
+    tokens = [c.tokens or 0 for c in count_tokens(run)]
+    trained = [b - a for a, b in pairwise(tokens)]
+    assert trained == [batch * length for batch, length in steps[1:]]

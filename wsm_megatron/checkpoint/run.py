@@ -83,7 +83,7 @@ def _replace(path: Path, data: bytes) -> None:
 def read_tracker(root: Path) -> str | None:
     """The tracker's text (an iteration, or ``release``); None where there is none."""
     path = root / TRACKER_FILE
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gathered(value: Any) -> list[Any]:
     """The value of every rank, by rank; any picklable object. Collective over all ranks."""
     if not dist.is_initialized():
@@ -36,6 +41,21 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first_rank(look: Callable[[], Any], what: str) -> Any:
+    """What the first rank sees, on every rank; any picklable object. Collective over all ranks.
+
+    Raises on every rank where ``look`` raises on the first.
+    """
+    value, error = None, None
+    if is_first_rank():
+        try:
+            value = look()
+        except Exception as caught:  # raised below, on every rank
+            error = caught
+    raise_together(error, what)
+    return gathered(value)[0]
 
 
 def failures(error: BaseException | None) -> list[str]:

@@ -103,6 +103,7 @@ def check_run(args: Any, config: WSMConfig) -> None:
     _check_schedule(args, config)
     _check_intervals(args, config)
     _check_results(args, config)
+    _check_folders(args, config)
     _check_retention(args, config)
 
 
@@ -173,11 +174,6 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             f"--wsm-merge-optimizer-state {config.optimizer_state} has no effect: no merged "
             "checkpoint is saved, as there is neither --save nor --wsm-merge-save"
         )
-    if root is not None and args.save and root.absolute() == Path(args.save).absolute():
-        raise ValueError(
-            f"--wsm-merge-save {root} is the run's own --save: merged checkpoints need a folder "
-            "and a tracker of their own"
-        )
     if config.eval and not args.eval_iters:
         logger.warning("--wsm-merge-eval has no effect: --eval-iters is 0")
     if args.no_save_optim and config.optimizer_state != "drop":
@@ -186,6 +182,32 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             "--wsm-merge-optimizer-state %s has no effect",
             config.optimizer_state,
         )
+
+
+def _check_folders(args: Any, config: WSMConfig) -> None:
+    """Nothing of the plugin's is written among checkpoints of the run, however the path is put."""
+    taken = {flag: Path(folder).resolve() for flag, folder in _folders_of_run(args).items()}
+    root, shards = merged_root(args, config), shards_dir(args, config)
+    for flag, folder, what in (
+        ("--wsm-merge-save", root, "merged checkpoints need a folder and a tracker of their own"),
+        ("--wsm-merge-dir", shards, "kept shards need a folder of their own"),
+    ):
+        if folder is None:
+            continue
+        for other, path in taken.items():
+            if folder.resolve() == path:
+                raise ValueError(f"{flag} {folder} is the run's own {other}: {what}; give another")
+        taken[flag] = folder.resolve()
+
+
+def _folders_of_run(args: Any) -> dict[str, str]:
+    """The folders of checkpoints that Megatron itself reads or writes, by flag."""
+    names = ("save", "load", "pretrained_checkpoint", "non_persistent_local_ckpt_dir")
+    folders = {"--" + name.replace("_", "-"): getattr(args, name, None) for name in names}
+    folders["--non-persistent-global-ckpt-dir"] = getattr(
+        args, "non_persistent_global_ckpt_dir", None
+    ) or (args.save and str(Path(args.save) / "non_persistent"))
+    return {flag: folder for flag, folder in folders.items() if folder}
 
 
 def _check_retention(args: Any, config: WSMConfig) -> None:

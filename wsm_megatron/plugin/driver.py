@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wsm_megatron.checkpoint.run import checkpoint_path, scan_run
+from wsm_megatron.checkpoint.layout import is_complete
+from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.plugin import arguments
-from wsm_megatron.plugin.agree import is_first_rank, on_any_rank, raise_together
+from wsm_megatron.plugin.agree import gathered, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.emit import emit, recover
 from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
+from wsm_megatron.plugin.padding import checked_slices
+from wsm_megatron.plugin.refill import Loader
 from wsm_megatron.plugin.replaced import replaced
 from wsm_megatron.plugin.ring import MergeRecipe, window_size
-from wsm_megatron.plugin.store import free_bytes
+from wsm_megatron.plugin.room import reserve_room
 from wsm_megatron.plugin.wsm import WSM
+from wsm_megatron.window import Consumed
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +67,14 @@ class Driver:
         self._root = arguments.merged_root(args, config)
         self._folder = arguments.shards_dir(args, config)
         self._every = arguments.keep_interval(args, config)
-        self._requested = self._finished = False
+        self._loader = Loader(megatron.checkpointing, args, config.interval)
+        self._requested = self._finished = self._save_is_checked = False
         self._saving: int | None = None
         self._emitted = -1
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Around the set-up of model and optimizer: watch how Megatron loads a checkpoint."""
+        return self._loader.watched(self._megatron.training)
 
     def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Model and optimizer are built and loaded: take up the window.
@@ -76,16 +84,24 @@ class Driver:
         args = self._args
         self._model, self._optimizer = model, optimizer
         self._wsm = WSM(model, optimizer, self._config, self._folder)
-        self._check_room()
+        number = window_size(self._config, self._every, args.global_batch_size * args.seq_length)
+        assert number is not None, "the interval between keeps is known here"
+        reserve_room(self._wsm, number, self._folder)
         signal.signal(signal.SIGUSR2, self._request)
         if self._root is not None:
-            recover(self._root)
-        if args.iteration and not (args.finetune or args.no_load_optim):
-            load = self._loader(scheduler)
-            self._wsm.resume(args.iteration, self._tokens(), self._available(), load)
-        else:
-            self._wsm.resume(args.iteration, self._tokens())
+            recover(self._root, args.iteration)
+        self._loader.attach(model, optimizer, scheduler)
+        self._take_up()
         _say("window begins with iterations %s", [c.iteration for c in self._wsm.kept])
+
+    def _take_up(self) -> None:
+        args, start = self._args, self._loader.start
+        if not args.iteration or args.finetune or args.no_load_optim:
+            self._wsm.resume(args.iteration, start)
+            return
+        available = self._loader.available()
+        with preserved_rng():
+            self._wsm.resume(args.iteration, start, available, self._loader.load)
 
     def close(self) -> None:
         """Finish writes under way and let go of the optimizer."""
@@ -117,13 +133,20 @@ class Driver:
 
     @contextmanager
     def saving(self, progress: Progress) -> Iterator[None]:
-        """Around a persistent save of Megatron's: keep what is saved."""
+        """Around a persistent save of Megatron's: keep what is saved in its turn. What is saved
+        because the job ends would take the place of a kept one after the restart."""
         self._saving = progress.iteration
         try:
-            yield
+            if self._save_is_checked:
+                yield
+            else:
+                with checked_slices(self._optimizer, put_right=False) as wrong:
+                    yield
+                self._save_is_checked = True
+                self._warn_of_wrong_saves(wrong)
         finally:
             self._saving = None
-        if self._config.interval is None and progress.iteration >= self._config.start_iter:
+        if self._config.interval is None and self._due(progress.iteration):
             self._keep(progress.iteration)
         if self._finished:
             self._emit_last(progress)
@@ -152,6 +175,18 @@ class Driver:
         if not last_save:
             self._emit_last(progress)
 
+    def _warn_of_wrong_saves(self, wrong: list[str]) -> None:
+        names = sorted(set().union(*gathered(wrong)))
+        if names and is_first_rank():
+            logger.warning(
+                "wsm: this Megatron-LM saves %d tensors of the optimizer wrongly (several DDP "
+                "buckets with padding, --dist-ckpt-optim-fully-reshardable), %s among them. Merged "
+                "checkpoints of this run are saved right. Its own are not: a restart goes on from "
+                "wrong main params and moments. Save without that option, or in one bucket "
+                "(--ddp-bucket-size larger than the model)",
+                *(len(names), names[0]),
+            )
+
     def _due(self, iteration: int) -> bool:
         assert self._every is not None, "check_run refuses runs that never keep"
         return iteration % self._every == 0 and iteration >= self._config.start_iter
@@ -166,14 +201,13 @@ class Driver:
     def _request(self, *_: Any) -> None:
         self._requested = True
 
-    def _tokens(self) -> int:
-        return self._args.consumed_train_samples * self._args.seq_length
-
     def _keep(self, iteration: int) -> None:
         if iteration in self._wsm:
             return
         awaited = self._args.async_save and self._config.interval is None
-        stall = self._wsm.keep(iteration, self._tokens(), durable=not awaited)
+        args = self._args
+        here = Consumed(iteration, args.consumed_train_samples, args.seq_length, args.iteration)
+        stall = self._wsm.keep(iteration, here, durable=not awaited)
         size = self._wsm.nbytes
         _say("keeping iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
 
@@ -204,7 +238,7 @@ class Driver:
         self._megatron.training.maybe_finalize_async_save(blocking=True)
         if on_any_rank(checkpoint_path(self._root, progress.iteration).exists()):
             self._requested = False
-            _say("%s has iteration %d already", self._root, progress.iteration)
+            self._say_taken(checkpoint_path(self._root, progress.iteration))
             return
         began = time.perf_counter()
         try:
@@ -222,22 +256,38 @@ class Driver:
         self._emitted = progress.iteration
         seconds = time.perf_counter() - began
         _say("merged %s into %s in %.2f s", list(recipe.iterations), target, seconds)
-        _say("coefficients %s, effective LR %s", recipe.coefficients, recipe.effective_lr)
+        _say(
+            "coefficients %s by %s, effective LR %s%s",
+            *(recipe.coefficients, recipe.unit, recipe.effective_lr),
+            f"; not by tokens, as {recipe.why_iterations}" if recipe.why_iterations else "",
+        )
+
+    def _say_taken(self, target: Path) -> None:
+        """Why there is no merged checkpoint: its place is taken."""
+        if target == checkpoint_path(target.parent, self._args.iteration) and is_complete(target):
+            _say("%s is there already", target)  # the run was started from its end again
+        elif is_first_rank():
+            logger.warning(
+                "wsm: no merged checkpoint: %s was there before this run got there%s, and stays as "
+                "it is; move it away, or give another --wsm-merge-save",
+                *(target, "" if is_complete(target) else " (unfinished)"),
+            )
 
     def _save(self, progress: Progress, recipe: MergeRecipe, root: Path) -> Path:
         def save() -> None:
-            self._megatron.save_checkpoint(
-                progress.iteration,
-                self._model,
-                self._optimizer,
-                progress.scheduler,
-                progress.flops,
-                {},  # the cached save strategy belongs to the run
-                train_data_iterator=progress.data_iterator,
-                preprocess_common_state_dict_fn=(
-                    self._megatron.training.preprocess_common_state_dict
-                ),
-            )
+            with checked_slices(self._optimizer, put_right=True):
+                self._megatron.save_checkpoint(
+                    progress.iteration,
+                    self._model,
+                    self._optimizer,
+                    progress.scheduler,
+                    progress.flops,
+                    {},  # the cached save strategy belongs to the run
+                    train_data_iterator=progress.data_iterator,
+                    preprocess_common_state_dict_fn=(
+                        self._megatron.training.preprocess_common_state_dict
+                    ),
+                )
 
         offline = MergeConfig(
             load=Path(self._args.save or root),
@@ -248,55 +298,6 @@ class Driver:
             optimizer_state=self._config.optimizer_state,
         )
         return emit(save, self._megatron.checkpointing, self._args, root, recipe, offline)
-
-    def _check_room(self) -> None:
-        """Refuse a window that does not fit, on every rank if on one; reserve what does."""
-        args, ranks = self._args, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        number = window_size(self._config, self._every, args.global_batch_size * args.seq_length)
-        assert number is not None, "the interval between keeps is known here"
-        needed, free = (number + 1) * self._wsm.nbytes * ranks, free_bytes(self._folder)
-        where = f"on the file system of {self._folder}" if self._folder else "of host memory"
-        _say(
-            "%d kept checkpoints, and one being kept, take %.3f GB a rank, %.3f GB for the %d "
-            "ranks of this host; %.3f GB %s are free",
-            *(number, needed / ranks / 1e9, needed / 1e9, ranks, free / 1e9, where),
-        )
-        error = None
-        if needed > free:
-            error = ValueError(
-                f"a window of {number} checkpoints needs {needed / 1e9:.3f} GB, and "
-                f"{free / 1e9:.3f} GB {where} are free: keep fewer (--wsm-merge-num), or use "
-                "--wsm-merge-store disk with a larger --wsm-merge-dir"
-            )
-        raise_together(error, "making room for the window")
-        self._wsm.reserve(number + 1 if self._folder is None else 1)
-
-    def _available(self) -> list[int]:
-        """The run's ordinary checkpoints that a restart may refill the window from."""
-        finished = scan_run(Path(self._args.load)).finished
-        every = self._config.interval or 1
-        return [i for i in finished if i % every == 0]
-
-    def _loader(self, scheduler: Any) -> Callable[[int], int]:
-        """Loads an ordinary checkpoint through Megatron's own ``load_checkpoint``.
-
-        The scheduler stays out of it: loading it twice would add its steps up.
-        """
-        args = self._args
-
-        def load(iteration: int) -> int:
-            samples = {
-                name: getattr(args, name)
-                for name in ("consumed_train_samples", "skipped_train_samples")
-            }
-            valid = args.consumed_valid_samples
-            with replaced(args, ckpt_step=iteration, consumed_valid_samples=valid, **samples):
-                self._megatron.checkpointing.load_checkpoint(self._model, self._optimizer, None)
-                tokens = self._tokens()
-            scheduler.step(increment=0)  # the LR of the parameter groups came from the checkpoint
-            return tokens
-
-        return load
 
 
 def _say(message: str, *values: Any) -> None:

@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from wsm_megatron.checkpoint.layout import METADATA_FILE
+from wsm_megatron.checkpoint.layout import METADATA_FILE, is_complete
 from wsm_megatron.checkpoint.reader import size_and_crc
 from wsm_megatron.checkpoint.run import (
     checkpoint_path,
+    list_checkpoints,
     read_tracker,
-    scan_run,
     sync_directory,
     write_tracker,
 )
@@ -26,12 +24,14 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.provenance import describe, write_provenance
 from wsm_megatron.engine.sources import Decay
-from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together
+from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together, rank_and_size
+from wsm_megatron.plugin.readback import check_written
 from wsm_megatron.plugin.replaced import replaced
 from wsm_megatron.plugin.ring import MergeRecipe
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 40  # characters of a tracker that says something else
 _STAGING = ".wsm-emit"  # Megatron's root while a merged checkpoint is not whole
 
 
@@ -70,6 +70,7 @@ def emit(
     drop = config.optimizer_state == "drop"
     try:
         _save_below(staging, save, checkpointing, args, provenance, drop)
+        check_written(written)
         files = checksums(written)
         _on_first_rank(lambda: write_provenance(written, provenance, files), f"{written}")
         _on_first_rank(lambda: _publish(written, target), f"publishing {target}")
@@ -131,7 +132,7 @@ def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, A
 def checksums(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and CRC-32 of every file, the files shared out among the ranks. Collective."""
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = rank_and_size()
     mine = {name: size_and_crc(directory / name) for name in names[rank::size]}
     return {name: found for part in gathered(mine) for name, found in part.items()}
 
@@ -161,21 +162,66 @@ def _on_first_rank(action: Callable[[], None], what: str) -> None:
     raise_together(error, what)
 
 
-def recover(root: Path) -> None:
-    """After a restart: remove what a killed run left unfinished, and let the tracker catch up.
+def recover(root: Path, iteration: int) -> None:
+    """After a start at ``iteration``: remove what a killed run left unfinished, and let the tracker
+    catch up, which lags where the run died between publishing a merged checkpoint and moving it.
 
-    It lags where the run died between publishing a merged checkpoint and moving it. Collective.
+    What the plugin did not write is left alone, with a warning. Collective.
     """
     _on_first_rank(lambda: _recover(root), f"cleaning up {root}")
+    if is_first_rank():
+        _warn_of_newer(root, iteration)
 
 
 def _recover(root: Path) -> None:
+    if not root.is_dir():
+        return
     for leftover in root.glob(f".iter_*{_STAGING}"):
         shutil.rmtree(leftover)
-    if any(root.glob("iter_*")):
-        newest, tracked = scan_run(root).finished[-1], read_tracker(root)
-        if tracked is None or int(tracked) < newest:
-            write_tracker(root, newest)
+    found = list_checkpoints(root)
+    finished = sorted(i for i, path in found.items() if is_complete(path))
+    if unfinished := sorted(set(found) - set(finished)):
+        logger.warning(
+            "wsm: %s: iterations %s are unfinished (no metadata.json), and no merge of this run "
+            "left them so: they are not touched, and no merged checkpoint can take their place; "
+            "remove them",
+            *(root, unfinished),
+        )
+    _let_tracker_catch_up(root, finished)
+
+
+def _warn_of_newer(root: Path, iteration: int) -> None:
+    if root.is_dir() and (newer := sorted(i for i in list_checkpoints(root) if i > iteration)):
+        logger.warning(
+            "wsm: %s holds merged checkpoints of iterations %s, and this run starts at iteration "
+            "%d: they stay as they are and are not merged anew. If they are another run's, move "
+            "them away or give another --wsm-merge-save",
+            *(root, newer, iteration),
+        )
+
+
+def _let_tracker_catch_up(root: Path, finished: list[int]) -> None:
+    tracked = read_tracker(root)
+    if tracked == "release":
+        logger.warning(
+            "wsm: the tracker of %s says release: --load takes that until the next merged "
+            "checkpoint of this run is published there",
+            root,
+        )
+    elif tracked is None or not _names_one_of(tracked, finished):
+        if tracked is not None:
+            logger.warning(
+                "wsm: the tracker of %s says %r, which is no merged checkpoint there%s",
+                *(root, tracked[:_SHOWN], f"; it now says {finished[-1]}" if finished else ""),
+            )
+        if finished:
+            write_tracker(root, finished[-1])
+    elif int(tracked) < finished[-1]:
+        write_tracker(root, finished[-1])
+
+
+def _names_one_of(tracked: str, iterations: list[int]) -> bool:
+    return len(tracked) < _SHOWN and tracked.isdecimal() and int(tracked) in iterations
 
 
 def _publish(written: Path, target: Path) -> None:

@@ -81,10 +81,13 @@ def _add_megatron_arguments(parser: Any) -> Any:
 def _setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
     _set_driver(None)
     driver = _driver_of_run()
-    built = _originals["training", "setup_model_and_optimizer"](*args, **kwargs)
-    if driver is not None:
-        driver.attach(*built)
-        _set_driver(driver)
+    build = _originals["training", "setup_model_and_optimizer"]
+    if driver is None:
+        return build(*args, **kwargs)
+    with driver.loading():
+        built = build(*args, **kwargs)
+    driver.attach(*built)
+    _set_driver(driver)
     return built
 
 

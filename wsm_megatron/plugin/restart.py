@@ -10,12 +10,12 @@ import torch
 from wsm_megatron.plugin.agree import gathered, on_all_ranks
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import Found, Store
-from wsm_megatron.window import Checkpoint
+from wsm_megatron.window import Consumed
 
 logger = logging.getLogger(__name__)
 
 
-def take_stock(store: Store, iteration: int) -> tuple[dict[int, Checkpoint], set[int]]:
+def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[int]]:
     """What a store holds for a restart at ``iteration``. Collective.
 
     Deletes what is newer (of a future that did not happen) and what some rank has not got.

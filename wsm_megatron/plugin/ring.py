@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wsm_megatron.decay import coefficients, effective_lr
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.window import Checkpoint, positions
+from wsm_megatron.window import Checkpoint, Consumed, count_tokens, positions, why_iterations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class MergeRecipe:
     positions: tuple[int, ...]
     unit: str
     """Unit of the positions that the decay used: ``tokens`` or ``iterations``."""
+    why_iterations: str | None = None
+    """Why it is not tokens."""
 
     @property
     def iterations(self) -> tuple[int, ...]:
@@ -34,8 +36,8 @@ class Ring:
 
     def __init__(self, config: WSMConfig) -> None:
         self._config = config
-        self._kept: dict[int, Checkpoint] = {}
-        self._pending: dict[int, Checkpoint] = {}
+        self._kept: dict[int, Consumed] = {}
+        self._pending: dict[int, Consumed] = {}
 
     def __contains__(self, iteration: int) -> bool:
         return iteration in self._kept or iteration in self._pending
@@ -43,13 +45,13 @@ class Ring:
     @property
     def kept(self) -> tuple[Checkpoint, ...]:
         """The confirmed checkpoints of the window, oldest first."""
-        return tuple(self._kept[i] for i in sorted(self._kept))
+        return count_tokens([self._kept[i] for i in sorted(self._kept)])
 
     @property
     def pending(self) -> tuple[int, ...]:
         return tuple(sorted(self._pending))
 
-    def add(self, checkpoint: Checkpoint) -> None:
+    def add(self, checkpoint: Consumed) -> None:
         """Take in a new checkpoint as pending."""
         assert checkpoint.iteration not in self, f"iteration {checkpoint.iteration} is kept already"
         self._pending[checkpoint.iteration] = checkpoint
@@ -57,7 +59,8 @@ class Ring:
     def confirm(self, iteration: int) -> tuple[int, ...]:
         """Let a pending checkpoint count. Returns the iterations that left the window."""
         self._kept[iteration] = self._pending.pop(iteration)
-        gone = tuple(c.iteration for c in self.kept if not self.in_window(c))
+        kept = self.kept
+        gone = tuple(c.iteration for c in kept if not self._in_window(c, kept))
         for old in gone:
             del self._kept[old]
         return gone
@@ -67,23 +70,27 @@ class Ring:
         self._pending.pop(iteration, None)
         self._kept.pop(iteration, None)
 
-    def in_window(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint belongs to the window that ends at the newest kept one.
-
-        As far as one can tell: before a checkpoint is loaded its tokens may be unknown."""
+    def may_hold(self, iteration: int) -> bool:
+        """Whether a checkpoint that is not kept may belong to the window that ends at the newest
+        kept one: how many tokens lie between them is known only once it is kept."""
         kept, config = self.kept, self._config
-        if checkpoint.iteration < config.start_iter:
+        if iteration < config.start_iter:
             return False
         if config.num is not None:
-            return sum(c.iteration > checkpoint.iteration for c in kept) < config.num
-        if not kept:
+            return sum(c.iteration > iteration for c in kept) < config.num
+        if kept and config.window_iters is not None:
+            return iteration >= kept[-1].iteration - config.window_iters
+        return True
+
+    def _in_window(self, checkpoint: Checkpoint, kept: tuple[Checkpoint, ...]) -> bool:
+        if not self.may_hold(checkpoint.iteration):
+            return False
+        if self._config.window_tokens is None or checkpoint is kept[-1]:
             return True
-        if config.window_iters is not None:
-            return checkpoint.iteration >= kept[-1].iteration - config.window_iters
-        assert config.window_tokens is not None
         newest, own = kept[-1].tokens, checkpoint.tokens
-        assert newest is not None, "a keep always says its tokens"
-        return own is None or own >= newest - config.window_tokens
+        if newest is None or own is None:  # how far back it lies cannot be known
+            return False
+        return own >= newest - self._config.window_tokens
 
     def recipe(self) -> MergeRecipe | None:
         """The merge of what is kept, or None while fewer than two checkpoints are."""
@@ -98,6 +105,7 @@ class Ring:
             effective_lr=effective_lr(weights),
             positions=where,
             unit=unit,
+            why_iterations=why_iterations(sources),
         )
 
 

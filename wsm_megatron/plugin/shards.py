@@ -109,6 +109,29 @@ def _pairs(params: Any, mains: Any) -> Iterator[tuple[torch.nn.Parameter, torch.
         yield from zip(param_group, main_group, strict=True)
 
 
+def unlike_weights(chunks: Sequence[torch.nn.Module], optimizer: Any) -> list[str]:
+    """Parameters whose main params on this rank, rounded, are not the model weights.
+
+    They are equal after every step. Main params that differ come of a checkpoint that was saved
+    wrongly, and the next step makes them the weights.
+    """
+    names = _parameter_names(chunks)
+    return [
+        names[param]
+        for part in parts(optimizer)
+        for param, main in main_params(part)
+        if not torch.equal(
+            main.detach().view(-1).to(param.dtype),
+            param.detach().view(-1).narrow(0, _offset(part, param), main.numel()),
+        )
+    ]
+
+
+def _offset(part: Any, param: torch.nn.Parameter) -> int:
+    """Where the part's main param begins in the flat ``param``."""
+    return part._get_model_param_range_map(param)["param"].start if is_distributed(part) else 0
+
+
 def _shards_of(
     part: Any,
     param: torch.nn.Parameter,
@@ -117,11 +140,9 @@ def _shards_of(
     chunks: Sequence[torch.nn.Module],
     moments: bool,
 ) -> list[Shard]:
-    numel, offset, group = main.numel(), 0, None
+    numel, offset, group = main.numel(), _offset(part, param), None
     start, stop = 0, numel
-    if is_distributed(part):
-        offset = part._get_model_param_range_map(param)["param"].start
-    else:
+    if not is_distributed(part):
         group = data_parallel_group(param, chunks)
         start, stop = slice_bounds(numel, group)
     kinds: list[tuple[str, Callable[[], torch.Tensor]]] = [("main", lambda: main)]

@@ -24,12 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from wsm_megatron.plugin.copying import ShardCopier
+from wsm_megatron.plugin.memory import available_memory
 from wsm_megatron.plugin.shards import Shard
-from wsm_megatron.window import Checkpoint
+from wsm_megatron.window import Consumed
 
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished"
+_COUNTED = ("samples", "seq_length", "began")  # of Consumed, in a file's header
 _CHECKED = 1 << 20  # elements looked at in one go for NaN and Inf
 
 
@@ -37,7 +39,7 @@ _CHECKED = 1 << 20  # elements looked at in one go for NaN and Inf
 class Found:
     """What a store holds from an earlier run of this rank."""
 
-    checkpoints: tuple[Checkpoint, ...] = ()
+    checkpoints: tuple[Consumed, ...] = ()
     """Complete, and in this same layout; oldest first."""
     misfits: tuple[int, ...] = ()
     """Iterations kept under another parallel layout."""
@@ -69,7 +71,7 @@ class Store(ABC):
         """Let the steps of these optimizers wait, on the device, for a copy under way."""
         self._copier.guard(optimizers)
 
-    def put(self, checkpoint: Checkpoint) -> None:
+    def put(self, checkpoint: Consumed) -> None:
         """Start copying the live shards; they may change once the guarded optimizers step again.
 
         Never raises: :meth:`finish` tells.
@@ -89,7 +91,7 @@ class Store(ABC):
         assert error is None or isinstance(error, Exception)
         return error
 
-    def _complete(self, checkpoint: Checkpoint, flat: torch.Tensor, copied: Any) -> None:
+    def _complete(self, checkpoint: Consumed, flat: torch.Tensor, copied: Any) -> None:
         copied.synchronize()
         try:
             self._check_finite(flat)
@@ -109,7 +111,7 @@ class Store(ABC):
         raise ValueError(f"NaN or Inf in {names[0]} ({len(names)} tensors of this rank)")
 
     @abstractmethod
-    def _hold(self, checkpoint: Checkpoint, flat: torch.Tensor) -> None:
+    def _hold(self, checkpoint: Consumed, flat: torch.Tensor) -> None:
         """Take over a filled flat tensor. Runs in the worker thread."""
 
     @abstractmethod
@@ -136,7 +138,7 @@ class MemoryStore(Store):
         super().__init__(shards)
         self._slots: dict[int, torch.Tensor] = {}
 
-    def _hold(self, checkpoint: Checkpoint, flat: torch.Tensor) -> None:
+    def _hold(self, checkpoint: Consumed, flat: torch.Tensor) -> None:
         self._slots[checkpoint.iteration] = flat
 
     def get(self, iteration: int, index: int) -> torch.Tensor:
@@ -170,7 +172,7 @@ class DiskStore(Store):
         name = f"rank_{self._layout['rank']:05d}.safetensors"
         return self._folder / f"iter_{iteration:07d}" / name
 
-    def _hold(self, checkpoint: Checkpoint, flat: torch.Tensor) -> None:
+    def _hold(self, checkpoint: Consumed, flat: torch.Tensor) -> None:
         target = self.path(checkpoint.iteration)
         unfinished = target.with_suffix(_UNFINISHED)
         tensors = {
@@ -188,11 +190,11 @@ class DiskStore(Store):
             raise
         self._free.append(flat)
 
-    def _header(self, checkpoint: Checkpoint) -> dict[str, str]:
+    def _header(self, checkpoint: Consumed) -> dict[str, str]:
         return {
             "format": "wsm-shards-1",
             "iteration": str(checkpoint.iteration),
-            "tokens": str(checkpoint.tokens),
+            **{name: str(getattr(checkpoint, name)) for name in _COUNTED},
             "layout": json.dumps(self._layout),
             "shards": json.dumps([shard.describe() for shard in self._shards]),
         }
@@ -218,8 +220,10 @@ class DiskStore(Store):
         for path in sorted(self._folder.glob(f"iter_*/{self.path(0).name}")):
             try:
                 header = _read_header(path)
-                checkpoint = Checkpoint(int(header["iteration"]), int(header["tokens"]))
-            except (OSError, SafetensorError, KeyError) as error:
+                checkpoint = Consumed(
+                    int(header["iteration"]), *(_number(header.get(name)) for name in _COUNTED)
+                )
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
                 logger.warning("%s: not a file of kept shards, not used: %s", path, error)
                 continue
             if self._fits(header):
@@ -240,12 +244,14 @@ def _read_header(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def _number(text: str | None) -> int | None:
+    return None if text in (None, "None") else int(text)
+
+
 def free_bytes(folder: Path | None) -> int:
     """Bytes available for a store: on the file system of ``folder``, or of host memory (None)."""
     if folder is None:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return available_memory()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

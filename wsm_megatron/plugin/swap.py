@@ -55,6 +55,14 @@ def swapped(
     raise_together(error, "work on the merged weights")
 
 
+def swap_nbytes(chunks: Sequence[torch.nn.Module], shards: Sequence[Shard]) -> int:
+    """Bytes of host memory that :func:`swapped` takes on this rank, beside the kept checkpoints:
+    a copy of all that it overwrites, and one merged shard."""
+    weights = (p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
+    largest = max((shard.size for shard in shards), default=0)
+    return sum(weights) + 4 * (sum(shard.numel for shard in shards) + largest)
+
+
 def _attempt(action: Any, what: str) -> None:
     error = None
     try:

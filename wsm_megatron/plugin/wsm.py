@@ -19,8 +19,8 @@ from wsm_megatron.plugin.restart import is_live, take_stock
 from wsm_megatron.plugin.ring import MergeRecipe, Ring
 from wsm_megatron.plugin.shards import collect, parts
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
-from wsm_megatron.plugin.swap import swapped
-from wsm_megatron.window import Checkpoint
+from wsm_megatron.plugin.swap import swap_nbytes, swapped
+from wsm_megatron.window import Checkpoint, Consumed
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,12 @@ class WSM:
         return self._store.nbytes
 
     @property
+    def swap_nbytes(self) -> int:
+        """Bytes of host memory that :meth:`merged` takes on this rank while it is entered: a copy
+        of what it overwrites (the model weights are 2 bytes a parameter on every rank)."""
+        return swap_nbytes(self._chunks, self._shards)
+
+    @property
     def kept(self) -> tuple[Checkpoint, ...]:
         """The checkpoints that count, oldest first; the same on every rank."""
         return self._ring.kept
@@ -94,7 +100,7 @@ class WSM:
         """Allocate host memory for ``number`` checkpoints beforehand; one is enough for disk."""
         self._store.reserve(number)
 
-    def keep(self, iteration: int, tokens: int, *, durable: bool = True) -> float:
+    def keep(self, iteration: int, tokens: int | Consumed, *, durable: bool = True) -> float:
         """Start keeping the live main params and buffers. Collective; returns once the copy is
         launched.
 
@@ -104,7 +110,8 @@ class WSM:
 
         Args:
             iteration: larger than every iteration kept before.
-            tokens: trained so far, the checkpoint's position in the decay.
+            tokens: trained so far, the checkpoint's position in the decay; or, where the sequence
+                length may change, what they are counted from.
             durable: False for a checkpoint that counts only after :meth:`confirm`.
 
         Returns:
@@ -116,7 +123,7 @@ class WSM:
             raise ValueError(
                 f"keep({iteration}): iteration {self.kept[-1].iteration} is kept already"
             )
-        self._put(Checkpoint(iteration, tokens))
+        self._put(_consumed(iteration, tokens))
         if not durable:
             self._awaited.add(iteration)
         return time.perf_counter() - began
@@ -125,8 +132,11 @@ class WSM:
         """Let a checkpoint kept with ``durable=False`` count from the next keep or merge on."""
         self._awaited.discard(iteration)
 
-    def settle(self) -> None:
-        """Wait for copies under way and agree on what counts. Collective."""
+    def settle(self) -> tuple[int, ...]:
+        """Wait for copies under way and agree on what counts. Collective.
+
+        Returns the iterations that left the window.
+        """
         for iteration in self._copying:
             if failed := failures(self._store.finish(iteration)):
                 self._forget(iteration)
@@ -134,10 +144,13 @@ class WSM:
                     reasons = "; ".join(failed)
                     logger.warning("wsm: window without iteration %d: %s", iteration, reasons)
         self._copying = []
+        left: list[int] = []
         for iteration in self._ring.pending:
             if iteration not in self._awaited:
-                for gone in self._ring.confirm(iteration):
-                    self._store.drop(gone)
+                left += self._ring.confirm(iteration)
+        for gone in left:
+            self._store.drop(gone)
+        return tuple(left)
 
     def recipe(self) -> MergeRecipe | None:
         """The merge that :meth:`merged` would make now, or None for fewer than two checkpoints.
@@ -165,9 +178,9 @@ class WSM:
     def resume(
         self,
         iteration: int,
-        tokens: int,
+        tokens: int | Consumed,
         available: Sequence[int] = (),
-        load: Callable[[int], int] | None = None,
+        load: Callable[[int], int | Consumed | None] | None = None,
     ) -> None:
         """Take up the window after a restart at ``iteration``. Collective; weights are loaded.
 
@@ -177,10 +190,11 @@ class WSM:
 
         Args:
             iteration: where training goes on.
-            tokens: trained so far.
+            tokens: trained so far, as in :meth:`keep`.
             available: iterations of the run's ordinary checkpoints.
-            load: loads such a checkpoint into model and optimizer and returns its tokens. Called
-                last with ``iteration`` where it was called at all.
+            load: loads such a checkpoint into model and optimizer and returns its tokens, or None
+                for one that is not to be used. Called last with ``iteration`` where it was called
+                at all.
         """
         on_disk, misfits = take_stock(self._store, iteration)
         if iteration in on_disk and not is_live(self._store, self._shards, iteration):
@@ -190,30 +204,33 @@ class WSM:
                 iteration,
             )
             on_disk = self._drop(on_disk)
-        loaded = iteration
+        loads, beyond = 0, -1
         for wanted in sorted({i for i in (*on_disk, *available) if i <= iteration}, reverse=True):
-            if not self._ring.in_window(on_disk.get(wanted, Checkpoint(wanted, None))):
+            if not self._ring.may_hold(wanted):
                 break
             if wanted in on_disk:
                 self._ring.add(on_disk.pop(wanted))
             elif wanted == iteration:
-                self._put(Checkpoint(iteration, tokens))
+                self._put(_consumed(iteration, tokens))
             elif load is not None:
-                loaded = wanted
-                self._put(Checkpoint(wanted, load(wanted)))
-            self.settle()
-        if load is not None and loaded != iteration:
+                loads += 1
+                if (found := load(wanted)) is not None:
+                    self._put(_consumed(wanted, found))
+            if wanted in self.settle():
+                beyond = wanted
+                break
+        if load is not None and loads:
             load(iteration)
         self._drop(on_disk)
-        self._refuse_misfits(misfits)
+        self._refuse_misfits({i for i in misfits if i > beyond})
 
-    def _drop(self, checkpoints: Iterable[int]) -> dict[int, Checkpoint]:
+    def _drop(self, checkpoints: Iterable[int]) -> dict[int, Consumed]:
         for iteration in list(checkpoints):
             self._store.drop(iteration)
         return {}
 
     def _refuse_misfits(self, misfits: set[int]) -> None:
-        missing = {i for i in misfits if i not in self and self._ring.in_window(Checkpoint(i))}
+        missing = {i for i in misfits if i not in self and self._ring.may_hold(i)}
         if missing:
             raise ValueError(
                 f"shards of iterations {sorted(missing)} were kept under another parallel layout, "
@@ -225,7 +242,7 @@ class WSM:
         """Stop the worker thread and forget the hooks on the optimizer; kept files stay."""
         self._store.close()
 
-    def _put(self, checkpoint: Checkpoint) -> None:
+    def _put(self, checkpoint: Consumed) -> None:
         self._ring.add(checkpoint)
         self._copying.append(checkpoint.iteration)
         self._store.put(checkpoint)
@@ -233,6 +250,11 @@ class WSM:
     def _forget(self, iteration: int) -> None:
         self._ring.discard(iteration)
         self._store.drop(iteration)
+
+
+def _consumed(iteration: int, tokens: int | Consumed) -> Consumed:
+    """Tokens alone are samples of one token each."""
+    return tokens if isinstance(tokens, Consumed) else Consumed(iteration, tokens, 1)
 
 
 def layout_of_rank() -> dict[str, int]:

@@ -1,0 +1,56 @@
+"""Host memory that this process may still take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that are free on the host and within every limit of this process's control groups.
+
+    Page cache that the kernel can drop counts as free.
+
+    Args:
+        root: where ``proc`` and ``sys`` are; another one in tests.
+    """
+    free = _numbers(root / "proc/meminfo")["MemAvailable:"] * 1024
+    return max(0, min([free, *_left_in_groups(root)]))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each group with a limit leaves, from this process's own up to the root's."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":
+            top, files = root / "sys/fs/cgroup", _V2
+        elif "memory" in controllers.split(","):
+            top, files = root / "sys/fs/cgroup/memory", _V1
+        else:
+            continue
+        own = top / place.lstrip("/")
+        for folder in (own, *own.parents):
+            if (left := _left(folder, *files)) is not None:
+                yield left
+            if folder == top:
+                break
+
+
+def _left(folder: Path, limit: str, used: str, droppable: str) -> int | None:
+    """None where the group has no limit, or is not seen from here."""
+    try:
+        most = (folder / limit).read_text().strip()
+        taken = int((folder / used).read_text())
+        cache = _numbers(folder / "memory.stat").get(droppable, 0)
+    except OSError:
+        return None
+    return None if most == "max" else int(most) - taken + cache
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number of each line, by the word before it."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}

@@ -1,0 +1,66 @@
+"""Whether the window fits this host, and what a merge puts aside besides."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from wsm_megatron.plugin.agree import is_first_rank, raise_together
+from wsm_megatron.plugin.store import free_bytes
+from wsm_megatron.plugin.wsm import WSM
+
+logger = logging.getLogger(__name__)
+
+_GB = 1e9
+
+
+def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
+    """Make sure of room for ``number`` kept checkpoints and one being kept, and for what is
+    overwritten while merged weights are in place; allocate what lies in host memory for good.
+
+    Args:
+        folder: of the disk store; None where the window is in host memory.
+
+    Raises:
+        ValueError: it does not fit, on this rank's host. Collective: on every rank.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    window, aside = (number + 1) * wsm.nbytes * ranks, wsm.swap_nbytes * ranks
+    in_memory = 1 if folder else number + 1
+    needed, free = in_memory * wsm.nbytes * ranks + aside, free_bytes(None)
+    where = f"on the file system of {folder}" if folder else "of host memory"
+    if is_first_rank():
+        logger.info(
+            "wsm: %d kept checkpoints, and one being kept, take %.3f GB a rank, %.3f GB %s for "
+            "the %d ranks of this host; the weights that a merge puts aside take %.3f GB of host "
+            "memory, of which %.3f GB are free",
+            *(number, window / ranks / _GB, window / _GB, where, ranks, aside / _GB, free / _GB),
+        )
+    error = None
+    if needed > free:
+        error = ValueError(_too_large(number, needed - aside, aside, free, ranks, folder))
+    elif folder is not None and window > free_bytes(folder):
+        error = ValueError(
+            f"a window of {number} checkpoints needs {window / _GB:.3f} GB, and "
+            f"{free_bytes(folder) / _GB:.3f} GB {where} are free: keep fewer (--wsm-merge-num), "
+            "or give a larger --wsm-merge-dir"
+        )
+    raise_together(error, "making room for the window")
+    wsm.reserve(in_memory)
+
+
+def _too_large(
+    number: int, kept: int, aside: int, free: int, ranks: int, folder: Path | None
+) -> str:
+    window = f"a window of {number} checkpoints needs" if folder is None else "a keep needs"
+    way_out = (
+        "keep fewer (--wsm-merge-num), or use --wsm-merge-store disk, or fewer ranks a host"
+        if folder is None
+        else "use fewer ranks a host"
+    )
+    return (
+        f"{window} {kept / _GB:.3f} GB, and the weights that a merge puts aside {aside / _GB:.3f} "
+        f"GB, for the {ranks} ranks of this host, but {free / _GB:.3f} GB of host memory are free: "
+        f"{way_out}"
+    )
