@@ -36,7 +36,7 @@ from wsm_megatron.errors import (
 from wsm_megatron.local import run_forked
 from wsm_megatron.output import say, show
 from wsm_megatron.progress import progress_bar
-from wsm_megatron.signals import ENDING, ending_signals
+from wsm_megatron.signals import Stop, ending_signals
 from wsm_megatron.values import count, local_path, number, several, size
 from wsm_megatron.window import Checkpoint
 
@@ -52,7 +52,9 @@ _GROUPS = {"run": "run", "which": "which checkpoints", "how": "how they are merg
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``wsm``; returns the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(
+        format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_Log()]
+    )
     arguments = _parser().parse_args(_with_negative_values(sys.argv[1:] if argv is None else argv))
     logging.getLogger("wsm_megatron").setLevel(
         logging.INFO if arguments.verbose else logging.WARNING
@@ -77,6 +79,16 @@ class _Answer:
 
 
 _Command = Callable[[argparse.Namespace], "_Answer"]
+
+
+class _Log(logging.StreamHandler):
+    """Standard error. A signal that comes up while a line is written is none of its failures."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if isinstance(error, StoppedError):
+            raise error
+        super().handleError(record)
 
 
 def _status(arguments: argparse.Namespace, run: _Command) -> int:
@@ -252,19 +264,17 @@ def _merge(arguments: argparse.Namespace) -> _Answer:
 
 def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
     config = _config(arguments)
-    with ending_signals(_stop), _exit_when_storage_hangs(), job_ranks() as ranks:
+    stop = Stop()
+    with (
+        ending_signals(stop),
+        _exit_when_storage_hangs(),
+        job_ranks() as ranks,
+        ranks.watching(stop.check),
+    ):
         done = merge(config, progress_bar)
         if ranks.rank != 0:
             return _Answer()
     return _Answer(report.merged(done), done.as_data)
-
-
-def _stop(number: int, _: object) -> None:
-    """A signal ends what runs as an error does, the first time."""
-    for one in ENDING:
-        signal.signal(one, signal.SIG_IGN)
-    name = signal.Signals(number).name
-    raise StoppedError(f"stopped by {name}; nothing was published", number)
 
 
 @contextmanager

@@ -8,25 +8,22 @@ no-op of one rank.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from wsm_megatron.errors import MergeError
 from wsm_megatron.garbage import no_collection
+from wsm_megatron.launcher import launched_as
 from wsm_megatron.line import Line
+from wsm_megatron.rendezvous import Waiting, connect, forget_stores
 from wsm_megatron.sign import Failure
-from wsm_megatron.slurm import task_of_step
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_MEET_WITHIN = timedelta(minutes=10)
 
 
 class Ranks:
@@ -213,12 +210,17 @@ _jobs = 0
 
 @contextmanager
 def job_ranks() -> Iterator[Ranks]:
-    """The ranks of this job. Collective; within itself it gives the same ranks again."""
+    """The ranks of this job. Collective; within itself it gives the same ranks again.
+
+    Raises:
+        ValueError: the environment speaks of several ranks, but not clearly.
+        MergeError: they did not meet.
+    """
     global _current
     if _current is not None:
         yield _current
         return
-    rank, size, store = _meet()
+    rank, size, store, waiting = _meet()
     if store is None:
         yield Ranks()
         return
@@ -226,57 +228,34 @@ def job_ranks() -> Iterator[Ranks]:
     line = Line(store, rank, size)
     _current = Ranks(rank, size, line, store)
     try:
+        if waiting is not None:
+            line.meet(waiting.tell)
         yield _current
     except BaseException as error:
         line.fail(error, "the job")
+        forget_stores()
         raise
     finally:
         _current = None
         line.leave()
 
 
-def _meet() -> tuple[int, int, dist.Store | None]:
-    """Rank, world size, and a store of this job alone."""
+def _meet() -> tuple[int, int, dist.Store | None, Waiting | None]:
+    """Rank, world size, a store of this job alone; and, where ranks may still be missing, who says
+    that they are."""
     global _jobs
+    waiting = None
     if dist.is_available() and dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):  # a connection of its own, from torch 2.5 on
             store = store.clone()
+    elif launch := launched_as():
+        rank, size, waiting = launch.rank, launch.size, Waiting(launch)
+        store = connect(launch, waiting)
     else:
-        rank, size = launched_as()
-        if size > 1:
-            store = _rendezvous(rank, size)
+        return 0, 1, None, None
     if size == 1:
-        return rank, size, None
+        return rank, size, None, None
     _jobs += 1
-    return rank, size, dist.PrefixStore(f"wsm/{_jobs}", store)
-
-
-def _rendezvous(rank: int, size: int) -> dist.Store:
-    meeting = dist.rendezvous("env://", rank, size, timeout=_MEET_WITHIN)
-    try:
-        store, _, _ = next(iter(meeting))
-    except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise MergeError(
-            f"rank {rank} of {size}: the ranks did not meet at {where} within "
-            f"{_MEET_WITHIN.seconds // 60} minutes; is the port free (MASTER_PORT), and do all "
-            f"ranks run? {str(error).splitlines()[0]}"
-        ) from error
-    return store
-
-
-def launched_as() -> tuple[int, int]:
-    """Rank and world size from torchrun's variables, or from those of a Slurm step.
-
-    What Slurm says of the rendezvous is put where torch looks for it.
-    """
-    environ = os.environ
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    task = task_of_step(environ)
-    if task is None:
-        return 0, 1
-    environ["MASTER_ADDR"], environ["MASTER_PORT"] = task.address, str(task.port)
-    return task.rank, task.size
+    return rank, size, dist.PrefixStore(f"wsm/{_jobs}", store), waiting

@@ -72,10 +72,30 @@ class Line:
         )
         self._silence: dict[int, float] = {}
         self._heard: dict[int, bytes] = {}
+        self._missing: set[int] = set()
         self._contact = time.monotonic()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="wsm-line", daemon=True)
         self._thread.start()
+
+    def meet(self, tell: Callable[[list[int]], None]) -> None:
+        """On rank 0: wait until every rank has given a sign of life.
+
+        Args:
+            tell: called meanwhile, with the ranks that are missing.
+        """
+        self._missing = set(range(1, self.size)) if self.rank == 0 else set()
+        pause = 0.005
+        while self._missing:
+            here = partial(self._store.check, [f"beat/{rank}" for rank in self._missing])
+            if self._ask(here):
+                self._missing = set()
+                return
+            self.check()
+            self._missing -= {rank for rank, sign in tuple(self._heard.items()) if sign}
+            tell(sorted(self._missing))
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
 
     def check(self) -> None:
         """Raise where the job has failed on another rank, or the others are out of reach."""
@@ -151,11 +171,11 @@ class Line:
         self._thread.join(BEAT)
 
     def _wait_for(self, word: str, patience: float) -> None:
-        """Until every other rank that is not lost has said a word."""
+        """Until every other rank that has come, and is not lost, has said a word."""
         until = time.monotonic() + patience
         failure = self.failure
         lost = {failure.rank} if failure and failure.kind is LostError else set()
-        for rank in set(range(1, self.size)) - lost:
+        for rank in set(range(1, self.size)) - lost - self._missing:
             check = partial(self._store.check, [f"{word}/{rank}"])
             while not self._ask(check) and time.monotonic() < until:
                 time.sleep(0.02)

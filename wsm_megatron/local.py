@@ -13,8 +13,8 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from wsm_megatron.distributed import launched_as
 from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.launcher import launched_as
 from wsm_megatron.output import finish, say_defect
 from wsm_megatron.signals import ending_signals
 
@@ -39,13 +39,13 @@ def run_forked(ranks: int, main: Callable[[], int]) -> int:
     Raises:
         ValueError: this process is one of several ranks already.
     """
-    rank, size = launched_as()
+    launch = launched_as()
     if ranks < 1:
         raise ValueError(f"--local-ranks {ranks}: at least one")
-    if size > 1:
+    if launch is not None:
         raise ValueError(
-            f"--local-ranks: this process is rank {rank} of {size} already; start more tasks, or "
-            "leave the option out"
+            f"--local-ranks: this process is {launch} already; start more tasks, or unset "
+            f"{' and '.join(launch.names)}"
         )
     reading, writing = os.pipe()
     processes = {_fork(number, ranks, main, reading, writing): number for number in range(ranks)}

@@ -6,7 +6,32 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from wsm_megatron.errors import StoppedError
+
 ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """A handler: the first signal ends what the main thread does, as an error does.
+
+    Where that error is swallowed, because it came up in a finalizer or within logging, the next
+    :meth:`check` raises it again.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def __call__(self, number: int, _: object) -> None:
+        for one in ENDING:
+            signal.signal(one, signal.SIG_IGN)
+        self._number = number
+        self.check()
+
+    def check(self) -> None:
+        """Raises ``StoppedError`` once a signal has come."""
+        if self._number is not None:
+            name = signal.Signals(self._number).name
+            raise StoppedError(f"stopped by {name}; nothing was published", self._number)
 
 
 @contextmanager

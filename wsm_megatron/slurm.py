@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_PORTS = (20000, 30000)
+PORTS = (20000, 30000)
 """Below the ports that Linux hands out by itself."""
 _STEPS = 31
 """Ports apart of consecutive jobs, so that their steps do not meet on a shared node."""
@@ -32,15 +32,37 @@ def task_of_step(environ: Mapping[str, str]) -> Task | None:
     the first node of the step, and a port reserved with ``srun --resv-ports`` or else made from the
     numbers of the job and the step.
     """
-    size = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if size == 1:
+    if environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return None
+    size = whole_number(environ, "SLURM_STEP_NUM_TASKS", 1)
     return Task(
-        rank=int(environ["SLURM_PROCID"]),
+        rank=whole_number(environ, "SLURM_PROCID", 0, size),
         size=size,
-        address=environ.get("MASTER_ADDR") or _address(first_host(environ["SLURM_STEP_NODELIST"])),
-        port=int(environ.get("MASTER_PORT") or _port(environ)),
+        address=environ.get("MASTER_ADDR")
+        or _address(first_host(environ.get("SLURM_STEP_NODELIST", ""))),
+        port=master_port(environ) if environ.get("MASTER_PORT") else _port(environ),
     )
+
+
+def master_port(environ: Mapping[str, str]) -> int:
+    """``MASTER_PORT``, where rank 0 listens."""
+    return whole_number(environ, "MASTER_PORT", 1, 2**16)
+
+
+def whole_number(
+    environ: Mapping[str, str], name: str, least: int = 0, below: int | None = None
+) -> int:
+    """A number from the environment.
+
+    Raises:
+        ValueError: it is none, or less than ``least``, or not below ``below``.
+    """
+    text = environ.get(name, "")
+    value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
+    if value < least or (below is not None and value >= below):
+        limit = "" if below is None else f" to {below - 1}"
+        raise ValueError(f"{name}={text} in the environment is not a number from {least}{limit}")
+    return value
 
 
 def first_host(nodes: str) -> str:
@@ -51,12 +73,12 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
-def _port(environ: Mapping[str, str]) -> str:
+def _port(environ: Mapping[str, str]) -> int:
     if reserved := environ.get("SLURM_STEP_RESV_PORTS"):
-        return re.split("[-,]", reserved)[0]
-    low, high = _PORTS
-    number = int(environ["SLURM_JOB_ID"]) * _STEPS + int(environ["SLURM_STEP_ID"])
-    return str(low + number % (high - low))
+        return int(re.split("[-,]", reserved)[0])
+    low, high = PORTS
+    job, step = (whole_number(environ, f"SLURM_{name}_ID") for name in ("JOB", "STEP"))
+    return low + (job * _STEPS + step) % (high - low)
 
 
 def _address(host: str) -> str:

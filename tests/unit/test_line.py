@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +16,13 @@ import torch.distributed as dist
 
 from wsm_megatron import MergeError, line
 from wsm_megatron.checkpoint import visible
+from wsm_megatron.cli import _Log
 from wsm_megatron.distributed import Ranks
+from wsm_megatron.engine.crew import in_background
 from wsm_megatron.engine.steps import check_shared
+from wsm_megatron.errors import StoppedError
 from wsm_megatron.line import Line
+from wsm_megatron.signals import ENDING, Stop
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +191,100 @@ def test_a_rank_that_tells_too_much_is_not_heard_out(
     ranks[1].exchange()
     ranks[0].exchange()
     assert heard == list(range(900, 1000))
+
+
+def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(line, "_STOP_WITHIN", 10**6)
+    store = dist.HashStore()
+    first, second = (Line(store, rank, 4) for rank in (0, 1))
+    told: list[list[int]] = []
+
+    def tell(missing: list[int]) -> None:
+        told.append(missing)
+        if missing == [2, 3]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        first.meet(tell)
+    second.meet(tell)  # only rank 0 waits
+
+    def stop(one: Line) -> None:
+        one.fail(stopped.value, "starting")
+        one.leave()
+
+    for thread in (stopping := [threading.Thread(target=stop, args=(o,)) for o in (first, second)]):
+        thread.start()
+    for thread in stopping:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_rank_that_dies_before_all_have_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "LOST_AFTER", 0.5)
+    store = dist.HashStore()
+    first, second = (Line(store, rank, 3) for rank in (0, 1))
+    second._leaving.set()
+    with pytest.raises(MergeError, match="rank 1 .* is lost"):
+        first.meet(lambda _: None)
+    first.leave()
+
+
+def test_all_have_come(ranks: list[Ranks]) -> None:
+    def meet(one: Ranks) -> None:
+        assert one._line is not None
+        one._line.meet(lambda _: None)
+
+    assert on_all(ranks, meet) == [None] * 3
+
+
+def test_a_rank_lost_while_rank_0_plans(ranks: list[Ranks]) -> None:
+    """Planning calls nothing of the line; a thread does it, and rank 0 looks after the job."""
+    planned = threading.Event()
+
+    def plan(one: Ranks) -> None:
+        if one.rank == 2:
+            assert one._line is not None
+            one._line._leaving.set()
+            return
+        one.from_first(lambda: in_background(lambda: planned.wait(60), one.check), "planning")
+
+    outcomes = on_all(ranks, plan)
+    assert not planned.is_set()
+    planned.set()
+    for rank in (0, 1):
+        assert "rank 2" in str(outcomes[rank]) and "lost" in str(outcomes[rank])
+
+
+def test_a_signal_that_was_swallowed_ends_the_job(ranks: list[Ranks]) -> None:
+    """Its error may come up in a finalizer, which Python ignores."""
+
+    def work(one: Ranks) -> None:
+        stop = Stop()
+        with one.watching(stop.check), one.together("the test"):
+            if one.rank == 1:
+                with contextlib.suppress(StoppedError):
+                    stop(signal.SIGTERM, None)
+            for _ in range(1000):
+                one.check()
+                time.sleep(0.01)
+
+    before = [signal.getsignal(one) for one in ENDING]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # not in a thread
+        outcomes = on_all(ranks, work)
+    assert [signal.getsignal(one) for one in ENDING] == before
+    assert isinstance(outcomes[1], StoppedError)
+    for rank in (0, 2):
+        assert "rank 1 failed in the test: stopped by SIGTERM" in str(outcomes[rank])
+
+
+def test_logging_does_not_swallow_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stderr:
+        def write(self, _: str) -> None:
+            raise StoppedError("stopped", signal.SIGTERM)
+
+    handler = _Log(Stderr())
+    with pytest.raises(StoppedError):
+        handler.handle(logging.makeLogRecord({"msg": "waiting"}))

@@ -61,9 +61,10 @@ def test_wrong_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_ranks_do_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"--local-ranks: this process is rank 1 of 4 already"):
+    there = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "555"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"--local-ranks: this process is rank 1 of 4 .* already"):
         run_forked(2, lambda: 0)
 
 

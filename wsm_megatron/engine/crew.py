@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -60,3 +62,31 @@ def work_through(
             thread.join(_PATIENCE / len(crew))
     if failures:
         raise failures[0]
+
+
+def in_background(compute: Callable[[], T], check: Callable[[], None]) -> T:
+    """``compute()`` in a thread of its own; what it returns or raises.
+
+    For long work that only reads: a failure of ``check``, or a signal, is raised at once, and the
+    thread is left to itself.
+
+    Args:
+        check: called a few times a second in the calling thread.
+    """
+    outcomes: queue.SimpleQueue[tuple[list[T], BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcomes.put(([compute()], None))
+        except BaseException as error:
+            outcomes.put(([], error))
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            result, failure = outcomes.get(timeout=_LOOK)
+            break
+        check()
+    if failure is not None:
+        raise failure
+    return result[0]

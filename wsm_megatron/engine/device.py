@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,11 +115,6 @@ def choose_device(
         return Device(cuda, "--device cuda", staged=True)
     worth, reason = measure(cuda, sources, merges).choose(threads)
     return Device(cuda, reason, staged=True) if worth else Device(cpu, reason)
-
-
-def local_rank() -> int:
-    """Of this process on its machine, as torchrun or Slurm numbers it."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def measure(device: torch.device, sources: int, merges: int) -> Rates:

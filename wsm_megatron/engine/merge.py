@@ -22,6 +22,7 @@ from wsm_megatron.checkpoint.visible import wait_for_files
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
+from wsm_megatron.engine.crew import in_background
 from wsm_megatron.engine.deal import Dealer, outline
 from wsm_megatron.engine.job import Job, Part, Product
 from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
@@ -82,7 +83,12 @@ def prepare(config: MergeConfig, ranks: Ranks) -> Job:
     """The job of a config, on every rank. Collective. Raises as :func:`merge` does."""
     if config.source_parallel:
         return prepare_spread(config, ranks)
-    return ranks.from_first(lambda: prepare_job(config), "planning")
+    return ranks.from_first(lambda: _plan(config, ranks), "planning")
+
+
+def _plan(config: MergeConfig, ranks: Ranks) -> Job:
+    """On rank 0; minutes for large runs, in which a rank may be lost."""
+    return in_background(lambda: prepare_job(config), ranks.check)
 
 
 def _prepare(config: MergeConfig, ranks: Ranks) -> tuple[Job, list[int]]:
@@ -92,7 +98,7 @@ def _prepare(config: MergeConfig, ranks: Ranks) -> tuple[Job, list[int]]:
 
         def plan(rank: int) -> tuple[Job, list[int]]:
             if rank == 0:
-                planned.append(_with_missing(prepare_job(config)))
+                planned.append(_with_missing(_plan(config, ranks)))
                 return planned[0]
             job, missing = planned[0]
             return outline(job), missing

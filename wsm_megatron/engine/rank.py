@@ -23,7 +23,7 @@ from wsm_megatron.engine.budget import Budget, default_memory, make_budget
 from wsm_megatron.engine.chain import Digests
 from wsm_megatron.engine.context import Context, Progress, Target
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.device import Device, choose_device, local_rank
+from wsm_megatron.engine.device import Device, choose_device
 from wsm_megatron.engine.job import Job, Part, places
 from wsm_megatron.engine.objects import copy_objects, write_common
 from wsm_megatron.engine.phases import Phases, RankReport
@@ -33,6 +33,7 @@ from wsm_megatron.engine.side_files import Files
 from wsm_megatron.engine.steps import STEP_BYTES, copy_beside, run_steps
 from wsm_megatron.engine.wire import Wire
 from wsm_megatron.errors import StorageError
+from wsm_megatron.launcher import local_rank
 
 logger = logging.getLogger(__name__)
 

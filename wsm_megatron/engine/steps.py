@@ -17,12 +17,13 @@ from wsm_megatron.engine.chain import Chain, Digests
 from wsm_megatron.engine.context import Context
 from wsm_megatron.engine.crew import work_through
 from wsm_megatron.engine.damage import wrong_main
-from wsm_megatron.engine.device import choose_device, local_rank
+from wsm_megatron.engine.device import choose_device
 from wsm_megatron.engine.holders import TRAVEL_ELEMENTS, Held, Step
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.side_files import Files
 from wsm_megatron.engine.turns import Place, cost, ending
 from wsm_megatron.engine.wire import Wire, open_wire
+from wsm_megatron.launcher import local_rank
 
 STEP_BYTES = 16 * TRAVEL_ELEMENTS
 """Memory of a thread that runs steps: sums of 8 bytes, and as much for tiles."""
