@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.reference import RUNS, load_tensors
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
+from wsm_megatron.checkpoint.common import dump_common, load_common
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.metadata_file import write_metadata
 from wsm_megatron.checkpoint.reader import CheckpointReader
@@ -40,6 +42,13 @@ def copy_run(name: str, to: Path) -> Path:
     """A copy of a run that a test may change."""
     shutil.copytree(RUNS / name, to)
     return to
+
+
+def restate(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Let ``change`` edit a checkpoint's common state, which must be in ``common.pt``."""
+    state = load_common((path / "common.pt").read_bytes(), str(path))
+    change(state)
+    (path / "common.pt").write_bytes(dump_common(state))
 
 
 def rewrite(

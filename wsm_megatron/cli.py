@@ -24,7 +24,8 @@ from wsm_megatron.distributed import job_ranks
 from wsm_megatron.engine.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.engine.merge import merge, prepare
 from wsm_megatron.engine.resume import check_resume
-from wsm_megatron.engine.sources import Decay, decay_over, select_checkpoints
+from wsm_megatron.engine.selection import select_checkpoints
+from wsm_megatron.engine.sources import Decay, decay_over
 from wsm_megatron.engine.verify import SOURCES, verify
 from wsm_megatron.errors import (
     EXIT_DOES_NOT_RESUME,
@@ -315,7 +316,9 @@ def _plan(arguments: argparse.Namespace) -> _Answer:
 
 def _coefficients(arguments: argparse.Namespace) -> _Answer:
     decay = _decay(arguments)
-    return _Answer(report.decay_table(decay), lambda: report.decay_data(decay), shown=True)
+    of_run = report.unit_data(decay) if arguments.load is not None else {}
+    data = {**report.decay_data(decay), **of_run}
+    return _Answer(report.decay_table(decay), lambda: data, shown=True)
 
 
 def _decay(arguments: argparse.Namespace) -> Decay:
@@ -328,7 +331,7 @@ def _decay(arguments: argparse.Namespace) -> Decay:
             raise ValueError(f"{flag(chosen[0])} selects checkpoints of a run: give --load")
         checkpoints = _numbered(arguments)
     else:
-        (checkpoints,) = select_checkpoints(root, config.windows[0])
+        (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
         raise ValueError("coefficients shows one decay over one window at a time")
     return decay_over(

@@ -37,7 +37,7 @@ class MergeConfig:
     )
     from_: int | None = _option(None, "oldest iteration, included", group="which")
     to: int | None = _option(
-        None, "newest iteration, included (default: the run's newest)", group="which"
+        None, "newest iteration, included (default: the tracker's)", group="which"
     )
     last: int | None = _option(None, "the N newest, up to --to", group="which", metavar="N")
     window_iterations: tuple[int, ...] | None = _option(
@@ -113,6 +113,9 @@ class MergeConfig:
         (), "leave out entries whose key matches (repeatable)", group="how"
     )
     allow_nonfinite: bool = _option(False, "merge NaN and Inf instead of refusing", group="how")
+    allow_lr_decay: bool = _option(
+        False, "merge a window inside of which the LR warms up or decays", group="how"
+    )
     threads: int | None = _option(
         None, "worker threads a rank (default: the cores it may use, at most 16)", group="job"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
+from wsm_megatron.checkpoint.common import CommonSummary
 from wsm_megatron.engine.flags import GOALS, as_data
 from wsm_megatron.engine.inspect import CheckpointContents, RunContents
 from wsm_megatron.engine.job import Job
@@ -31,9 +32,7 @@ def size(nbytes: float) -> str:
 def merged(done: MergeReport) -> Iterator[str]:
     moved = done.bytes_read + done.bytes_written
     for one in done.merged:
-        yield from _coefficient_lines(
-            one.iterations, one.coefficients, one.effective_lr, "iteration"
-        )
+        yield from _source_lines(one.iterations, one.decay)
     yield f"read {size(done.bytes_read)}, wrote {size(done.bytes_written)}"
     yield f"{done.seconds:.2f} s, {size(moved / max(done.seconds, 1e-9))}/s"
     yield from _rank_lines(done.ranks)
@@ -67,6 +66,7 @@ def plan_data(job: Job) -> dict[str, Any]:
         "outputs": [str(product.path) for product in job.products],
         "iterations": list(job.iterations(product)),
         **decay_data(product.decay),
+        **unit_data(product.decay),
         "bytes_to_read": job.bytes_to_read(),
         "bytes_to_write": job.bytes_to_write(),
         "bytes_to_send": job.bytes_to_send(),
@@ -78,9 +78,9 @@ def plan_data(job: Job) -> dict[str, Any]:
 
 
 def decay_table(decay: Decay) -> Iterator[str]:
-    yield from _coefficient_lines(
-        decay.positions, decay.coefficients, decay.effective_lr, decay.unit
-    )
+    yield from _coefficient_lines(decay.positions, decay, decay.unit)
+    if decay.why_iterations:
+        yield _unit(decay)
 
 
 def decay_data(decay: Decay) -> dict[str, Any]:
@@ -91,8 +91,20 @@ def decay_data(decay: Decay) -> dict[str, Any]:
     }
 
 
+def unit_data(decay: Decay) -> dict[str, Any]:
+    """The unit of a run's positions, and why it is not tokens; the learning rates that it says."""
+    return {
+        "unit": decay.unit,
+        "why_iterations": decay.why_iterations,
+        "lr": list(decay.lr),
+    }
+
+
 def checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:
-    yield f"{contents.path}: iteration {contents.iteration}, tokens {_known(contents.tokens)}"
+    said = contents.summary
+    yield f"{contents.path}: iteration {said.iteration}, tokens {_counted(said)}"
+    if said.learning_rate is not None:
+        yield f"  learning rate {said.learning_rate.value:.6g}"
     for role, found in contents.by_role.items():
         total = sum(entry.nbytes for entry in found)
         yield f"  {role.value:16} {len(found):6} entries {size(total):>9}"
@@ -108,8 +120,8 @@ def checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:
 def checkpoint_data(contents: CheckpointContents) -> dict[str, Any]:
     return {
         "path": str(contents.path),
-        "iteration": contents.iteration,
-        "tokens": contents.tokens,
+        "iteration": contents.summary.iteration,
+        "tokens": contents.summary.tokens,
         "bytes": contents.nbytes,
         "entries": {
             entry.key: {
@@ -126,23 +138,39 @@ def checkpoint_data(contents: CheckpointContents) -> dict[str, Any]:
 
 
 def run(contents: RunContents) -> Iterator[str]:
-    yield f"{contents.path}: tracker {contents.tracker or 'missing'}"
-    for iteration, tokens, is_merged in contents.checkpoints:
-        kind = "merged" if is_merged else "trained"
-        yield f"  iteration {iteration:>9}  tokens {_known(tokens):>16}  {kind}"
-    for iteration in contents.unfinished:
-        yield f"  iteration {iteration:>9}  unfinished"
+    tracker = "missing" if contents.tracker is None else contents.tracker or "empty"
+    yield f"{contents.path}: tracker {tracker}"
+    if contents.tracker_problem:
+        yield f"  the tracker {contents.tracker_problem}"
+    for one in contents.checkpoints:
+        kind = "merged" if one.is_merged else "trained"
+        lr = "" if one.lr is None else f"  LR {one.lr:.4g}"
+        line = f"  iteration {one.iteration:>9}  tokens {_known(one.tokens):>16}  {kind}{lr}"
+        yield "; ".join([line, *one.marks])
+    for unusable in contents.unusable:
+        yield f"  {unusable}"
 
 
 def run_data(contents: RunContents) -> dict[str, Any]:
     return {
         "path": str(contents.path),
         "tracker": contents.tracker,
+        "tracker_problem": contents.tracker_problem,
         "checkpoints": [
-            {"iteration": iteration, "tokens": tokens, "merged": is_merged}
-            for iteration, tokens, is_merged in contents.checkpoints
+            {
+                "iteration": one.iteration,
+                "tokens": one.tokens,
+                "merged": one.is_merged,
+                "lr": one.lr,
+                "marks": list(one.marks),
+            }
+            for one in contents.checkpoints
         ],
         "unfinished": list(contents.unfinished),
+        "unusable": [
+            {"name": one.name, "what": one.kind.what, "way_out": one.kind.way_out}
+            for one in contents.unusable
+        ],
     }
 
 
@@ -227,21 +255,26 @@ def _scheduler(scheduler: dict[str, Any] | None) -> str:
     return ", ".join(f"{key} {scheduler[key]}" for key in wanted if key in scheduler)
 
 
-def _coefficient_lines(
-    places: Iterable[int],
-    coefficients: Iterable[float],
-    effective_lr: Iterable[float],
-    unit: str,
-) -> Iterator[str]:
-    yield f"{unit:>16}  coefficient  effective LR up to here"
-    multipliers = ["", *(f"{w:.6f}" for w in effective_lr)]
-    for place, coefficient, multiplier in zip(places, coefficients, multipliers, strict=True):
-        yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}"
+def _coefficient_lines(places: Iterable[int], decay: Decay, unit: str) -> Iterator[str]:
+    yield f"{unit:>16}  coefficient  effective LR up to here{'  LR' if decay.lr else ''}"
+    multipliers = ["", *(f"{w:.6f}" for w in decay.effective_lr)]
+    rates = [f"{'' if lr is None else f'{lr:.4g}':>15}" for lr in decay.lr] or [""] * len(
+        multipliers
+    )
+    for place, coefficient, multiplier, lr in zip(
+        places, decay.coefficients, multipliers, rates, strict=True
+    ):
+        yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}{lr}"
 
 
 def _source_lines(iterations: Iterable[int], decay: Decay) -> Iterator[str]:
-    yield from _coefficient_lines(iterations, decay.coefficients, decay.effective_lr, "iteration")
-    yield f"positions in {decay.unit}"
+    yield from _coefficient_lines(iterations, decay, "iteration")
+    yield _unit(decay)
+
+
+def _unit(decay: Decay) -> str:
+    why = f": {decay.why_iterations}" if decay.why_iterations else ""
+    return f"positions in {decay.unit}{why}"
 
 
 def _recipe_lines(recipes: Iterable[Recipe]) -> Iterator[str]:
@@ -281,6 +314,12 @@ def _shape(entry: Any) -> str:
         return f"({entry.nbytes} bytes)"
     dtype = str(entry.dtype).removeprefix("torch.")
     return f"{dtype} {list(entry.shape)} in {len(entry.chunks)} chunks"
+
+
+def _counted(said: CommonSummary) -> str:
+    if said.tokens is None:
+        return "unknown"
+    return f"{said.tokens:,} ({said.consumed_samples:,} samples of {said.seq_length:,})"
 
 
 def _known(tokens: int | None) -> str:

@@ -17,6 +17,8 @@ class Checkpoint:
     """Training tokens up to here (:func:`count_tokens`), or None where that is not known."""
     unknown: str = field(default="", compare=False)
     """Why ``tokens`` is None: a clause that names the checkpoints, for messages."""
+    lr: float | None = field(default=None, compare=False)
+    """Learning rate at which it was saved, where that is known."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,13 @@ _EVALUATION_BATCHES = 16
 
 
 def train_and_save(root: Path, steps: int, save_interval: int) -> None:
-    """Train at a constant LR; a full checkpoint, optimizer state included, every save_interval."""
+    """Train at a LR that is constant from the first save on; a full checkpoint, optimizer state
+    included, every save_interval."""
     from examples.cpu_ranks.checkpoint import save_checkpoint
     from examples.cpu_ranks.training import build, train
 
     text, _ = load_corpus()
-    training = build(CONFIG)
+    training = build(replace(CONFIG, lr_warmup_steps=min(CONFIG.lr_warmup_steps, save_interval)))
     started = time.monotonic()
     if dist.get_rank() == 0:
         print(f"training on {len(text) / 1e6:.1f} MB of text", flush=True)

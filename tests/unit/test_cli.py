@@ -107,7 +107,13 @@ def test_inspect_a_run_and_a_checkpoint(wsm, tmp_path):
     assert any("unfinished" in line for line in lines)
     data = json.loads(lines[-1])
     assert data["unfinished"] == [6] and data["tracker"] == "8"
-    assert data["checkpoints"][0] == {"iteration": 2, "tokens": 256, "merged": False}
+    assert data["checkpoints"][0] == {
+        "iteration": 2,
+        "tokens": 256,
+        "merged": False,
+        "lr": 1e-3,
+        "marks": [],
+    }
     lines = wsm("inspect", runs.checkpoint(run, 8), "--entries", "--json")
     data = json.loads(lines[-1])
     assert data["iteration"] == 8 and data["tokens"] == 1024

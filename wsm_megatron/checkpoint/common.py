@@ -16,6 +16,7 @@ from typing import Any
 
 from wsm_megatron.checkpoint.inert import Inert
 from wsm_megatron.checkpoint.objects import dump_object, load_object
+from wsm_megatron.checkpoint.schedule import LearningRate, learning_rate
 from wsm_megatron.errors import MergeError
 
 PROVENANCE_KEY = "wsm_merge"
@@ -35,14 +36,23 @@ class CommonSummary:
     consumed_samples: int | None
     """Training samples consumed (``args.consumed_train_samples``)."""
     seq_length: int | None
-    """Tokens a sample."""
+    """Tokens a sample, when the checkpoint was saved."""
+    began: int | None = None
+    """Iteration from which the job that saved it had started: ``args.iteration``. None too where
+    that is the checkpoint's own, as other writers than Megatron have it."""
+    learning_rate: LearningRate | None = None
+    finished: float | None = None
+    """When ``metadata.json`` was written, in seconds since the epoch; not in the state itself."""
 
     @property
     def tokens(self) -> int | None:
-        """Training tokens consumed: samples x sequence length."""
+        """Training tokens consumed, if the run's sequence length has always been this one."""
         if self.consumed_samples is None or self.seq_length is None:
             return None
         return self.consumed_samples * self.seq_length
+
+
+UNKNOWN = CommonSummary(None, None, None)
 
 
 def load_common(data: bytes, where: str) -> dict[str, Any]:
@@ -73,10 +83,16 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
     """Where in training the checkpoint of this common state was taken."""
     args = attributes(state.get("args"))
     # `total_iters` is what Megatron called `iteration` before (`load_checkpoint` takes both).
+    iteration = _integer(state.get("iteration", state.get("total_iters")))
+    began = _integer(args.get("iteration"))
+    if began is not None and (iteration is None or began >= iteration):
+        began = None
     return CommonSummary(
-        iteration=_integer(state.get("iteration", state.get("total_iters"))),
+        iteration=iteration,
         consumed_samples=_integer(args.get("consumed_train_samples")),
         seq_length=_integer(args.get("seq_length")),
+        began=began,
+        learning_rate=learning_rate(state, args),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wsm_megatron.checkpoint.kinds import kind_of, kind_of_format
 from wsm_megatron.checkpoint.metadata import Metadata, TensorStorageMetadata
 from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
 from wsm_megatron.checkpoint.tiling import tiling_fault
@@ -162,33 +163,16 @@ def _read_marker(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such checkpoint directory")
     if not is_complete(path):
-        _refuse_unfinished(path)
+        what, way_out = kind_of(path)
+        raise ValueError(f"{path} is {what}: {way_out}")
     try:
         marker = json.loads((path / MARKER_FILE).read_text())
     except ValueError as error:
         raise MergeError(f"{path}: metadata.json is damaged ({error})") from error
-    backend = marker.get("sharded_backend") if isinstance(marker, dict) else None
-    if backend != "torch_dist":
-        raise ValueError(
-            f"{path}: sharded format {backend!r}; only torch_dist checkpoints merge. Save with "
-            "--ckpt-format torch_dist (Megatron converts on a load and save)"
-        )
+    kind = kind_of_format(marker.get("sharded_backend") if isinstance(marker, dict) else None)
+    if kind is not None:
+        raise ValueError(f"{path} is {kind.what}: {kind.way_out}")
     return marker
-
-
-def _refuse_unfinished(path: Path) -> None:
-    if any(path.glob("mp_rank_*")):
-        raise ValueError(
-            f"{path}: a legacy checkpoint (mp_rank_* folders, --ckpt-format torch); load it in "
-            "Megatron and save it with --ckpt-format torch_dist"
-        )
-    if (path / METADATA_FILE).is_file():
-        raise ValueError(
-            f"{path}: no metadata.json: either the save did not finish, or the format is "
-            "fsdp_dtensor or torch_dcp, which this tool does not merge (it needs --ckpt-format "
-            "torch_dist)"
-        )
-    raise ValueError(f"{path}: unfinished checkpoint (no metadata.json); leave it out")
 
 
 def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:

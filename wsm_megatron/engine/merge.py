@@ -219,8 +219,7 @@ def _merged(job: Job, product: Product) -> MergedCheckpoint:
     return MergedCheckpoint(
         output=product.path,
         iterations=job.iterations(product),
-        coefficients=product.decay.coefficients,
-        effective_lr=product.decay.effective_lr,
+        decay=product.decay,
         resume=product.provenance["resume"],
     )
 

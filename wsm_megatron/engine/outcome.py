@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron.engine.phases import RankReport
+from wsm_megatron.engine.sources import Decay
 
 
 @dataclass(frozen=True)
@@ -14,16 +15,35 @@ class MergedCheckpoint:
     """One published checkpoint.
 
     Attributes:
-        iterations: of its sources, oldest first; as coefficients.
+        iterations: of its sources, oldest first.
+        decay: what these weigh, and at which positions.
         resume: what became of the optimizer state and how to launch Megatron, as in
             ``wsm_merge.json``.
     """
 
     output: Path
     iterations: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    effective_lr: tuple[float, ...]
+    decay: Decay
     resume: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return self.decay.coefficients
+
+    @property
+    def effective_lr(self) -> tuple[float, ...]:
+        return self.decay.effective_lr
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "output": str(self.output),
+            "iterations": self.iterations,
+            "coefficients": self.coefficients,
+            "effective_lr": self.effective_lr,
+            "unit": self.decay.unit,
+            "resume": self.resume,
+        }
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class MergeReport:
 
     def as_data(self) -> dict[str, Any]:
         """Plain JSON types."""
-        checkpoints = [{**asdict(one), "output": str(one.output)} for one in self.merged]
+        checkpoints = [one.as_data() for one in self.merged]
         return {
             **checkpoints[-1],
             "bytes_read": self.bytes_read,

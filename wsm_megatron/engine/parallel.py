@@ -5,28 +5,22 @@ Metadata that rank 0 does not see is read by a rank that does; rank 0 plans for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from wsm_megatron.checkpoint.common import UNKNOWN, CommonSummary
 from wsm_megatron.checkpoint.roles import Role, is_flat_bucket
-from wsm_megatron.checkpoint.run import checkpoint_path
+from wsm_megatron.checkpoint.run import checkpoint_path, read_tracker
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.holders import Holders
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.prepare import Wanted, all_of, plan_job, wanted_merges
+from wsm_megatron.engine.selection import Selector
 from wsm_megatron.engine.sight import View, look
-from wsm_megatron.engine.sources import (
-    Source,
-    choose_checkpoints,
-    open_source,
-    read_common,
-    read_tokens,
-    tokens_of,
-)
+from wsm_megatron.engine.sources import Source, open_source, read_common, read_summary
 from wsm_megatron.engine.spread import Spread
-from wsm_megatron.window import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,10 +43,10 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
             sees files that are needed.
     """
     with ranks.together("looking at the sources"):
-        sight = look(config.load)
-    view = View(config.load, ranks.gather(sight))
-    tokens = _all_tokens(config, view, ranks) if config.window_tokens is not None else {}
-    wanted = ranks.from_first(lambda: _select(config, view, tokens), "planning")
+        seen = look(config.load), read_tracker(config.load)
+    sights, trackers = zip(*ranks.gather(seen), strict=True)
+    view = View(config.load, sights, trackers)
+    wanted = _select(config, view, ranks)
     with ranks.together("opening the sources"):
         iterations = [checkpoint.iteration for checkpoint in all_of(wanted)]
         reports = {
@@ -67,29 +61,47 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
     return replace(job, config=replace(job.config, load=config.load), sources=sources)
 
 
-def _all_tokens(config: MergeConfig, view: View, ranks: Ranks) -> dict[int, int | None]:
+def _select(config: MergeConfig, view: View, ranks: Ranks) -> Wanted:
+    """The merges that are wanted. Ranks tell rank 0 what the checkpoints say that they see: of the
+    range that is merged, or of all where a window is in tokens. Collective."""
+    run = ranks.from_first(view.run, "planning")
+    told: dict[int, CommonSummary] = {}
+    selector = Selector(run, lambda i: told.get(i, UNKNOWN), config.allow_lr_decay)
+
+    def choose() -> Sequence[tuple[MergeConfig, tuple[int, ...]]]:
+        return wanted_merges(config, lambda window: selector.choose(window, config.sliding_every))
+
+    def place() -> Wanted:
+        return [(one, selector.place(chosen)) for one, chosen in choose()]
+
+    asked = list(run.finished)
+    if config.window_tokens is None:
+        wanted = ranks.from_first(choose, "planning")
+        chosen = {i for _, c in wanted for i in c}
+        asked = [i for i in asked if min(chosen) <= i <= max(chosen)]
+        asked = [i for i in asked if i in chosen or view.is_reported(i)]
+    told.update(_summaries(config, view, ranks, asked))
+    return ranks.from_first(place, "planning")
+
+
+def _summaries(
+    config: MergeConfig, view: View, ranks: Ranks, iterations: Sequence[int]
+) -> dict[int, CommonSummary]:
+    """What checkpoints say of themselves, each read by one rank. Collective."""
     with ranks.together("opening the sources"):
         known = {
-            i: read_tokens(checkpoint_path(config.load, i))
-            for i in view.run().finished
+            i: read_summary(checkpoint_path(config.load, i))
+            for i in iterations
             if view.reporter(i) == ranks.rank
         }
-    return {i: tokens for some in ranks.gather(known) for i, tokens in some.items()}
-
-
-def _select(config: MergeConfig, view: View, tokens: Mapping[int, int | None]) -> Wanted:
-    run = view.run()
-    return wanted_merges(
-        config,
-        lambda one: choose_checkpoints(run, one.windows[0], config.sliding_every, tokens.get),
-    )
+    return {i: said for some in ranks.gather(known) for i, said in some.items()}
 
 
 def _report(config: MergeConfig, view: View, rank: int, iteration: int, newest: bool) -> _Report:
-    source = open_source(config.load, Checkpoint(iteration), whole=False)
+    source = open_source(config.load, iteration, whole=False)
     common = read_common(source.path, source.layout)
     flat = _flat_mains(view, rank, source) if newest and config.keeps_optimizer else None
-    return _Report(replace(source, tokens=tokens_of(common)), common, flat)
+    return _Report(source, common, flat)
 
 
 def _flat_mains(view: View, rank: int, source: Source) -> FlatMains | None:
@@ -109,11 +121,6 @@ def _flat_mains(view: View, rank: int, source: Source) -> FlatMains | None:
 def _plan(
     config: MergeConfig, view: View, wanted: Wanted, told: Mapping[int, _Report], ranks: int
 ) -> Job:
-    tokens = {i: report.source.tokens for i, report in told.items()}
-    wanted = [
-        (one, tuple(Checkpoint(c.iteration, tokens[c.iteration]) for c in chosen))
-        for one, chosen in wanted
-    ]
     iterations = sorted(told)
     sources = tuple(told[i].source for i in iterations)
     for source in sources:

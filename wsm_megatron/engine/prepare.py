@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
@@ -19,18 +20,22 @@ from wsm_megatron.engine.job import Job, Product
 from wsm_megatron.engine.plan import kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
 from wsm_megatron.engine.recipe import Rule
+from wsm_megatron.engine.selection import selector
 from wsm_megatron.engine.side_files import warn_of_left_out
 from wsm_megatron.engine.sources import (
     Source,
+    check_saves,
     decay_over,
     open_source,
     read_common,
-    select_checkpoints,
 )
 from wsm_megatron.garbage import no_collection
-from wsm_megatron.window import Checkpoint
+from wsm_megatron.window import Checkpoint, Window
 
 logger = logging.getLogger(__name__)
+
+Chosen = TypeVar("Chosen")
+"""The checkpoints of one merge, in whatever form."""
 
 Wanted = Sequence[tuple[MergeConfig, tuple[Checkpoint, ...]]]
 """Every single merge, and the checkpoints that it is of, oldest first."""
@@ -43,11 +48,9 @@ def prepare_job(config: MergeConfig) -> Job:
         ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
     with no_collection():
-        wanted = wanted_merges(
-            config,
-            lambda one: select_checkpoints(config.load, one.windows[0], config.sliding_every),
-        )
-        sources = tuple(open_source(config.load, checkpoint) for checkpoint in all_of(wanted))
+        select = selector(config.load, config.allow_lr_decay).select
+        wanted = wanted_merges(config, lambda window: select(window, config.sliding_every))
+        sources = tuple(open_source(config.load, c.iteration) for c in all_of(wanted))
         flat = find_flat_mains(sources[-1].layout) if config.keeps_optimizer else None
         return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
 
@@ -65,6 +68,7 @@ def plan_job(
         flat: main params in the newest source's flat buckets.
         common_of: a source's common state, as :func:`read_common` gives it.
     """
+    check_saves(sources)
     layouts = [source.layout for source in sources]
     plan = make_plan(layouts, config, flat)
     if plan.rebuilds_mains and not config.mains_from_model:
@@ -92,10 +96,11 @@ def _check_copied(job: Job) -> None:
 
 
 def wanted_merges(
-    config: MergeConfig, select: Callable[[MergeConfig], tuple[tuple[Checkpoint, ...], ...]]
-) -> Wanted:
+    config: MergeConfig, select: Callable[[Window], Sequence[Chosen]]
+) -> Sequence[tuple[MergeConfig, Chosen]]:
     """Every merge that a config asks for; ``select`` finds the checkpoints of one window."""
-    return [(one, chosen) for one in _single_merges(config) for chosen in select(one)]
+    selected = cache(select)
+    return [(one, chosen) for one in _single_merges(config) for chosen in selected(one.windows[0])]
 
 
 def all_of(wanted: Wanted) -> list[Checkpoint]:
@@ -149,7 +154,8 @@ def _product(
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
     before = load_common(*common_of(newest))
-    provenance = describe(list(map(describe_source, sources)), decay, config, iteration)
+    described = list(map(describe_source, sources, chosen))
+    provenance = describe(described, decay, config, iteration)
     provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
     common = common_of_merge(newest.layout, before, config, iteration, provenance)
     return Product(

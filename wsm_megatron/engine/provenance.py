@@ -19,6 +19,7 @@ from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.sources import Decay, Source
 from wsm_megatron.errors import MergeError
+from wsm_megatron.window import Checkpoint
 
 FORMAT = 2
 """From 2 on every file of the checkpoint is listed, and the last field is a CRC-32 of the rest."""
@@ -53,12 +54,12 @@ def describe(
     }
 
 
-def describe_source(source: Source) -> dict[str, Any]:
-    """One source of an offline merge."""
+def describe_source(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
+    """One source of an offline merge, and where it lies in the merge's window."""
     return {
         "path": str(source.path.resolve()),
         "iteration": source.iteration,
-        "tokens": source.tokens,
+        "tokens": checkpoint.tokens,
         "metadata_crc32": f"{source.metadata_crc:08x}",
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 from wsm_megatron.checkpoint.common import attributes, load_common, summarize
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of
-from wsm_megatron.checkpoint.run import checkpoint_path, read_tracker, scan_run
+from wsm_megatron.checkpoint.run import TRACKER_FILE, scan_run, why_untracked
 from wsm_megatron.engine.flags import Launch, launches, position_of
 from wsm_megatron.engine.inspect import is_checkpoint
 from wsm_megatron.engine.mains import MainsCheck, check_mains
@@ -130,12 +130,15 @@ def _checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``, or the one Megatron would load from that root."""
     if is_checkpoint(path):
         return path
-    tracker = read_tracker(path) if path.is_dir() else None
-    if tracker is not None and tracker.isdigit():
-        return checkpoint_path(path, int(tracker))
     run = scan_run(path)
-    if not run.finished:
+    if run.tracked is not None:
+        return run.checkpoint(run.tracked)
+    if not run.finished and run.tracker is None:
         raise ValueError(f"{path}: no finished checkpoint in this directory")
+    if run.tracker is not None:
+        raise ValueError(
+            f"{path / TRACKER_FILE} {why_untracked(run.tracker)}; name the checkpoint that is meant"
+        )
     raise ValueError(
         f"{path}: no tracker (latest_checkpointed_iteration.txt), so Megatron would load nothing "
         f"from here and start at iteration 0; name a checkpoint, such as "

@@ -10,9 +10,17 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32
 
+from wsm_megatron.checkpoint.kinds import UNFINISHED
 from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE, Layout, check_size
 from wsm_megatron.checkpoint.patience import patiently
-from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, list_checkpoints
+from wsm_megatron.checkpoint.run import (
+    RunDirectory,
+    Unusable,
+    checkpoint_name,
+    checkpoint_path,
+    list_checkpoints,
+    tracked_iteration,
+)
 from wsm_megatron.engine.sources import Fingerprint
 from wsm_megatron.errors import MergeError
 
@@ -80,10 +88,12 @@ class View:
     Attributes:
         root: as rank 0 calls the run's directory; other ranks may have another name for theirs.
         sights: by rank.
+        trackers: the tracker's text by rank, where there is one.
     """
 
     root: Path
     sights: Sequence[Sight]
+    trackers: Sequence[str | None] = ()
 
     def run(self) -> RunDirectory:
         """All checkpoints; those are finished of which some rank sees ``metadata.json``.
@@ -95,7 +105,13 @@ class View:
         if not found:
             raise ValueError(f"{self.root}: no rank sees an iter_XXXXXXX checkpoint there")
         finished = {i for i in found if self.ranks(i).get(MARKER_FILE)}
-        return RunDirectory(self.root, tuple(sorted(finished)), tuple(sorted(found - finished)))
+        unusable = (Unusable(checkpoint_name(i), i, UNFINISHED) for i in sorted(found - finished))
+        return RunDirectory(self.root, tuple(sorted(finished)), tuple(unusable), self.tracker())
+
+    def tracker(self) -> str | None:
+        """The tracker's text: Megatron's rank 0 writes it, so a node may have an older copy."""
+        texts = [text for text in self.trackers if text is not None]
+        return max(texts, key=lambda text: tracked_iteration(text) or -1, default=None)
 
     def ranks(self, iteration: int) -> dict[str, tuple[int, ...]]:
         """The ranks that see each file of a checkpoint."""
@@ -112,14 +128,20 @@ class View:
         Raises:
             MergeError: no rank sees both of its metadata files.
         """
-        ranks = self.ranks(iteration)
-        able = set(ranks.get(METADATA_FILE, ())) & set(ranks.get(MARKER_FILE, ()))
-        if not able:
+        if not (able := self._able(iteration)):
             raise MergeError(
                 f"{checkpoint_path(self.root, iteration)}: no rank sees {METADATA_FILE} and "
                 f"{MARKER_FILE}; the node of Megatron's rank 0, which wrote them, must take part"
             )
         return max(able, key=lambda rank: (len(self.sights[rank][iteration]), -rank))
+
+    def is_reported(self, iteration: int) -> bool:
+        """Whether some rank sees a checkpoint's metadata."""
+        return bool(self._able(iteration))
+
+    def _able(self, iteration: int) -> set[int]:
+        ranks = self.ranks(iteration)
+        return set(ranks.get(METADATA_FILE, ())) & set(ranks.get(MARKER_FILE, ()))
 
     def fingerprint(self, rank: int, iteration: int) -> Fingerprint:
         """What tells later that the files which a rank sees have changed."""

@@ -1,26 +1,29 @@
-"""The source checkpoints of a merge: selected, opened, placed on the axis of the decay."""
+"""The source checkpoints of a merge: opened, and placed on the axis of the decay."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common import load_common, summarize
-from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.common import CommonSummary, load_common, summarize
+from wsm_megatron.checkpoint.layout import (
+    COMMON_FILE,
+    MARKER_FILE,
+    METADATA_FILE,
+    Layout,
+    read_layout,
+)
 from wsm_megatron.checkpoint.patience import patiently, watched
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
-from wsm_megatron.checkpoint.run import RunDirectory, checkpoint_path, scan_run
+from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
-from wsm_megatron.engine.side_files import SideFiles, find_side_files
+from wsm_megatron.engine.side_files import SideFiles
 from wsm_megatron.errors import MergeError
-from wsm_megatron.window import Checkpoint, Window, positions, select, slide
-
-logger = logging.getLogger(__name__)
+from wsm_megatron.window import Checkpoint, positions, why_iterations
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 
@@ -30,17 +33,17 @@ class Source:
     """One checkpoint to merge.
 
     Attributes:
-        tokens: consumed samples x sequence length; None where the checkpoint does not say.
-        metadata_crc: CRC-32 of its ``.metadata``, which tells one save from another.
+        metadata_crc: CRC-32 of its ``.metadata``.
+        save_id: what tells one save from another; None where the writer gave it none.
         fingerprint: name, size and modification time (ns) of its files when it was opened.
         beside: what lies beside its tensors.
     """
 
     path: Path
     iteration: int
-    tokens: int | None
     layout: Layout
     metadata_crc: int
+    save_id: str | None
     fingerprint: Fingerprint
     beside: SideFiles = field(default_factory=SideFiles)
 
@@ -60,11 +63,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Decay:
-    """Positions of the sources and what the decay makes of them, oldest first."""
+    """Positions of the sources and what the decay makes of them, oldest first.
+
+    Attributes:
+        why_iterations: why the unit is iterations, not tokens.
+        lr: learning rates of the sources, where any is known.
+    """
 
     positions: tuple[int, ...]
     unit: str
     coefficients: tuple[float, ...]
+    why_iterations: str | None = None
+    lr: tuple[float | None, ...] = ()
 
     @property
     def effective_lr(self) -> tuple[float, ...]:
@@ -82,59 +92,45 @@ def fingerprint(path: Path) -> Fingerprint:
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
 
 
-def select_checkpoints(
-    root: Path, window: Window, sliding_every: int | None = None
-) -> tuple[tuple[Checkpoint, ...], ...]:
-    """Selections of a run's checkpoints, with their tokens, oldest first: one, or all that slide.
-
-    Warns about unfinished ones; raises ``ValueError`` where one is named explicitly.
-    """
-    run = scan_run(root)
-    if run.unfinished and not run.finished:
-        raise ValueError(
-            f"{root}: no checkpoint is finished (metadata.json, which Megatron writes last). Where "
-            "it lies on another node, start a rank on every node with --source-parallel"
-        )
-    return choose_checkpoints(
-        run, window, sliding_every, cache(lambda i: read_tokens(run.checkpoint(i)))
-    )
-
-
-def choose_checkpoints(
-    run: RunDirectory,
-    window: Window,
-    sliding_every: int | None,
-    tokens: Callable[[int], int | None],
-) -> tuple[tuple[Checkpoint, ...], ...]:
-    """:func:`select_checkpoints` of a run whose contents are known."""
-    _report_unfinished(run, window)
-
-    def with_tokens(iteration: int) -> Checkpoint:
-        return Checkpoint(iteration, tokens(iteration))
-
-    needs_all = window.window_tokens is not None
-    available = [with_tokens(i) if needs_all else Checkpoint(i) for i in run.finished]
-    if sliding_every is None:
-        selections: tuple[tuple[Checkpoint, ...], ...] = (select(available, window),)
-    else:
-        selections = slide(available, window, sliding_every)
-    return tuple(tuple(with_tokens(c.iteration) for c in chosen) for chosen in selections)
-
-
-def open_source(root: Path, checkpoint: Checkpoint, whole: bool = True) -> Source:
+def open_source(root: Path, iteration: int, whole: bool = True) -> Source:
     """Open one selected checkpoint: its layout, and what tells later that it changed.
 
     Args:
         whole: all of its files must be there.
     """
-    path = checkpoint_path(root, checkpoint.iteration)
+    path = checkpoint_path(root, iteration)
     before = fingerprint(path)
     layout = read_layout(path, whole)
-    metadata_crc = crc32(read_file(path / METADATA_FILE))
+    metadata = read_file(path / METADATA_FILE)
     beside = find_side_files(path, layout.files)
-    return Source(
-        path, checkpoint.iteration, checkpoint.tokens, layout, metadata_crc, before, beside
-    )
+    return Source(path, iteration, layout, crc32(metadata), save_id(metadata), before, beside)
+
+
+def save_id(metadata: bytes) -> str | None:
+    """The id that ``torch.distributed.checkpoint`` gives every save (``StorageMeta.save_id``).
+
+    Looked for in the bytes of ``.metadata``: there the attribute's name is followed, a few opcodes
+    later, by its value, and reading all of the pickle for it would take seconds.
+    """
+    found = _SAVE_ID.search(metadata, max(0, metadata.rfind(b"save_id")))
+    return found[1].decode() if found else None
+
+
+_SAVE_ID = re.compile(rb"save_id.{0,12}?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})", re.DOTALL)
+
+
+def check_saves(sources: Sequence[Source]) -> None:
+    """Raise ``ValueError`` for two sources that are one save under two names."""
+    known: dict[str, Source] = {}
+    for source in sources:
+        if source.save_id is None:
+            continue
+        if other := known.get(source.save_id):
+            raise ValueError(
+                f"{other.path} and {source.path} are copies of one save (id {source.save_id}): "
+                "the merge would count it twice; leave one of them out (--iterations)"
+            )
+        known[source.save_id] = source
 
 
 def decay_over(
@@ -147,18 +143,19 @@ def decay_over(
     """Coefficients of a decay, or of explicit weights, over checkpoints, oldest first."""
     where, unit = positions(checkpoints)
     if weights is not None:
-        return Decay(where, unit, check_weights(weights, len(where), allow_unnormalized))
-    return Decay(where, unit, coefficients(where, decay, min_decay))
+        weighed = check_weights(weights, len(where), allow_unnormalized)
+    else:
+        weighed = coefficients(where, decay, min_decay)
+    lr = tuple(c.lr for c in checkpoints)
+    known = any(one is not None for one in lr)
+    return Decay(where, unit, weighed, why_iterations(checkpoints), lr if known else ())
 
 
-def read_tokens(path: Path) -> int | None:
-    """Tokens that a checkpoint has seen, from its common state."""
-    return tokens_of(read_common(path))
-
-
-def tokens_of(common: tuple[bytes, str]) -> int | None:
-    """The same from a common state that was read."""
-    return summarize(load_common(*common)).tokens
+def read_summary(path: Path) -> CommonSummary:
+    """Where in training a checkpoint was taken, from its common state."""
+    summary = summarize(load_common(*read_common(path)))
+    finished = patiently((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
+    return replace(summary, finished=finished)
 
 
 def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
@@ -180,14 +177,3 @@ def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
         return reader.read_object(entry), f"{path}: {entry.key}"
     finally:
         reader.close()
-
-
-def _report_unfinished(run: RunDirectory, window: Window) -> None:
-    named = {*(window.iterations or ()), window.from_, window.to}
-    for iteration in run.unfinished:
-        if iteration in named:
-            raise ValueError(
-                f"{run.checkpoint(iteration)} is unfinished (no metadata.json, which Megatron "
-                "writes last); leave it out"
-            )
-        logger.warning("%s is unfinished and left out", run.checkpoint(iteration))
