@@ -183,10 +183,14 @@ def _recompute(
     task: Task, sources: Sequence[CheckpointReader], coefficients: Sequence[float], box: Box
 ) -> list[torch.Tensor]:
     recipe = task.recipe
+    if recipe.rule is Rule.COPY:
+        keys = map(recipe.copied_from, recipe.outputs)
+        return [
+            sources[-1].read(key, task.part(key, box)).to(output.dtype)
+            for key, output in zip(keys, recipe.outputs, strict=True)
+        ]
     key = recipe.inputs[0]
     box = task.part(key, box)
-    if recipe.rule is Rule.COPY:
-        return [sources[-1].read(key, box)]
     total = torch.zeros(0, dtype=torch.float64)
     for coefficient, source in zip(coefficients, sources, strict=True):
         product = source.read(key, box).double() * coefficient
