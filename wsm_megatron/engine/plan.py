@@ -212,8 +212,9 @@ def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMains) -> Iterator[Task]
     if recipe.role is Role.MOMENT:
         copy = replace(recipe, rule=Rule.COPY)
         for (_, box), place in flat.places.items():
-            if part := Box((place.start,), (box.numel,)).intersect(whole):
-                yield Task(copy, part)
+            common = Box((place.start,), (box.numel,)).intersect(whole)
+            if common is not None:
+                yield Task(copy, common)
 
 
 def _copied_moments(recipe: Recipe, choice: Choice, flat: FlatMains) -> FlatMains:
