@@ -107,10 +107,16 @@ class MergeConfig:
         None, "iteration of the merged checkpoint (default: the newest source's)", group="how"
     )
     copy: tuple[str, ...] = _option(
-        (), "copy entries whose key matches from the newest source (repeatable)", group="how"
+        (),
+        "copy entries whose key matches from the newest source, a model tensor with its main param "
+        "and moments (repeatable)",
+        group="how",
     )
     drop: tuple[str, ...] = _option(
-        (), "leave out entries whose key matches (repeatable)", group="how"
+        (),
+        "leave out entries whose key matches, a model tensor with its main param and moments "
+        "(repeatable)",
+        group="how",
     )
     allow_nonfinite: bool = _option(False, "merge NaN and Inf instead of refusing", group="how")
     allow_lr_decay: bool = _option(

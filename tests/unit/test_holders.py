@@ -203,6 +203,28 @@ def test_copied_entries_need_the_newest_source_only() -> None:
     assert steps_of(0, held) == [Step(0, 3, 1, 1), Step(0, 1, 2, 2)]
 
 
+def copied_pair(mains: list[Any], models: list[Any]) -> Held:
+    """A main param that is copied together with its model tensor; who sees their one file each."""
+    layouts, seeing = [], []
+    for j, (main, model) in enumerate(zip(mains, models, strict=True)):
+        tensors = {key: layout(j, 1, key).tensors[key] for key in ("main", KEY)}
+        layouts.append(Layout(Path(f"iter_{j}"), tensors, {}, {}))
+        seeing.append({"main0": main, "weight0": model})
+    outputs = (Output("main", FP32, (ROWS, 8)), Output(KEY, BF16, (ROWS, 8)))
+    recipe = Recipe(Rule.COPY, Role.MODEL, ("main", KEY), outputs, (FP32, BF16))
+    whole = Task(recipe, Box((0, 0), (ROWS, 8)))
+    (held,) = Holders(layouts, seeing, [1], RANKS, 1).hold([whole])
+    return held
+
+
+def test_a_main_param_and_its_model_tensor_are_copied_by_one_rank() -> None:
+    held = copied_pair([(), (0, 2, 3)], [(), (1, 2)])
+    assert (held.holders, held.checkers) == ((None, 2), ())
+    assert held.inputs(2, 1) == 2 and not held.travels
+    with pytest.raises(MergeError, match="iter_1: main and weight at .* copied together.*one node"):
+        copied_pair([(), (0,)], [(), (1,)])
+
+
 def test_messages_are_bounded_over_all_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsm_megatron.engine.holders.TRAVEL_ELEMENTS", 64)
     layouts, seeing = [layout(0, 1), layout(1, 1)], [{"weight0": (0,)}, {"weight0": (1,)}]

@@ -31,6 +31,8 @@ PARAM_ALIGNMENT = 64
 """Megatron starts every param of a bucket at a multiple of this (``_ParamAndGradBuffer``)."""
 _CHAIN = r"(?:chained_\d+\.)?"
 _KEYED = re.compile(rf"{_CHAIN}optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
+_STATE = re.compile(rf"{_CHAIN}optimizer\.state\.[^.]+\.(.+)")
+_OPTIMIZER = re.compile(rf"{_CHAIN}optimizer\b")
 _FLAT = re.compile(rf"{_CHAIN}optimizer\.distributed\..+\.(param|exp_avg|exp_avg_sq)")
 _OPTIMIZER_OBJECT = re.compile(
     rf"{_CHAIN}optimizer\.distributed\.dp_group_idx_\d+\."
@@ -46,7 +48,7 @@ def tensor_role(key: str, dtype: torch.dtype) -> Role:
     optimizer = _KEYED.fullmatch(key) or _FLAT.fullmatch(key)
     if optimizer and dtype in MERGEABLE:
         return Role.MAIN if optimizer[1] in _MAINS else Role.MOMENT
-    if re.match(rf"{_CHAIN}optimizer\b", key) or dtype.is_complex:
+    if is_optimizer(key) or dtype.is_complex:
         return Role.UNKNOWN
     if dtype in MERGEABLE:
         return Role.BUFFER if _BUFFER.fullmatch(key) else Role.MODEL
@@ -70,6 +72,22 @@ def main_of(key: str) -> str | None:
     """Key of a main param's model tensor; None for other keys and for flat buckets."""
     match = _KEYED.fullmatch(key)
     return match[2] if match and match[1] in _MAINS else None
+
+
+def model_of(key: str) -> str | None:
+    """Key of the model tensor that keyed optimizer state is of: a main param, a moment, another."""
+    match = _STATE.fullmatch(key)
+    return match[1] if match else None
+
+
+def is_optimizer(key: str) -> bool:
+    """Whether an entry is an optimizer's, of whatever kind."""
+    return _OPTIMIZER.match(key) is not None
+
+
+def mains_beside(key: str) -> str:
+    """The main params of the flat bucket that ``key`` is a part of: they lie as its moments do."""
+    return f"{key.rpartition('.')[0]}.param"
 
 
 def is_flat_bucket(key: str) -> bool:

@@ -43,7 +43,7 @@ class Budget:
     def tile_elements(self, recipe: Recipe) -> int:
         """Elements of a tile of a recipe."""
         if recipe.rule is Rule.COPY:
-            return min(TILE_BYTES, self.tile_bytes) // recipe.input_dtypes[0].itemsize
+            return min(TILE_BYTES, self.tile_bytes) // max(recipe.cost(1, 0), recipe.cost(0, 1))
         wanted = self.wanted_bytes // recipe.cost(self.sources, 0)
         within = self.tile_bytes // recipe.cost(self.sources, self.merges)
         return max(1, min(max(wanted, LEAST_ELEMENTS), within))

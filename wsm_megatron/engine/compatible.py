@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Hashable, Iterable, Sequence
 
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of
+from wsm_megatron.checkpoint.roles import MERGEABLE, Role, is_flat_bucket, main_of
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.patterns import Choice, matches, pattern_for, some, taken
 from wsm_megatron.engine.recipe import Recipe, Rule
 
 
-def check_unknown(layout: Layout, config: MergeConfig, left_out: set[str]) -> None:
+def check_unknown(layout: Layout, choice: Choice) -> None:
     """Raise ``ValueError`` where there is no rule for an entry."""
+    known = choice.left_out | choice.copied
     unknown = sorted(
         key
         for key, entry in layout.entries.items()
-        if entry.role is Role.UNKNOWN and key not in left_out and not matches(key, config.copy)
+        if entry.role is Role.UNKNOWN and key not in known
     )
     if unknown:
         raise ValueError(
-            f"{layout.path}: no rule for {_some(unknown)}; let it through with --copy PATTERN "
+            f"{layout.path}: no rule for {some(unknown)}; let it through with --copy PATTERN "
             "(from the newest source) or leave it out with --drop PATTERN"
         )
 
 
 def check_same_model(layouts: Sequence[Layout], config: MergeConfig) -> None:
     """Raise ``ValueError`` unless all sources have the same model tensors and buffers."""
-    newest = layouts[-1]
-    expected = _model_keys(newest, config)
-    for layout in layouts[:-1]:
-        if differing := sorted(expected ^ _model_keys(layout, config)):
-            raise ValueError(
-                f"{layout.path} and {newest.path} are not of one model: only one has "
-                f"{_some(differing)}"
-            )
+    keys = [_model_keys(layout, config) for layout in layouts]
+    shared = set.intersection(*keys)
+    differing = sorted(set.union(*keys) - shared)
+    if not differing:
+        return
+    for key in differing:
+        if all(key in layout.tensors for layout in layouts):
+            check_alike(layouts, key)  # of another kind because of its dtype
+    holds = [differing[0] in some_keys for some_keys in keys]
+    alike = [key for key in differing if [key in some_keys for some_keys in keys] == holds]
+    pattern = pattern_for(alike, shared)
+    ways = [f"leave it out with --drop '{pattern}'"]
+    if holds[-1]:
+        ways.append(f"take it as it is in the newest with --copy '{pattern}'")
+    without = next(layout for layout, there in zip(layouts, holds, strict=True) if not there)
+    raise ValueError(
+        f"{without.path}: not of one model with the other sources: only "
+        f"{_names(layouts, holds, True)} of {_names(layouts, holds, None)} hold {some(alike)}; "
+        f"{', '.join([*ways, *_windows(layouts, holds)])}"
+    )
 
 
 def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
@@ -47,7 +60,7 @@ def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
     }
 
 
-def check_optimizer(layouts: Sequence[Layout], config: MergeConfig) -> None:
+def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConfig) -> None:
     """Raise ``ValueError`` where optimizer state that is to be kept cannot be."""
     newest = layouts[-1]
     needed = _keys_of(Role.MAIN, newest, config)
@@ -62,6 +75,7 @@ def check_optimizer(layouts: Sequence[Layout], config: MergeConfig) -> None:
             "each; --mains-from-model cannot rebuild them; use --optimizer-state drop"
         )
     _check_shapes(newest, needed)
+    _check_dtypes(newest, needed, choice)
     for layout in layouts[:-1]:
         _check_same_optimizer(layout, newest, config)
 
@@ -78,10 +92,24 @@ def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
             )
 
 
+def _check_dtypes(newest: Layout, mains: Iterable[str], choice: Choice) -> None:
+    """A model tensor that no rounding makes from its main param goes with it as it is."""
+    for key in mains:
+        model = newest.tensors.get(main_of(key) or "")
+        if model is None or model.dtype in MERGEABLE:
+            continue
+        if model.key not in choice.copied | choice.left_out:
+            raise ValueError(
+                f"{newest.path}: {model.key} is {model.dtype} and cannot be made from its merged "
+                f"main param {key}; take both as they are in the newest source with --copy "
+                f"'{model.key}', or use --optimizer-state drop"
+            )
+
+
 def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -> None:
     """What is merged of the optimizer state is there; keyed main params can do without."""
-    mains = _keys_of(Role.MAIN, newest, config)
-    if any(map(is_flat_bucket, mains)) and mains != _keys_of(Role.MAIN, layout, config):
+    mains = _merged_keys(Role.MAIN, newest, config)
+    if any(map(is_flat_bucket, mains)) and mains != _merged_keys(Role.MAIN, layout, config):
         raise ValueError(
             f"{newest.path} keeps its main params in flat buckets (dp_reshardable), {layout.path} "
             "does not keep the same ones: they can neither be merged nor be rebuilt from the "
@@ -90,11 +118,11 @@ def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -
         )
     if config.optimizer_state != "merge":
         return
-    moments = _keys_of(Role.MOMENT, newest, config)
-    if differing := sorted(moments ^ _keys_of(Role.MOMENT, layout, config)):
+    moments = _merged_keys(Role.MOMENT, newest, config)
+    if differing := sorted(moments ^ _merged_keys(Role.MOMENT, layout, config)):
         raise ValueError(
             f"{layout.path} and {newest.path} keep their moments differently: only one has "
-            f"{_some(differing)}; use --optimizer-state last (moments of {newest.path}) or drop"
+            f"{some(differing)}; use --optimizer-state last (moments of {newest.path}) or drop"
         )
 
 
@@ -102,51 +130,86 @@ def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
     """Main params come from the merged model: asked for, or not all sources have the newest's."""
     if not config.keeps_optimizer:
         return False
-    mains = [_keys_of(Role.MAIN, layout, config) for layout in layouts]
+    mains = [_merged_keys(Role.MAIN, layout, config) for layout in layouts]
     return config.mains_from_model or any(keys != mains[-1] for keys in mains)
 
 
 def _keys_of(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
-    return {
-        key
-        for key, entry in layout.tensors.items()
-        if entry.role is role and not matches(key, config.drop)
-    }
+    """Keys of a role that are not left out."""
+    keys = {key for key, entry in layout.tensors.items() if entry.role is role}
+    return keys - taken(layout, config.drop)
+
+
+def _merged_keys(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
+    """Those that are not copied by a pattern either."""
+    return _keys_of(role, layout, config) - taken(layout, config.copy)
 
 
 def check_inputs(layouts: Sequence[Layout], recipes: Iterable[Recipe]) -> None:
-    """Every source has every input, in the newest one's shape and dtype."""
-    newest = layouts[-1]
+    """Every source has every input that is summed, in the newest one's shape and dtype."""
     for recipe in recipes:
-        if recipe.rule is Rule.COPY:
+        for key in recipe.inputs if recipe.rule is not Rule.COPY else ():
+            check_alike(layouts, key)
+
+
+def check_alike(layouts: Sequence[Layout], key: str) -> None:
+    """Raise ``ValueError`` unless a tensor has one shape and one dtype in all sources."""
+    entries = [layout.tensors.get(key) for layout in layouts]
+    newest = entries[-1]
+    assert newest is not None
+    for layout, entry in zip(layouts, entries, strict=True):
+        if entry is None:
+            raise ValueError(
+                f"{layout.path}: no {key}, which {layouts[-1].path} has; leave it out with "
+                f"--drop '{key}'"
+            )
+        if entry.shape != newest.shape:
+            shapes = [one.shape for one in entries if one is not None]
+            raise ValueError(
+                f"{layout.path}: {key} is {entry.shape}, but {newest.shape} in "
+                f"{layouts[-1].path}: not one model. A vocabulary is padded to a multiple of "
+                "--make-vocab-size-divisible-by x TP: load the others in Megatron with the newest "
+                f"one's sizes and save them again{_or_windows(layouts, shapes)}"
+            )
+        if entry.dtype != newest.dtype:
+            dtypes = [one.dtype for one in entries if one is not None]
+            raise ValueError(
+                f"{layout.path}: {key} is {entry.dtype}, but {newest.dtype} in "
+                f"{layouts[-1].path}. All sources must have one dtype; --dtype only sets the "
+                "merge's. Load the others in Megatron with the newest one's precision and save "
+                f"them again, or take this tensor as it is in the newest with --copy '{key}'"
+                f"{_or_windows(layouts, dtypes)}"
+            )
+
+
+def _or_windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> str:
+    return "".join(f", or {way}" for way in _windows(layouts, kinds))
+
+
+def _windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> list[str]:
+    """Options that choose sources of one kind, where there are two or more of it."""
+    ways = []
+    for kind in dict.fromkeys(reversed(kinds)):
+        places = [j for j, one in enumerate(kinds) if one == kind]
+        if len(places) < 2:
             continue
-        for key in recipe.inputs:
-            for layout in layouts[:-1]:
-                check_entry(layout, newest, key)
+        first, last = (_iteration(layouts[j]) for j in (places[0], places[-1]))
+        if places[-1] - places[0] + 1 > len(places):
+            chosen = f"--iterations {','.join(_iteration(layouts[j]) for j in places)}"
+        elif places[-1] == len(kinds) - 1:
+            chosen = f"--from {first}"
+        elif places[0] == 0:
+            chosen = f"--to {last}"
+        else:
+            chosen = f"--from {first} --to {last}"
+        ways.append(f"merge those that are alike ({chosen})")
+    return ways
 
 
-def check_entry(layout: Layout, newest: Layout, key: str) -> None:
-    """Raise ``ValueError`` unless a tensor has the newest source's shape and dtype."""
-    if key not in layout.tensors:
-        raise ValueError(f"{layout.path}: no {key}, which {newest.path} has")
-    entry, expected = layout.tensors[key], newest.tensors[key]
-    if entry.shape != expected.shape:
-        raise ValueError(
-            f"{key} is {entry.shape} in {layout.path} but {expected.shape} in {newest.path}: not "
-            "one model (a vocabulary is padded to a multiple that depends on TP: "
-            "--make-vocab-size-divisible-by)"
-        )
-    if entry.dtype != expected.dtype:
-        raise ValueError(
-            f"{key} is {entry.dtype} in {layout.path} but {expected.dtype} in {newest.path}"
-        )
+def _names(layouts: Sequence[Layout], kinds: Sequence[bool], kind: bool | None) -> str:
+    chosen = zip(layouts, kinds, strict=True)
+    return some([layout.path.name for layout, one in chosen if kind is None or one is kind])
 
 
-def matches(key: str, patterns: Sequence[str]) -> bool:
-    """Whether a key matches one of several shell patterns."""
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _some(keys: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _iteration(layout: Layout) -> str:
+    return layout.path.name.removeprefix("iter_").lstrip("0") or "0"

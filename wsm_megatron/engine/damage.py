@@ -32,30 +32,40 @@ def is_damaged(key: str, box: Box, data: torch.Tensor) -> bool:
     return not _is_padding(key, box)
 
 
-def check_finite(task: Task, layout: Layout, data: torch.Tensor) -> None:
-    """Raise ``MergeError`` where copied values are not finite, padding apart."""
-    if is_damaged(task.recipe.key, task.box, data):
-        raise MergeError(_nonfinite_message(layout, task.recipe.key, data))
+def check_finite(task: Task, layout: Layout, key: str, data: torch.Tensor) -> None:
+    """Raise ``MergeError`` where copied values of an input are not finite, padding apart."""
+    if not data.is_floating_point() or torch.isfinite(data).all():
+        return
+    if not _writes_padding(task, key):
+        raise MergeError(_nonfinite_message(layout, key, data))
 
 
 def explain_nonfinite(
     task: Task, read: Iterable[tuple[Layout, torch.Tensor]], output: Output
 ) -> None:
-    """A sum of what was read is not finite: name the source that is to blame, or the overflow.
+    """An output is not finite: name the source that is to blame, or the overflow.
+
+    Args:
+        read: what was summed, of every source.
 
     Raises:
         MergeError: unless it is padding.
     """
     key = task.recipe.inputs[0]
-    if _is_padding(key, task.part(key, task.box)):
+    if _writes_padding(task, key):
         return
     for layout, elements in read:
         if not torch.isfinite(elements).all():
             raise MergeError(_nonfinite_message(layout, key, elements))
     raise MergeError(
-        f"{key}: the merged values overflow {output.dtype} although every source is finite; "
+        f"{output.key}: the merged values overflow {output.dtype} although every source is finite; "
         "choose another --dtype"
     )
+
+
+def _writes_padding(task: Task, key: str) -> bool:
+    """Whether a task of a flat bucket may be padding; a main param that was found there is not."""
+    return task.flat is None and _is_padding(key, task.box)
 
 
 def _is_padding(key: str, box: Box) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
-from wsm_megatron.checkpoint.roles import OPTIMIZER_ROLES, Role, is_flat_bucket, main_of
+from wsm_megatron.checkpoint.roles import (
+    MERGEABLE,
+    Role,
+    is_flat_bucket,
+    main_of,
+    mains_beside,
+)
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.compatible import (
@@ -17,10 +23,10 @@ from wsm_megatron.engine.compatible import (
     check_optimizer,
     check_same_model,
     check_unknown,
-    matches,
     rebuilds_mains,
 )
-from wsm_megatron.engine.flat import FlatMains
+from wsm_megatron.engine.flat import FlatMain, FlatMains
+from wsm_megatron.engine.patterns import Choice, check_flat, check_patterns, choose
 from wsm_megatron.engine.recipe import Merge, Output, Recipe, Rule, Task, costs
 from wsm_megatron.errors import MergeError
 
@@ -66,31 +72,34 @@ def make_plan(
             merged apart from each other.
 
     Raises:
-        ValueError: the checkpoints are not of one model, an entry is unknown, or the optimizer
-            state that was asked for is not there. Names the checkpoint and the key.
+        ValueError: the checkpoints are not of one model, an entry is unknown, an option does not
+            fit them, or the optimizer state that was asked for is not there. Names the checkpoint
+            and the key.
         MergeError: what would be written is not every tensor, whole.
     """
-    newest = layouts[-1]
-    left_out = _left_out(newest, config)
-    check_unknown(newest, config, left_out)
+    newest, flat = layouts[-1], flat or FlatMains()
+    check_patterns(layouts, config)
+    choice = choose(newest, config)
+    check_unknown(newest, choice)
     check_same_model(layouts, config)
     if config.keeps_optimizer:
-        check_optimizer(layouts, config)
+        check_optimizer(layouts, choice, config)
+        check_flat(newest, choice, flat)
     rebuilds = rebuilds_mains(layouts, config)
-    recipes = _recipes(newest, replace(config, mains_from_model=rebuilds), left_out)
+    recipes = _recipes(newest, replace(config, mains_from_model=rebuilds), choice)
     if all(recipe.rule is Rule.COPY for recipe in recipes):
         raise ValueError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     check_inputs(layouts, recipes)
     placed = [
         ((location.file, location.offset, task.box.offsets), task)
         for recipe in recipes
-        for location, task in _tasks(recipe, newest, flat or FlatMains())
+        for location, task in _tasks(recipe, newest, choice, flat)
     ]
     check_whole(task for _, task in placed)
     placed.sort(key=lambda pair: pair[0])
     tasks = [task for _, task in placed]
     used = dict.fromkeys(task.recipe for task in tasks)
-    return MergePlan(tuple(used), tuple(tasks), tuple(sorted(left_out)), rebuilds)
+    return MergePlan(tuple(used), tuple(tasks), tuple(sorted(choice.left_out)), rebuilds)
 
 
 def check_whole(tasks: Iterable[Task]) -> None:
@@ -111,33 +120,17 @@ def check_whole(tasks: Iterable[Task]) -> None:
 
 def kept_objects(layout: Layout, config: MergeConfig) -> tuple[str, ...]:
     """Byte entries that a merged checkpoint takes over from its newest source, as they are."""
-    left_out = _left_out(layout, config)
-    check_unknown(layout, config, left_out)
+    choice = choose(layout, config)
+    check_unknown(layout, choice)
     return tuple(
         key
         for key, entry in layout.objects.items()
-        if key not in left_out and entry.role is not Role.COMMON
+        if key not in choice.left_out and entry.role is not Role.COMMON
     )
 
 
-def _left_out(layout: Layout, config: MergeConfig) -> set[str]:
-    dropped = OPTIMIZER_ROLES | {Role.RNG} if not config.keeps_optimizer else frozenset()
-    return {
-        key
-        for key, entry in layout.entries.items()
-        if matches(key, config.drop)
-        or (entry.role in dropped and not matches(key, config.copy))
-        or (not config.keeps_optimizer and _is_optimizer(key) and not matches(key, config.copy))
-    }
-
-
-def _is_optimizer(key: str) -> bool:
-    """An entry of an optimizer that the roles do not know still counts as optimizer state."""
-    return key.startswith("optimizer.") or (key.startswith("chained_") and ".optimizer." in key)
-
-
-def _recipes(newest: Layout, config: MergeConfig, left_out: set[str]) -> list[Recipe]:
-    kept = {key: entry for key, entry in newest.tensors.items() if key not in left_out}
+def _recipes(newest: Layout, config: MergeConfig, choice: Choice) -> list[Recipe]:
+    kept = {key: entry for key, entry in newest.tensors.items() if key not in choice.left_out}
     mains = {
         model: key
         for key, entry in kept.items()
@@ -147,36 +140,38 @@ def _recipes(newest: Layout, config: MergeConfig, left_out: set[str]) -> list[Re
     for key, entry in kept.items():
         if entry.role is Role.MAIN and main_of(key) in kept:
             continue  # comes with its model tensor
-        main = kept.get(mains.get(key, ""))
-        if main is not None and not _is_copied(entry, config):
-            recipes.append(_pair(main, entry, config))
-        else:
-            recipes.append(_single(entry, config))
-            if main is not None:
-                recipes.append(_single(main, config))
+        copied = _is_copied(entry, config, choice)
+        if key not in mains:
+            recipes.append(_single(entry, copied, config))
+        elif entry.dtype in MERGEABLE:
+            recipes.append(_pair(kept[mains[key]], entry, copied, config))
+        else:  # no rounding makes it from its main param: both are copied
+            recipes += [_single(entry, True, config), _single(kept[mains[key]], True, config)]
     return recipes
 
 
-def _pair(main: TensorEntry, model: TensorEntry, config: MergeConfig) -> Recipe:
-    outputs = _output(main, main.dtype), _output(model, _model_dtype(model, config))
+def _pair(main: TensorEntry, model: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
+    dtype = model.dtype if copied else _model_dtype(model, config)
+    outputs = _output(main, main.dtype), _output(model, dtype)
     if config.mains_from_model:
-        return Recipe(Rule.SUM_MODEL, Role.MODEL, (model.key,), outputs, (model.dtype,))
+        rule = Rule.COPY if copied else Rule.SUM_MODEL
+        return Recipe(rule, Role.MODEL, (model.key,), outputs, (model.dtype,))
+    rule = Rule.COPY if copied else Rule.SUM_MAIN
     inputs, dtypes = (main.key, model.key), (main.dtype, model.dtype)
-    return Recipe(Rule.SUM_MAIN, Role.MODEL, inputs, outputs, dtypes)
+    return Recipe(rule, Role.MODEL, inputs, outputs, dtypes)
 
 
-def _single(entry: TensorEntry, config: MergeConfig) -> Recipe:
-    rule = Rule.COPY if _is_copied(entry, config) else Rule.SUM
-    dtype = _model_dtype(entry, config) if rule is Rule.SUM else entry.dtype
+def _single(entry: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
+    rule, dtype = (Rule.COPY, entry.dtype) if copied else (Rule.SUM, _model_dtype(entry, config))
     return Recipe(rule, entry.role, (entry.key,), (_output(entry, dtype),), (entry.dtype,))
 
 
-def _is_copied(entry: TensorEntry, config: MergeConfig) -> bool:
+def _is_copied(entry: TensorEntry, config: MergeConfig, choice: Choice) -> bool:
     return (
-        entry.role in (Role.COPY, Role.UNKNOWN)
+        entry.key in choice.copied
+        or entry.role is Role.COPY
         or (entry.role is Role.BUFFER and config.buffers == "last")
         or (entry.role is Role.MOMENT and config.optimizer_state == "last")
-        or matches(entry.key, config.copy)
     )
 
 
@@ -188,31 +183,59 @@ def _output(entry: TensorEntry, dtype: torch.dtype) -> Output:
     return Output(entry.key, dtype, entry.shape)
 
 
-def _tasks(recipe: Recipe, newest: Layout, flat: FlatMains) -> Iterable[tuple[Location, Task]]:
+def _tasks(
+    recipe: Recipe, newest: Layout, choice: Choice, flat: FlatMains
+) -> Iterator[tuple[Location, Task]]:
     """Tasks of one recipe, by chunk of the newest source, and where each chunk lies."""
     entry = newest.tensors[recipe.inputs[-1]]
-    merged = recipe.rule is Rule.SUM
+    if recipe.role is Role.MOMENT:
+        flat = _copied_moments(recipe, choice, flat)
     for chunk in entry.chunks:
         whole = Box(chunk.offsets, chunk.sizes)
-        main = flat.places.get((entry.key, whole)) if merged else None
+        main = flat.places.get((entry.key, whole)) if len(recipe.outputs) == 1 else None
         if main is not None:
-            both = _flat_pair(recipe, newest.tensors[main.bucket])
-            for task in Task(both, whole, main).split(CHUNK_ELEMENTS):
-                yield chunk.location, task
-            continue
-        for part in flat.rest(entry.key, whole) if is_flat_main(entry) else (whole,):
-            for box in part.split(CHUNK_ELEMENTS):
-                yield chunk.location, Task(recipe, box)
+            pair = _flat_pair(recipe, newest.tensors[main.bucket])
+            tasks: Iterable[Task] = [Task(pair, whole, main)]
+        elif is_flat_bucket(entry.key):
+            tasks = _bucket_tasks(recipe, whole, flat)
+        else:
+            tasks = [Task(recipe, whole)]
+        for task in tasks:
+            for part in task.split(CHUNK_ELEMENTS):
+                yield chunk.location, part
 
 
-def is_flat_main(entry: TensorEntry) -> bool:
-    return entry.role is Role.MAIN and is_flat_bucket(entry.key)
+def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMains) -> Iterator[Task]:
+    """What of a flat bucket's chunk is done for itself; main params go with their model."""
+    for part in flat.rest(recipe.key, whole):
+        yield Task(recipe, part)
+    if recipe.role is Role.MOMENT:
+        copy = replace(recipe, rule=Rule.COPY)
+        for (_, box), place in flat.places.items():
+            common = Box((place.start,), (box.numel,)).intersect(whole)
+            if common is not None:
+                yield Task(copy, common)
+
+
+def _copied_moments(recipe: Recipe, choice: Choice, flat: FlatMains) -> FlatMains:
+    """Where in a flat bucket that is merged the moments of copied model tensors lie."""
+    if recipe.rule is Rule.COPY or not choice.copied:
+        return FlatMains()
+    mains = mains_beside(recipe.key)
+    return FlatMains(
+        {
+            chunk: FlatMain(recipe.key, place.start)
+            for chunk, place in flat.places.items()
+            if place.bucket == mains and chunk[0] in choice.copied
+        }
+    )
 
 
 def _flat_pair(recipe: Recipe, bucket: TensorEntry) -> Recipe:
-    """A model tensor rounded from its merged main param, which lies in a flat bucket."""
+    """A model tensor with its main param, which lies in a flat bucket: rounded from it, or both
+    copied."""
     return Recipe(
-        Rule.SUM_MAIN,
+        Rule.COPY if recipe.rule is Rule.COPY else Rule.SUM_MAIN,
         recipe.role,
         (bucket.key, *recipe.inputs),
         (_output(bucket, bucket.dtype), *recipe.outputs),

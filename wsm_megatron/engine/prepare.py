@@ -13,7 +13,7 @@ from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.compatible import check_entry
+from wsm_megatron.engine.compatible import check_alike
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.job import Job, Product
@@ -89,10 +89,10 @@ def plan_job(
 def _check_copied(job: Job) -> None:
     """Every product's own newest source has what is copied from it."""
     copied = [recipe for recipe in job.plan.recipes if recipe.rule is Rule.COPY]
-    for product in job.products:
-        layout = job.newest(product)
-        for recipe in copied:
-            check_entry(layout, job.sources[-1].layout, recipe.key)
+    layouts = [job.newest(product) for product in job.products] + [job.sources[-1].layout]
+    for recipe in copied:
+        for key in recipe.inputs:
+            check_alike(layouts, key)
 
 
 def wanted_merges(

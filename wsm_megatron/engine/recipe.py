@@ -35,9 +35,10 @@ class Output:
 class Recipe:
     """One rule applied to one tensor, or to a main param and its model tensor together.
 
-    ``inputs`` are read from every source (from the newest one only for ``COPY``, whose one input
-    has the output's key): for ``SUM_MAIN`` the main param, then the model tensor that it is checked
-    against. ``outputs`` are written in this order; with two of them the first is the main param.
+    ``inputs`` are read from every source, for ``COPY`` from the newest one only. ``outputs`` are
+    written in this order; with two of them the first is the main param. With two inputs these are
+    the main param and the model tensor that it is checked against; for ``SUM_MODEL``, and for
+    ``COPY`` where main params are rebuilt, the model tensor alone is read.
     """
 
     rule: Rule
@@ -49,6 +50,10 @@ class Recipe:
     @property
     def key(self) -> str:
         return self.outputs[-1].key
+
+    def copied_from(self, output: Output) -> str:
+        """The input that an output of ``COPY`` is taken from, or a main param is rebuilt from."""
+        return output.key if output.key in self.inputs else self.inputs[-1]
 
     def cost(self, sources: int, merges: int) -> int:
         """Bytes of one element, read from ``sources`` and written for ``merges``."""

@@ -236,10 +236,14 @@ class _Comparison:
 
     def _expected(self, task: Task, box: Box) -> list[torch.Tensor]:
         recipe = task.recipe
+        if recipe.rule is Rule.COPY:
+            keys = map(recipe.copied_from, recipe.outputs)
+            return [
+                self._sources[-1].read(key, task.part(key, box)).to(output.dtype)
+                for key, output in zip(keys, recipe.outputs, strict=True)
+            ]
         key = recipe.inputs[0]
         box = task.part(key, box)
-        if recipe.rule is Rule.COPY:
-            return [self._sources[-1].read(key, box)]
         total: torch.Tensor | None = None
         for coefficient, source in zip(self._coefficients, self._sources, strict=True):
             product = source.read(key, box).double() * coefficient

@@ -21,7 +21,7 @@ from wsm_megatron.checkpoint.patience import patiently, watched
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.decay import check_weights, coefficients, effective_lr
-from wsm_megatron.engine.side_files import SideFiles
+from wsm_megatron.engine.side_files import SideFiles, find_side_files
 from wsm_megatron.errors import MergeError
 from wsm_megatron.window import Checkpoint, positions, why_iterations
 

@@ -57,7 +57,7 @@ class Summation:
     def start(self) -> None:
         """Compute; on CUDA without waiting, on the current stream."""
         if self._has_mains:
-            self._wrong = [_differ(main.to(model.dtype), model) for main, model in self._inputs]
+            self._wrong = [differ(main.to(model.dtype), model) for main, model in self._inputs]
         self._finite = [weighted_sum() for weighted_sum in self._sums]
         for main, *models in self._outputs:
             for model in models:  # the main param rounded, as Megatron copies mains to weights
@@ -185,7 +185,7 @@ def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
+def differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
     """Whether any bit differs; on a CPU at once, on CUDA as a tensor."""
     left, right = left.view(torch.uint8), right.view(torch.uint8)
     return not torch.equal(left, right) if left.device.type == "cpu" else (left != right).any()
