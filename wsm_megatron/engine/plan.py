@@ -14,6 +14,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.compatible import (
     check_inputs,
     check_optimizer,
+    check_remainders,
     check_same_model,
     check_unknown,
     matches,
@@ -69,6 +70,8 @@ def make_plan(
     """
     newest = layouts[-1]
     left_out = _left_out(newest, config)
+    if config.keeps_optimizer:
+        check_remainders(newest)
     check_unknown(newest, config, left_out)
     check_same_model(layouts, config)
     if config.keeps_optimizer:

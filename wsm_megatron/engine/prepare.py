@@ -46,7 +46,8 @@ def prepare_job(config: MergeConfig) -> Job:
             lambda one: select_checkpoints(config.load, one.windows[0], config.sliding_every),
         )
         sources = tuple(open_source(config.load, checkpoint) for checkpoint in all_of(wanted))
-        flat = find_flat_mains(sources[-1].layout) if config.keeps_optimizer else None
+        *older, newest = (source.layout for source in sources)
+        flat = find_flat_mains(newest, older) if config.keeps_optimizer else None
         return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
 
 

@@ -125,7 +125,7 @@ def _check_samples(reader: CheckpointReader, provenance: dict[str, Any] | None, 
     try:
         config = _config_of(provenance)
         layouts = [source.layout for source in source_readers]
-        flat = find_flat_mains(layouts[-1]) if config.keeps_optimizer else None
+        flat = find_flat_mains(layouts[-1], layouts[:-1]) if config.keeps_optimizer else None
         plan = make_plan(layouts, config, flat)
         chance = random.Random(seed)
         by_key: dict[str, list[Task]] = {}
