@@ -245,6 +245,8 @@ def _optimizer(found: ResumeReport) -> str:
     if found.mains.buckets:
         how_many = f"main params in {found.mains.buckets} flat buckets"
     state = "NOT those of the model" if found.mains.wrong else "consistent with the model"
+    if not found.mains.wrong and (found.mains.unlike or found.mains.remainders):
+        state = "not comparable with the model"
     return f"{found.optimizer} ({sizes}): {how_many}, {state}; {found.moments} moments"
 
 

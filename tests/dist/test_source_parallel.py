@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import runs
+from tests.flat_run import bucket_key, write_checkpoint
 from tests.mcore import run_ranks
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeReport, merge
@@ -172,6 +173,27 @@ def test_every_layout_and_optimizer_state(tmp_path: Path) -> None:
         assert_equal(report.output, alone.output)
         for name in ("bytes_read", "coefficients", "resume"):
             assert getattr(report, name) == getattr(alone, name), (run, name)
+
+
+def test_equal_weights_are_told_apart_by_what_other_ranks_see(tmp_path: Path) -> None:
+    """Norms in flat buckets that are all ones in the newest source only, seen by rank 0."""
+    run = tmp_path / "run"
+    for j in range(4):
+        spread_of = 2e-4 if j == 3 else 0.02  # less than bf16 resolves
+        norms = [1 + spread_of * torch.linspace(-1, 1, 96).roll(7 * k + j) for k in range(3)]
+        model = {f"norm{2 - k}": norm.bfloat16() for k, norm in enumerate(norms)}
+        write_checkpoint(run, 2 * j + 2, model, {bucket_key(): norms})
+    folder = tmp_path / "spread"
+    roots = spread(run, folder, 2, whole_checkpoints(0, 1, 1, 0))
+    job = ones(roots, folder / "out", optimizer_state="last")
+    (report,) = merge_all([job], tmp_path)
+    assert isinstance(report, MergeReport), report
+    alone = ordinary(run, tmp_path / "alone", optimizer_state="last")
+    assert_equal(report.output, alone.output)
+    merged = load_tensors(report.output)
+    for k in range(3):
+        main = merged[bucket_key()][128 * k :][:96]
+        assert same_bits(merged[f"norm{2 - k}"], main.bfloat16()), k
 
 
 def test_many_merges_from_one_read(tmp_path: Path) -> None:

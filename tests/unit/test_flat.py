@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -11,8 +13,11 @@ from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.engine.flat import FlatMain, FlatMains, find_flat_mains
+from wsm_megatron.cli import main as wsm
+from wsm_megatron.engine.buckets import FlatMain
+from wsm_megatron.engine.flat import FlatMains, find_flat_mains
 from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.errors import EXIT_FAILED
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 BUCKET = (
@@ -94,8 +99,8 @@ def test_chunks_are_split(tmp_path, monkeypatch):
         assert same_bits(tensor, straight[key]), key
 
 
-def test_equal_weights_are_merged_apart_and_said(tmp_path, caplog):
-    """Which of two equal tensors a main param belongs to cannot be told."""
+def test_equal_weights_have_main_params_too(tmp_path, caplog):
+    """Two layers' norms are ones in every source: each is merged with a main param of its own."""
     run, keys = runs.copy_run(runs.FLAT, tmp_path / "run"), list(LAYER)[2::3]
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -110,8 +115,26 @@ def test_equal_weights_are_merged_apart_and_said(tmp_path, caplog):
     for iteration in runs.ITERATIONS:
         runs.rewrite(runs.checkpoint(run, iteration), change)
     output = run_merge(run, tmp_path / "out")
-    assert "the main params of 2 of 17 model chunks were not found" in caplog.text
+    assert "main params" not in caplog.text
+    merged = load_tensors(output)
+    for key, tensor in in_bucket(merged[BUCKET], merged).items():
+        assert same_bits(merged[key], tensor.to(torch.bfloat16)), key
     assert check_mains(read_layout(output)).wrong == ()
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", "__1_1.distcp"])
+@pytest.mark.parametrize("iteration", [4, 8])
+def test_a_file_of_another_save_is_refused(file, iteration, tmp_path, capsys):
+    """It holds part of the model and part of the main params, of which few belong together."""
+    run = runs.copy_run(runs.FLAT, tmp_path / "run")
+    shutil.copy(runs.checkpoint(run, 6) / file, runs.checkpoint(run, iteration) / file)
+    command = ["merge", "--load", str(run), "--save", str(tmp_path / "out")]
+    assert wsm([*command, "--optimizer-state", "last"]) == EXIT_FAILED
+    error = capsys.readouterr().err
+    assert f"iter_{iteration:07d}: the main param" in error and "of another save?" in error
+    assert "--optimizer-state drop" in error and "--mains-from-model" not in error
+    assert not (tmp_path / "out" / "iter_0000008").exists()
+    assert wsm([*command, "--optimizer-state", "drop"]) == 0  # the way out that it names
 
 
 def test_wrong_mains_in_a_bucket_are_refused(tmp_path):

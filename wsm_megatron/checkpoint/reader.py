@@ -24,6 +24,8 @@ from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
 
 _FILE_PIECE = 4 * 2**20
+_ENDS = 2**11
+"""Bytes at either end of a container that hold all of it but the storage."""
 
 Ledger = dict[Location, list[Segment]]
 """Records read in parts only, each part with its CRC-32."""
@@ -77,6 +79,17 @@ class CheckpointReader:
         elements = torch.empty(box.numel, dtype=self.layout.tensors[key].dtype)
         self.cover(key, box).read(box, Buffer(elements))
         return elements
+
+    def read_run(self, key: str, chunk: Chunk, start: int, numel: int) -> torch.Tensor:
+        """Elements ``start .. start + numel`` of one chunk, counted in row-major order.
+
+        As :meth:`read`, for a few elements: nothing is looked up but the chunk's container.
+        """
+        record, out = self._record(key, chunk), Buffer.empty(numel, self.layout.tensors[key].dtype)
+        assert start + numel <= chunk.numel, "a run within the chunk"
+        begin = record.start + start * record.dtype.itemsize
+        self.read_record(chunk.location, begin, out.data, key)
+        return out.elements
 
     def cover(self, key: str, box: Box) -> Cover:
         """Open the chunks that hold a region of a tensor.
@@ -189,11 +202,20 @@ class CheckpointReader:
 
 
 class _Window(io.RawIOBase):
-    """A byte range of a file as a seekable stream, for ``zipfile``."""
+    """A byte range of a file as a seekable stream, for ``zipfile``.
+
+    Both ends, where all is that ``zipfile`` looks at, are read in advance once each.
+    """
 
     def __init__(self, files: SourceFiles, location: Location, what: str):
         self._files, self._location, self._what = files, location, what
         self._position = 0
+        length = location.length
+        whole = length <= 2 * _ENDS
+        spans = [(0, length)] if whole else [(0, _ENDS), (length - _ENDS, _ENDS)]
+        self._ends = [(start, memoryview(bytearray(count))) for start, count in spans]
+        for start, out in self._ends:
+            files.read(location.file, location.offset + start, out, what)
 
     def readable(self) -> bool:
         return True
@@ -211,6 +233,12 @@ class _Window(io.RawIOBase):
         count = max(0, min(len(buffer), self._location.length - self._position))
         if count == 0:
             return 0
+        for start, known in self._ends:
+            if start <= self._position < start + len(known):
+                part = known[self._position - start :][:count]
+                buffer[: len(part)] = part
+                self._position += len(part)
+                return len(part)
         position = self._location.offset + self._position
         done = self._files.read_some(
             self._location.file, position, memoryview(buffer)[:count], self._what

@@ -90,6 +90,16 @@ def mains_beside(key: str) -> str:
     return f"{key.rpartition('.')[0]}.param"
 
 
+def stores_remainders(key: str, dtype: torch.dtype) -> bool:
+    """Whether the entry holds the low 16 bits of main params in place of those.
+
+    The precision-aware optimizer does (``store_param_remainders``): the high bits are the bf16
+    model weights, rounded half up. ``dp_reshardable`` saves them as int16.
+    """
+    match = _KEYED.fullmatch(key) or _FLAT.fullmatch(key)
+    return dtype is torch.int16 and match is not None and match[1] in _MAINS
+
+
 def is_flat_bucket(key: str) -> bool:
     """Whether the entry is a ``dp_reshardable`` bucket: several params and padding in one."""
     return _FLAT.fullmatch(key) is not None

@@ -191,8 +191,8 @@ class Chain:
                         rounded.data, self.digests.mains.get(place, 0)
                     )
                 elif rounded.data != models[0].data:
-                    recipe = self._held[step.number].task.recipe
-                    raise wrong_main(recipe, self._context.readers[j].layout)
+                    task, layout = self._held[step.number].task, self._context.readers[j].layout
+                    raise wrong_main(task, layout, main.elements)
 
     def _add(self, step: Step, k: int, row: torch.Tensor | None, tile: _Tile) -> None:
         """Go on with one tile of merge ``k``: into ``row``, or rounded into the tile's outputs."""

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.roles import MERGEABLE, Role, is_flat_bucket, main_of
+from wsm_megatron.checkpoint.roles import (
+    MERGEABLE,
+    Role,
+    is_flat_bucket,
+    main_of,
+    stores_remainders,
+)
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.patterns import Choice, matches, pattern_for, some, taken
+from wsm_megatron.engine.precision import REMAINDERS
 from wsm_megatron.engine.recipe import Recipe, Rule
 
 
@@ -58,6 +65,16 @@ def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
         and not matches(key, config.drop)
         and not matches(key, config.copy)
     }
+
+
+def check_remainders(layout: Layout) -> None:
+    """Raise ``ValueError`` where optimizer state holds remainders instead of main params."""
+    for key, entry in layout.tensors.items():
+        if stores_remainders(key, entry.dtype):
+            raise ValueError(
+                f"{layout.path}: {key} is int16: {REMAINDERS}; they are not merged yet. Use "
+                "--optimizer-state drop, which merges the bf16 weights and loses those bits"
+            )
 
 
 def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConfig) -> None:

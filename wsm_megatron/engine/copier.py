@@ -58,7 +58,7 @@ class Copier:
         if len(read) == 2:
             main, model = (buffer.elements for buffer in read.values())
             if differ(main.to(model.dtype), model):
-                raise wrong_main(task.recipe, layout)
+                raise wrong_main(task, layout, main)
 
 
 def _buffers(recipe: Recipe, memory: Memory, numel: int) -> tuple[dict[str, Buffer], list[Buffer]]:

@@ -9,19 +9,22 @@ import torch
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.roles import may_be_padding
-from wsm_megatron.engine.recipe import Output, Recipe, Task
+from wsm_megatron.engine.precision import explain
+from wsm_megatron.engine.recipe import Output, Task
 from wsm_megatron.errors import MergeError
 
 
-def wrong_main(recipe: Recipe, layout: Layout) -> MergeError:
-    """A source's main param is of other weights than its model tensor."""
-    main, model = recipe.inputs
+def wrong_main(task: Task, layout: Layout, values: torch.Tensor | None = None) -> MergeError:
+    """A source's main param is of other weights than its model tensor.
+
+    Args:
+        values: some of the main param's, where they were read.
+    """
+    (main, model), dtype = task.recipe.inputs, task.recipe.input_dtypes[1]
+    where = f" (from element {task.flat.start} on)" if task.flat is not None else ""
     return MergeError(
-        f"{layout.path}: the main param {main} does not belong to the model tensor "
-        f"{model}: rounded to {recipe.input_dtypes[1]} it differs. Megatron-LM through "
-        "core_r0.19 can save such mains with fully_reshardable optimizer state and several DDP "
-        "buckets; the model tensors are right. Merge with --mains-from-model (but for flat "
-        "buckets), or --optimizer-state drop"
+        f"{layout.path}: the main param {main}{where} does not belong to the model tensor {model}: "
+        f"rounded to {dtype} it differs. {explain(layout.path, main, values)}"
     )
 
 

@@ -1,103 +1,182 @@
 """Where in flat buckets (``dp_reshardable``) the main param of each model chunk lies.
 
-The buckets have no keys, but the main params round to the model: that is how they are found. Then a
-merge can round the model from the merged main params, as Megatron does in the first step after a
-load, and the check that main params belong to the model holds for flat buckets too.
+With that a merge can round the model from the merged main params, as Megatron does in the first
+step after a load, and check on every source that the main params belong to the model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.roles import Role, is_flat_bucket
-from wsm_megatron.engine.mains import ModelChunk, find_in_bucket
+from wsm_megatron.engine.buckets import (
+    Alike,
+    Contents,
+    FlatMain,
+    ModelChunk,
+    Search,
+    Span,
+    contents,
+    search,
+)
+from wsm_megatron.engine.precision import no_main, some
+from wsm_megatron.errors import MergeError
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class FlatMain:
-    """A main param in a flat bucket: from element ``start`` on, row-major as its model chunk."""
-
-    bucket: str
-    start: int
+Told = Sequence[tuple[Path, Contents]]
+"""What checkpoints, the newest first, hold where the beginnings tell too little."""
 
 
 @dataclass(frozen=True)
 class FlatMains:
-    """Main params in flat buckets, by model chunk."""
+    """Main params in flat buckets, by model chunk.
+
+    Attributes:
+        missing: model chunks that no main param rounds to, and the first checkpoint, from the
+            newest on, where that is so.
+        unknown: what of each bucket is neither padding nor rounds to a model chunk.
+    """
 
     places: dict[ModelChunk, FlatMain] = field(default_factory=dict)
+    missing: dict[ModelChunk, Path] = field(default_factory=dict)
+    unknown: dict[str, list[Span]] = field(default_factory=dict)
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Model tensors that have no main param, as all that there are belong to others."""
+        return () if self.unknown else self._missing
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Model tensors that have none although there are main params of other weights."""
+        return self._missing if self.unknown else ()
+
+    @property
+    def _missing(self) -> tuple[str, ...]:
+        return tuple(sorted({key for key, _ in self.missing}))
+
+    @property
+    def unknown_elements(self) -> int:
+        return sum(stop - start for spans in self.unknown.values() for start, stop in spans)
 
     def rest(self, bucket: str, box: Box) -> Iterator[Box]:
         """What of a bucket's chunk is no main param of ``places``: copies, padding, unknown."""
-        position, end = box.offsets[0], box.offsets[0] + box.sizes[0]
-        for start, stop in self._spans.get(bucket, ()):
-            if stop <= position or start >= end:
-                continue
-            if position < start:
-                yield Box((position,), (start - position,))
-            position = stop
-        if position < end:
-            yield Box((position,), (end - position,))
+        spans, start = self._spans.get(bucket, []), box.offsets[0]
+        first = max(0, bisect_right(spans, (start,)) - 1)
+        for gap, stop in _between(islice(spans, first, None), start, start + box.sizes[0]):
+            yield Box((gap,), (stop - gap,))
 
     @cached_property
-    def _spans(self) -> dict[str, list[tuple[int, int]]]:
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for (_, box), main in self.places.items():
-            spans.setdefault(main.bucket, []).append((main.start, main.start + box.numel))
-        return {bucket: sorted(found) for bucket, found in spans.items()}
+    def _spans(self) -> dict[str, list[Span]]:
+        return _by_bucket((main, box.numel) for (_, box), main in self.places.items())
 
 
-def find_flat_mains(layout: Layout) -> FlatMains:
-    """Find the main params of a checkpoint's flat buckets by the beginning of their content.
+def find_flat_mains(newest: Layout, older: Sequence[Layout] = ()) -> FlatMains:
+    """Find the main params of the newest source's flat buckets, which lie alike in all sources.
 
-    Reads a few hundred bytes a chunk. A main param that fits several model chunks (equal weights)
-    is left out, and so is a chunk that fits several places of one bucket.
+    A few kilobytes of each model chunk and main param are read; where that does not tell two
+    chunks apart, all of both, in every source. Chunks that are equal in every element of every
+    source share their places, in order.
 
     Raises:
-        MergeError: a tensor cannot be read.
+        MergeError: main params are of other weights than the model, or a tensor cannot be read.
     """
-    buckets = [k for k, e in layout.tensors.items() if e.role is Role.MAIN and is_flat_bucket(k)]
-    chunks = [
-        (key, Box(chunk.offsets, chunk.sizes))
-        for key, entry in layout.tensors.items()
-        if entry.role is Role.MODEL
-        for chunk in entry.chunks
-    ]
-    places: dict[ModelChunk, FlatMain] = {}
-    if not buckets:
-        return FlatMains()
-    reader = CheckpointReader(layout)
-    try:
-        for bucket in buckets:
-            for chunk, start in _unambiguous(reader, bucket, chunks):
-                places.setdefault(chunk, FlatMain(bucket, start))
-    finally:
-        reader.close()
-    if missing := len(chunks) - len(places):
+    found = search(newest)
+    asked = [newest, *reversed(older)] if found.unsure else []
+    return settle(
+        found,
+        [(one.path, contents(one, found.unsure)) for one in asked if found.lies_in(one)],
+    )
+
+
+def settle(found: Search, told: Told) -> FlatMains:
+    """:func:`match`, refused where a model tensor's main param is of other weights.
+
+    Raises:
+        MergeError: it is.
+    """
+    flat = match(found, told)
+    if flat.wrong:
+        blamed = next(iter(flat.missing.values()))
+        keys = sorted({key for (key, _), path in flat.missing.items() if path == blamed})
+        raise MergeError(no_main(blamed, keys, next(iter(flat.unknown))))
+    if flat.without:
         logger.warning(
-            "%s: the main params of %d of %d model chunks were not found in the flat buckets; "
-            "these chunks are merged from the model's own dtype, and move by a rounding in the "
-            "first step after a load",
-            layout.path, missing, len(chunks),
+            "%s: no main params for %s (frozen, or a buffer): merged from the model's own values",
+            found.path, some(flat.without),
         )  # fmt: skip
-    return FlatMains(places)
+    elif flat.unknown:
+        logger.warning(
+            "%s: %d elements of its flat buckets round to no model tensor (copies of other ranks "
+            "that drifted apart?): merged as they are", found.path, flat.unknown_elements,
+        )  # fmt: skip
+    return flat
 
 
-def _unambiguous(
-    reader: CheckpointReader, bucket: str, chunks: list[ModelChunk]
-) -> Iterator[tuple[ModelChunk, int]]:
-    found = list(find_in_bucket(reader, bucket, chunks, whole=False))
-    chunks_at = Counter(start for start, _ in found)
-    places_of = Counter(chunk for _, chunk in found)
-    for start, chunk in found:
-        if chunks_at[start] == 1 and places_of[chunk] == 1:
-            yield chunk, start
+def match(found: Search, told: Told) -> FlatMains:
+    """Give every model chunk its place."""
+    places: dict[ModelChunk, FlatMain] = {}
+    missing: dict[ModelChunk, Path] = {}
+    explained = []
+    for one in found.alike:
+        known = [(path, kept) for path, kept in told if one.chunks[0] in kept]
+        for chunks, here in _equal(one, [kept for _, kept in known]):
+            places.update(zip(chunks, here, strict=False))
+            explained += [(place, one.numel) for place in here if chunks]
+            for chunk in chunks[len(here) :]:
+                missing[chunk] = _blamed(chunk, one, known) or found.path
+    spans = _by_bucket(explained)
+    unknown = {}
+    for bucket, end in found.buckets.items():
+        known_here = sorted([*spans.get(bucket, ()), *found.padding[bucket]])
+        if gaps := list(_between(known_here, 0, end)):
+            unknown[bucket] = gaps
+    return FlatMains(places, missing, unknown)
+
+
+def _equal(one: Alike, told: Sequence[Contents]) -> Iterable[tuple[list, list]]:
+    """Groups of chunks and places that are equal in every checkpoint."""
+    groups: dict[tuple[bytes, ...], tuple[list[ModelChunk], list[FlatMain]]] = {}
+    for chunk in one.chunks:
+        groups.setdefault(tuple(kept[chunk] for kept in told), ([], []))[0].append(chunk)
+    for place in one.places:
+        groups.setdefault(tuple(kept[place] for kept in told), ([], []))[1].append(place)
+    return groups.values()
+
+
+def _blamed(chunk: ModelChunk, one: Alike, told: Told) -> Path | None:
+    """The first checkpoint by which there are fewer places than chunks that equal this one."""
+    chunks, places = list(one.chunks), list(one.places)
+    for path, kept in told:
+        chunks = [other for other in chunks if kept[other] == kept[chunk]]
+        places = [place for place in places if kept[place] == kept[chunk]]
+        if len(places) < len(chunks):
+            return path
+    return None
+
+
+def _by_bucket(mains: Iterable[tuple[FlatMain, int]]) -> dict[str, list[Span]]:
+    spans: dict[str, list[Span]] = {}
+    for main, numel in mains:
+        spans.setdefault(main.bucket, []).append((main.start, main.start + numel))
+    return {bucket: sorted(found) for bucket, found in spans.items()}
+
+
+def _between(spans: Iterable[Span], position: int, end: int) -> Iterator[Span]:
+    """What of ``position .. end`` is in none of the spans, which are sorted."""
+    for start, stop in spans:
+        if start >= end:
+            break
+        if position < start:
+            yield position, start
+        position = max(position, stop)
+    if position < end:
+        yield position, end

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from wsm_megatron.checkpoint.common import UNKNOWN, CommonSummary
-from wsm_megatron.checkpoint.roles import Role, is_flat_bucket
 from wsm_megatron.checkpoint.run import checkpoint_path, read_tracker
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks
-from wsm_megatron.engine.flat import FlatMains, find_flat_mains
+from wsm_megatron.engine.buckets import Contents, Search, contents, flat_buckets, search
+from wsm_megatron.engine.flat import FlatMains, settle
 from wsm_megatron.engine.holders import Holders
 from wsm_megatron.engine.job import Job
 from wsm_megatron.engine.prepare import Wanted, all_of, plan_job, wanted_merges
@@ -29,7 +30,7 @@ class _Report:
 
     source: Source
     common: tuple[bytes, str]
-    flat: FlatMains | None
+    flat: Search | None
 
 
 def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
@@ -55,7 +56,8 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
             if view.reporter(i) == ranks.rank
         }
     told = {i: report for some in ranks.collect(reports) for i, report in some.items()}
-    job = ranks.from_first(lambda: _plan(config, view, wanted, told, ranks.size), "planning")
+    flat = _flat_mains(view, reports, iterations, ranks)
+    job = ranks.from_first(lambda: _plan(config, view, wanted, told, flat, ranks.size), "planning")
     assert job.spread is not None
     sources = job.spread.seen_from(ranks.rank, config.load, job.sources)
     return replace(job, config=replace(job.config, load=config.load), sources=sources)
@@ -100,32 +102,63 @@ def _summaries(
 def _report(config: MergeConfig, view: View, rank: int, iteration: int, newest: bool) -> _Report:
     source = open_source(config.load, iteration, whole=False)
     common = read_common(source.path, source.layout)
-    flat = _flat_mains(view, rank, source) if newest and config.keeps_optimizer else None
+    flat = _search(view, rank, source) if newest and config.keeps_optimizer else None
     return _Report(source, common, flat)
 
 
-def _flat_mains(view: View, rank: int, source: Source) -> FlatMains | None:
+def _search(view: View, rank: int, source: Source) -> Search | None:
     """Main params in flat buckets are found by content, which one rank must see."""
-    tensors = source.layout.tensors.items()
-    if not any(entry.role is Role.MAIN and is_flat_bucket(key) for key, entry in tensors):
+    if not flat_buckets(source.layout):
         return None
+    _check_seen(view, rank, source)
+    return search(source.layout)
+
+
+def _flat_mains(
+    view: View, reports: Mapping[int, _Report], iterations: Sequence[int], ranks: Ranks
+) -> FlatMains | None:
+    """Where main params lie, on rank 0: equal chunks are told apart by what all ranks see.
+
+    Collective.
+    """
+    own = reports.get(iterations[-1])
+    searches = ranks.gather(None if own is None else own.flat)
+    found = next((one for one in searches if one is not None), None)
+    if found is None:
+        return None
+    told: dict[int, tuple[Path, Contents]] = {}
+    with ranks.together("comparing main params"):
+        for i, report in reports.items() if found.unsure else ():
+            if found.lies_in(report.source.layout):
+                _check_seen(view, ranks.rank, report.source)
+                told[i] = report.source.path, contents(report.source.layout, found.unsure)
+    by_source = {i: one for some in ranks.collect(told) for i, one in some.items()}
+    with ranks.together("planning"):
+        newest_first = [by_source[i] for i in sorted(by_source, reverse=True)]
+        return settle(found, newest_first) if ranks.rank == 0 else None
+
+
+def _check_seen(view: View, rank: int, source: Source) -> None:
     if not view.sees_all(rank, source.layout, source.iteration):
         raise ValueError(
             f"{source.path} keeps its main params in flat buckets (dp_reshardable), which one rank "
             "has to search: no rank sees all files of it. Copy them to one node, or use "
             "--optimizer-state drop"
         )
-    return find_flat_mains(source.layout)
 
 
 def _plan(
-    config: MergeConfig, view: View, wanted: Wanted, told: Mapping[int, _Report], ranks: int
+    config: MergeConfig,
+    view: View,
+    wanted: Wanted,
+    told: Mapping[int, _Report],
+    flat: FlatMains | None,
+    ranks: int,
 ) -> Job:
     iterations = sorted(told)
     sources = tuple(told[i].source for i in iterations)
     for source in sources:
         view.check(source.layout, source.iteration)
-    flat = told[iterations[-1]].flat
     job = plan_job(config, wanted, sources, flat, lambda source: told[source.iteration].common)
     layouts = [source.layout for source in sources]
     seeing = [view.ranks(i) for i in iterations]

@@ -21,6 +21,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.compatible import (
     check_inputs,
     check_optimizer,
+    check_remainders,
     check_same_model,
     check_unknown,
     rebuilds_mains,
@@ -78,6 +79,8 @@ def make_plan(
         MergeError: what would be written is not every tensor, whole.
     """
     newest, flat = layouts[-1], flat or FlatMains()
+    if config.keeps_optimizer:
+        check_remainders(newest)
     check_patterns(layouts, config)
     choice = choose(newest, config)
     check_unknown(newest, choice)

@@ -51,7 +51,8 @@ def prepare_job(config: MergeConfig) -> Job:
         select = selector(config.load, config.allow_lr_decay).select
         wanted = wanted_merges(config, lambda window: select(window, config.sliding_every))
         sources = tuple(open_source(config.load, c.iteration) for c in all_of(wanted))
-        flat = find_flat_mains(sources[-1].layout) if config.keeps_optimizer else None
+        *older, newest = (source.layout for source in sources)
+        flat = find_flat_mains(newest, older) if config.keeps_optimizer else None
         return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
 
 

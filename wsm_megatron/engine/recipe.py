@@ -10,7 +10,7 @@ import torch
 
 from wsm_megatron.checkpoint.box import Box, span_of
 from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.engine.flat import FlatMain
+from wsm_megatron.engine.buckets import FlatMain
 
 
 class Rule(Enum):

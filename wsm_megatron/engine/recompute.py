@@ -72,7 +72,7 @@ def recompute(
     try:
         config = _config_of(path, provenance)
         layouts = [source.layout for source in sources]
-        flat = find_flat_mains(layouts[-1]) if config.keeps_optimizer else None
+        flat = find_flat_mains(layouts[-1], layouts[:-1]) if config.keeps_optimizer else None
         plan = make_plan(layouts, config, flat)
         _check_tensors(merged.layout, plan)
         if all("metadata_crc32" in source for source in provenance["sources"]):

@@ -9,11 +9,12 @@ from typing import Any
 
 from wsm_megatron.checkpoint.common import attributes, load_common, summarize
 from wsm_megatron.checkpoint.layout import Layout, read_layout
-from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of
+from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of, stores_remainders
 from wsm_megatron.checkpoint.run import TRACKER_FILE, scan_run, why_untracked
 from wsm_megatron.engine.flags import Launch, launches, position_of
 from wsm_megatron.engine.inspect import is_checkpoint
 from wsm_megatron.engine.mains import MainsCheck, check_mains
+from wsm_megatron.engine.precision import REMAINDERS
 from wsm_megatron.engine.provenance import read_provenance
 from wsm_megatron.engine.sources import read_common
 
@@ -83,7 +84,7 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
     layout = read_layout(path)
     state = load_common(*read_common(path, layout))
     summary, optimizer = summarize(state), optimizer_layout(layout, state)
-    mains = check_mains(layout)
+    mains = check_mains(layout, attributes(state.get("args")))
     problems = [*_problems(layout, state, optimizer, mains)]
     notes = [*_notes(layout, state, optimizer, mains)]
     usable = optimizer is not None and not problems
@@ -115,7 +116,11 @@ def optimizer_layout(layout: Layout, state: Mapping[str, Any]) -> str | None:
     ``content_metadata`` names it (``distrib_optim_sharding_type``) with the distributed optimizer;
     before Megatron-core 0.13 and without that optimizer the keys tell.
     """
-    mains = [key for key, entry in layout.tensors.items() if entry.role is Role.MAIN]
+    mains = [
+        key
+        for key, entry in layout.tensors.items()
+        if entry.role is Role.MAIN or stores_remainders(key, entry.dtype)
+    ]
     if not mains:
         return None
     named = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
@@ -164,14 +169,25 @@ def _problems(
     for key in ("optimizer", "opt_param_scheduler"):
         if key not in state and not (key == "opt_param_scheduler" and "lr_scheduler" in state):
             yield f"the common state has no {key!r}: plain --load stops with KeyError"
+    yield from _wrong_mains(layout, mains)
+    if unbacked := _without_moments(layout):
+        yield f"no moments for {_some(unbacked)}: Megatron will find keys missing"
+
+
+def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
     if mains.wrong:
+        again = "" if mains.buckets else ", or merge again with --mains-from-model"
         yield (
             f"the main params of {len(mains.wrong)} model tensors are of other weights "
             f"({_some(mains.wrong)}): one step after a load they replace the model's; launch with "
-            "--no-load-optim, or merge again with --mains-from-model"
+            f"--no-load-optim{again}"
         )
-    if unbacked := _without_moments(layout):
-        yield f"no moments for {_some(unbacked)}: Megatron will find keys missing"
+    if as_floats := [key for key in mains.remainders if key in _models(layout)]:
+        yield (
+            f"in place of the main params of {len(as_floats)} model tensors lie {REMAINDERS}. "
+            "fully_reshardable saves them as float32, which Transformer Engine does not take back; "
+            "launch with --no-load-optim"
+        )
 
 
 def _without_moments(layout: Layout) -> list[str]:
@@ -198,6 +214,18 @@ def _notes(
     layout: Layout, state: Mapping[str, Any], optimizer: str | None, mains: MainsCheck
 ) -> Iterator[str]:
     args = attributes(state.get("args"))
+    if mains.unlike:
+        yield (
+            f"saved with {mains.quantised}: the main params of {len(mains.unlike)} model tensors "
+            "are more precise than these by design, and whether they belong to them cannot be told"
+        )
+    if mains.remainders and not mains.present:
+        yield f"in place of main params lie {REMAINDERS}, which fit any weights"
+    if mains.unknown:
+        yield (
+            f"{mains.unknown} elements of the flat buckets round to no model tensor"
+            + ("" if mains.wrong or mains.unlike else " (copies that drifted apart?)")
+        )
     if mains.without:
         yield f"no main params for {_some(mains.without)}: loaded from the model, frozen or not"
     if optimizer is not None and optimizer not in _ANY_SIZES:
@@ -257,6 +285,10 @@ def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
 def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
     args = attributes(state.get("args"))
     return {short: args[name] for name, short in _SIZES.items() if name in args}
+
+
+def _models(layout: Layout) -> set[str]:
+    return {key for key, entry in layout.tensors.items() if entry.role is Role.MODEL}
 
 
 def _model_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -96,7 +96,8 @@ class Share:
 
     def _check(self, task: Task, tile: Tile, outcome: Outcome) -> None:
         if outcome.wrong_main is not None:
-            raise wrong_main(task.recipe, self._context.readers[outcome.wrong_main].layout)
+            layout = self._context.readers[outcome.wrong_main].layout
+            raise wrong_main(task, layout, tile.sources[outcome.wrong_main][0].elements)
         for k in outcome.nonfinite if not self._context.allow_nonfinite else ():
             members, readers = self._context.merges[k].members, self._context.readers
             read = [(readers[j].layout, tile.sources[j][0].elements) for j in members]

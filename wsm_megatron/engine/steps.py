@@ -161,5 +161,4 @@ def _compare(job: Job, digests: Sequence[Digests]) -> None:
     for one in digests:
         for (number, j), crc in one.mains.items():
             if models[number, j] != crc:
-                recipe = job.spread.held[number].task.recipe
-                raise wrong_main(recipe, job.sources[j].layout)
+                raise wrong_main(job.spread.held[number].task, job.sources[j].layout)
