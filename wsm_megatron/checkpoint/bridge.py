@@ -19,7 +19,7 @@ TRAIN_STATE_FILE = "train_state.pt"
 LATEST_FILE = "latest_train_state.pt"
 """A copy of the latest checkpoint's, in the root; Bridge looks for it before the tracker."""
 RUN_CONFIG_FILE = "run_config.yaml"
-MOST_BYTES = 4 * 2**20
+MOST_BYTES = 2**20
 """Larger files of these names are something else."""
 
 _SAVED = {"save_optim", "save_rng"}
