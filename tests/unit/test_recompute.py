@@ -16,7 +16,7 @@ from tests.reference import RUNS, load_tensors
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.common import dump_common, load_common
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role
+from wsm_megatron.checkpoint.roles import Role, may_be_padding
 from wsm_megatron.cli import main
 from wsm_megatron.engine.provenance import (
     described,
@@ -229,6 +229,41 @@ def test_kept_iterations_that_were_not_saved(merged: Path) -> None:
     runs.checkpoint(run, 4).rename(run / "gone")
     with pytest.raises(ValueError, match="iter_0000004: the source is gone"):
         verify(merged, sources=True, sources_from=run)
+
+
+def test_padding_is_whatever_the_run_had_in_memory(tmp_path: Path) -> None:
+    """In flat buckets that Megatron wrote; an offline merge has that of its sources."""
+    config = MergeConfig(load=RUNS / runs.FLAT, save=tmp_path, optimizer_state="last")
+    output = merge(config).output
+    padded = {
+        key: chunk
+        for key, entry in read_layout(output).tensors.items()
+        for chunk in entry.chunks
+        if len(chunk.offsets) == 1 and may_be_padding(key, chunk.offsets[0], chunk.sizes[0])
+    }
+    assert any(key.endswith(".param") for key in padded)
+
+    def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if key in padded:
+            tensor = tensor.clone()
+            tensor[padded[key].offsets[0]] = 7
+        return tensor
+
+    runs.rewrite(output, change)
+    provenance = read_provenance(output)
+    assert provenance is not None
+    kept = [
+        {name: value for name, value in source.items() if name != "metadata_crc32"}
+        for source in provenance["sources"]
+    ]
+    state = load_common(*read_common(output))
+    forge(output)
+    with pytest.raises(MergeError, match="is not the merge of its sources"):
+        verify(output, sources="all")
+    state["wsm_merge"] |= {"sources": kept}
+    (output / "common.pt").write_bytes(dump_common(state))
+    forge(output, sources=kept)
+    assert verify(output, sources="all").samples > 0
 
 
 def test_what_an_earlier_version_wrote(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:

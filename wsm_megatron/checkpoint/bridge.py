@@ -19,10 +19,10 @@ TRAIN_STATE_FILE = "train_state.pt"
 LATEST_FILE = "latest_train_state.pt"
 """A copy of the latest checkpoint's, in the root; Bridge looks for it before the tracker."""
 RUN_CONFIG_FILE = "run_config.yaml"
-MOST_BYTES = 4 * 2**20
+MOST_BYTES = 2**20
 """Larger files of these names are something else."""
 
-_SAVED = ("save_optim", "save_rng")
+_SAVED = {"save_optim", "save_rng"}
 
 
 def with_step(data: bytes, step: int, where: str) -> bytes:
@@ -46,24 +46,15 @@ def with_step(data: bytes, step: int, where: str) -> bytes:
 def without_optimizer(data: bytes) -> bytes:
     """A ``run_config.yaml`` that says the checkpoint holds no optimizer and no RNG states.
 
-    Bridge would look for them, and stop with a ``KeyError``. All else stays as it is written; a
-    file without these settings, or that is no YAML, is not Bridge's and stays so altogether.
+    Bridge would look for them, and stop with a ``KeyError``. A file without these settings, or that
+    is no YAML, is not Bridge's and stays as it is.
     """
     try:
-        text = data.decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        config = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError):
         return data
-    settings = _find(root, "checkpoint")
-    values = [value for name in _SAVED if (value := _find(settings, name)) is not None]
-    spans = {(value.start_mark.index, value.end_mark.index) for value in values}
-    for start, end in sorted(spans, reverse=True):
-        text = f"{text[:start]}false{text[end:]}"
-    return text.encode()
-
-
-def _find(node: yaml.Node | None, name: str) -> yaml.Node | None:
-    """The value of a mapping's key."""
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    return next((value for key, value in node.value if key.value == name), None)
+    settings = config.get("checkpoint") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or not settings.keys() & _SAVED:
+        return data
+    settings.update({name: False for name in _SAVED if name in settings})
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()

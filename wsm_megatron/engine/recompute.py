@@ -21,6 +21,7 @@ from wsm_megatron.checkpoint.format import marker_for
 from wsm_megatron.checkpoint.layout import COMMON_KEY, METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
+from wsm_megatron.checkpoint.roles import may_be_padding
 from wsm_megatron.checkpoint.run import checkpoint_path
 from wsm_megatron.checkpoint.same import differences
 from wsm_megatron.config import MergeConfig
@@ -52,8 +53,8 @@ def recompute(
     """Make a merged checkpoint again from its sources, and compare.
 
     Its entries, its byte entries and its common state are compared whole; of its tensors every
-    element, or some boxes of each. Of a checkpoint that was merged inside a run, whose byte entries
-    and common state Megatron wrote from memory, the tensors are compared.
+    element, or some boxes of each. Of a checkpoint that was merged inside a run the tensors are
+    compared: byte entries, common state and padding Megatron wrote from memory.
 
     Args:
         everything: every element, rather than :data:`SAMPLE_ELEMENTS` of every tensor.
@@ -75,10 +76,13 @@ def recompute(
         flat = find_flat_mains(layouts[-1], layouts[:-1]) if config.keeps_optimizer else None
         plan = make_plan(layouts, config, flat)
         _check_tensors(merged.layout, plan)
+        tasks: Sequence[Task] = plan.tasks
         if all("metadata_crc32" in source for source in provenance["sources"]):
             _check_rest(merged, sources[-1], config, provenance)
+        else:  # merged inside a run: what Megatron wrote was in memory, padding too
+            tasks = [task for task in tasks if not _is_padding(task)]
         comparison = _Comparison(merged, sources, provenance["coefficients"])
-        boxes = _all_boxes(plan.tasks) if everything else _some_boxes(plan.tasks, seed)
+        boxes = _all_boxes(tasks) if everything else _some_boxes(tasks, seed)
         work_through(boxes, comparison.compare, default_threads(), threading.Event(), check_storage)
         return comparison.elements
     finally:
@@ -188,6 +192,13 @@ def _check_rest(
         )
     if layout.marker != marker_for(newest.layout.marker, expected.in_distcp):
         raise MergeError(f"{path}: metadata.json is not what {newest.layout.path} makes it")
+
+
+def _is_padding(task: Task) -> bool:
+    box = task.box
+    return len(box.offsets) == 1 and all(
+        may_be_padding(output.key, box.offsets[0], box.sizes[0]) for output in task.recipe.outputs
+    )
 
 
 Part = tuple[Task, Box]
