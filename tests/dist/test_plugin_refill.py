@@ -89,6 +89,30 @@ def _scenarios(root: Path) -> dict[str, Any]:
     return report
 
 
+def _stopped_at_5(root: Path, nudge: float, kept: Path) -> None:
+    """A run that keeps 2 and 4 on disk, and saves once more because it ends."""
+    from tests.mcore.bed import main_params, save_checkpoint, train
+
+    run = Run(root, train_iters=4, num=3, store="disk", dir=str(kept))
+    main_params(run.training)[0].data += nudge
+    run.attach()
+    run.train()
+    train(run.training, 1)
+    save_checkpoint(run.training, root)
+
+
+def _disk(root: Path) -> dict[str, Any]:
+    """Restarts at 5, which was not kept, with the run's own shards and with another run's."""
+    for name, nudge in (("own", 0.0), ("again", 0.0), ("other", 1.0)):
+        _stopped_at_5(root / name, nudge, root / f"kept-{name}")
+    return {
+        kept: _restarted(
+            root / run, 5, options={"store": "disk", "dir": str(root / f"kept-{kept}")}
+        )
+        for run, kept in (("own", "own"), ("again", "other"))
+    }
+
+
 def _nothing_finished(root: Path) -> list[int]:
     run = Run(root, num=3)
     run.args.iteration, run.args.load = 6, str(root)
@@ -106,6 +130,25 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             assert report["differs"] == second[name]["differs"] == [], name
             assert second[name]["warned"] == [], "the first rank warns for all"
     return first
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("disk")
+    first, second = run_ranks(_disk, 2, root / "logs", root=root, timeout=300)
+    for name, report in first.items():
+        assert report["window"] == second[name]["window"] == [2, 4], name
+        assert report["differs"] == second[name]["differs"] == [], name
+    return first
+
+
+def test_kept_files_are_compared_with_a_checkpoint(disk: dict[str, Any]) -> None:
+    assert disk["own"]["loads"][:2] == ["load 4", "load 5"] and disk["own"]["warned"] == []
+
+
+def test_kept_files_of_another_run_are_dropped(disk: dict[str, Any]) -> None:
+    assert disk["other"]["loads"][:5] == ["load 4", "load 5", "load 4", "load 2", "load 5"]
+    assert "the shards kept at iteration 4 are not what was loaded" in disk["other"]["warned"][0]
 
 
 def test_exactly_what_is_wanted_is_loaded(reports: dict[str, Any]) -> None:

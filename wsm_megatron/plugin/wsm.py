@@ -24,6 +24,9 @@ from wsm_megatron.window import Checkpoint, Consumed
 
 logger = logging.getLogger(__name__)
 
+Load = Callable[[int], int | Consumed | None]
+"""Loads an iteration into model and optimizer; see :meth:`WSM.resume`."""
+
 
 class WSM:
     """The merge of a model in training: ``keep`` now and then, ``with merged():`` to use it.
@@ -180,13 +183,14 @@ class WSM:
         iteration: int,
         tokens: int | Consumed,
         available: Sequence[int] = (),
-        load: Callable[[int], int | Consumed | None] | None = None,
+        load: Load | None = None,
     ) -> None:
         """Take up the window after a restart at ``iteration``. Collective; weights are loaded.
 
         What the disk store holds is used where it belongs to this run: whatever is newer than the
-        restart is deleted, and the kept main params of ``iteration`` itself must equal the loaded
-        ones. The rest of the window is refilled through ``load``.
+        restart is deleted, and the kept main params of ``iteration`` itself, or where it was not
+        kept those of the newest ordinary checkpoint, must equal the loaded ones. The rest of the
+        window is refilled through ``load``.
 
         Args:
             iteration: where training goes on.
@@ -197,12 +201,14 @@ class WSM:
                 at all.
         """
         on_disk, misfits = take_stock(self._store, iteration)
-        if iteration in on_disk and not is_live(self._store, self._shards, iteration):
-            logger.warning(
-                "wsm: the shards kept at iteration %d are not what was loaded: this is another "
-                "run, all kept shards are dropped",
-                iteration,
-            )
+        witness = max((i for i in on_disk if i in (iteration, *available)), default=None)
+        if witness is not None and not self._is_of_this_run(witness, iteration, load):
+            if is_first_rank():
+                logger.warning(
+                    "wsm: the shards kept at iteration %d are not what was loaded: this is another "
+                    "run, all kept shards are dropped",
+                    witness,
+                )
             on_disk = self._drop(on_disk)
         loads, beyond = 0, -1
         for wanted in sorted({i for i in (*on_disk, *available) if i <= iteration}, reverse=True):
@@ -223,6 +229,15 @@ class WSM:
             load(iteration)
         self._drop(on_disk)
         self._refuse_misfits({i for i in misfits if i > beyond})
+
+    def _is_of_this_run(self, witness: int, iteration: int, load: Load | None) -> bool:
+        """Whether the shards kept at ``witness`` equal what is loaded of that iteration."""
+        if witness == iteration or load is None:
+            return witness != iteration or is_live(self._store, self._shards, witness)
+        fit = load(witness) is not None
+        same = is_live(self._store, self._shards, witness)
+        load(iteration)
+        return same or not fit  # an unfit checkpoint says nothing about the shards
 
     def _drop(self, checkpoints: Iterable[int]) -> dict[int, Consumed]:
         for iteration in list(checkpoints):
