@@ -39,7 +39,7 @@ def _restarted(root: Path, iteration: int, **changes: Any) -> dict[str, Any]:
 
     options = {"num": 3, "save_interval": 2} | changes.pop("options", {})
     run = Run(root, train_iters=iteration + 2, **options)
-    run.seq_lengths = changes.pop("seq_lengths", {})
+    run.seq_lengths, run.began = changes.pop("seq_lengths", {}), changes.pop("began", {})
     for name, value in changes.items():
         setattr(run.args, name, value)
     with _warnings() as warned:
@@ -65,7 +65,7 @@ def _save_again(root: Path, folder: str, saved: str) -> None:
 
 def _scenarios(root: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    for name in ("np", "length", "tokens", "unknown", "none", "folder"):
+    for name in ("np", "length", "tokens", "unknown", "none", "folder", "branch"):
         first = Run(root / name, train_iters=6, num=3)
         first.attach()
         first.train()
@@ -84,6 +84,9 @@ def _scenarios(root: Path) -> dict[str, Any]:
         (root / "none" / "iter_0000006" / "metadata.json").rename(root / "none" / "hidden")
     dist.barrier()
     report["nothing finished"] = _nothing_finished(root / "none")
+    # Started again from 2, trained to 6 by saves every 4 iterations: iteration 4 is a leftover.
+    report["branch"] = _restarted(root / "branch", 6, began={4: 0, 6: 2})
+    report["merged"] = _from_merges(root / "branch")
     _save_again(root / "folder", "iter_0000004", "iter_0000002")
     report["another folder"] = _restarted(root / "folder", 6)
     return report
@@ -117,6 +120,14 @@ def _nothing_finished(root: Path) -> list[int]:
     run = Run(root, num=3)
     run.args.iteration, run.args.load = 6, str(root)
     run.attach()
+    return [c.iteration for c in run.driver._wsm.kept]
+
+
+def _from_merges(root: Path) -> list[int]:
+    """The window of a run that is started from the other's merges."""
+    run = Run(root / "wsm", num=3)
+    run.args.save = str(root / "onward")
+    run.restart(6)
     return [c.iteration for c in run.driver._wsm.kept]
 
 
@@ -166,6 +177,18 @@ def test_a_folder_of_another_iteration_is_left_out(reports: dict[str, Any]) -> N
     assert len(reports["another folder"]["warned"]) == 1
     assert "window without iteration 4" in reports["another folder"]["warned"][0]
     assert "its state says iteration 2" in reports["another folder"]["warned"][0]
+
+
+def test_a_branch_that_was_given_up_is_left_out(reports: dict[str, Any]) -> None:
+    assert reports["branch"]["window"] == [2, 6]
+    assert len(reports["branch"]["warned"]) == 1
+    assert "window without iteration 4: it is of a job that started from iteration 0" in (
+        reports["branch"]["warned"][0]
+    )
+
+
+def test_merges_are_not_merged_again(reports: dict[str, Any]) -> None:
+    assert reports["merged"] == []
 
 
 def test_tokens_are_counted_at_the_length_they_were_trained_with(reports: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from wsm_megatron.errors import MergeError
 from wsm_megatron.plugin.agree import failures, is_first_rank
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.plugin.restart import is_live, take_stock
+from wsm_megatron.plugin.restart import is_live, leads_to, take_stock
 from wsm_megatron.plugin.ring import MergeRecipe, Ring
 from wsm_megatron.plugin.shards import collect, parts
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
@@ -210,18 +210,20 @@ class WSM:
                     witness,
                 )
             on_disk = self._drop(on_disk)
-        loads, beyond = 0, -1
+        loads, beyond, later = 0, -1, _consumed(iteration, tokens)
         for wanted in sorted({i for i in (*on_disk, *available) if i <= iteration}, reverse=True):
             if not self._ring.may_hold(wanted):
                 break
-            if wanted in on_disk:
-                self._ring.add(on_disk.pop(wanted))
+            if wanted in on_disk and leads_to(on_disk[wanted], later):
+                later = on_disk.pop(wanted)
+                self._ring.add(later)
             elif wanted == iteration:
-                self._put(_consumed(iteration, tokens))
-            elif load is not None:
+                self._put(later)
+            elif load is not None and wanted in available:
                 loads += 1
-                if (found := load(wanted)) is not None:
-                    self._put(_consumed(wanted, found))
+                found = load(wanted)
+                if found is not None and leads_to(one := _consumed(wanted, found), later):
+                    self._put(later := one)
             if wanted in self.settle():
                 beyond = wanted
                 break
