@@ -56,7 +56,7 @@ class Run:
             check_checkpoint_args=lambda saved: None,
         )
         self.stand_in_checkpointing = checkpointing
-        self.started_from, self.seq_lengths = 0, dict[int, int]()
+        self.started_from, self.seq_lengths, self.began = 0, dict[int, int](), dict[int, int]()
         megatron: Any = Megatron(
             training=self.stand_in,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ class Run:
 
     def saved_with(self, iteration: int) -> Namespace:
         """What the arguments in a checkpoint say."""
-        return Namespace(seq_length=self.seq_lengths.get(iteration, 16), iteration=0, save_interval=2)
+        return Namespace(seq_length=self.seq_lengths.get(iteration, 16), iteration=self.began.get(iteration, 0), save_interval=2)
 
 
 def _arguments(root: Path, train_iters: int) -> Namespace:

@@ -39,7 +39,7 @@ def _restarted(root: Path, iteration: int, **changes: Any) -> dict[str, Any]:
 
     options = {"num": 3, "save_interval": 2} | changes.pop("options", {})
     run = Run(root, train_iters=iteration + 2, **options)
-    run.seq_lengths = changes.pop("seq_lengths", {})
+    run.seq_lengths, run.began = changes.pop("seq_lengths", {}), changes.pop("began", {})
     for name, value in changes.items():
         setattr(run.args, name, value)
     with _warnings() as warned:
@@ -65,7 +65,7 @@ def _save_again(root: Path, folder: str, saved: str) -> None:
 
 def _scenarios(root: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    for name in ("np", "length", "tokens", "unknown", "none", "folder"):
+    for name in ("np", "length", "tokens", "unknown", "none", "folder", "branch"):
         first = Run(root / name, train_iters=6, num=3)
         first.attach()
         first.train()
@@ -84,15 +84,50 @@ def _scenarios(root: Path) -> dict[str, Any]:
         (root / "none" / "iter_0000006" / "metadata.json").rename(root / "none" / "hidden")
     dist.barrier()
     report["nothing finished"] = _nothing_finished(root / "none")
+    # Started again from 2, trained to 6 by saves every 4 iterations: iteration 4 is a leftover.
+    report["branch"] = _restarted(root / "branch", 6, began={4: 0, 6: 2})
+    report["merged"] = _from_merges(root / "branch")
     _save_again(root / "folder", "iter_0000004", "iter_0000002")
     report["another folder"] = _restarted(root / "folder", 6)
     return report
+
+
+def _stopped_at_5(root: Path, nudge: float, kept: Path) -> None:
+    """A run that keeps 2 and 4 on disk, and saves once more because it ends."""
+    from tests.mcore.bed import main_params, save_checkpoint, train
+
+    run = Run(root, train_iters=4, num=3, store="disk", dir=str(kept))
+    main_params(run.training)[0].data += nudge
+    run.attach()
+    run.train()
+    train(run.training, 1)
+    save_checkpoint(run.training, root)
+
+
+def _disk(root: Path) -> dict[str, Any]:
+    """Restarts at 5, which was not kept, with the run's own shards and with another run's."""
+    for name, nudge in (("own", 0.0), ("again", 0.0), ("other", 1.0)):
+        _stopped_at_5(root / name, nudge, root / f"kept-{name}")
+    return {
+        kept: _restarted(
+            root / run, 5, options={"store": "disk", "dir": str(root / f"kept-{kept}")}
+        )
+        for run, kept in (("own", "own"), ("again", "other"))
+    }
 
 
 def _nothing_finished(root: Path) -> list[int]:
     run = Run(root, num=3)
     run.args.iteration, run.args.load = 6, str(root)
     run.attach()
+    return [c.iteration for c in run.driver._wsm.kept]
+
+
+def _from_merges(root: Path) -> list[int]:
+    """The window of a run that is started from the other's merges."""
+    run = Run(root / "wsm", num=3)
+    run.args.save = str(root / "onward")
+    run.restart(6)
     return [c.iteration for c in run.driver._wsm.kept]
 
 
@@ -106,6 +141,25 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             assert report["differs"] == second[name]["differs"] == [], name
             assert second[name]["warned"] == [], "the first rank warns for all"
     return first
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("disk")
+    first, second = run_ranks(_disk, 2, root / "logs", root=root, timeout=300)
+    for name, report in first.items():
+        assert report["window"] == second[name]["window"] == [2, 4], name
+        assert report["differs"] == second[name]["differs"] == [], name
+    return first
+
+
+def test_kept_files_are_compared_with_a_checkpoint(disk: dict[str, Any]) -> None:
+    assert disk["own"]["loads"][:2] == ["load 4", "load 5"] and disk["own"]["warned"] == []
+
+
+def test_kept_files_of_another_run_are_dropped(disk: dict[str, Any]) -> None:
+    assert disk["other"]["loads"][:5] == ["load 4", "load 5", "load 4", "load 2", "load 5"]
+    assert "the shards kept at iteration 4 are not what was loaded" in disk["other"]["warned"][0]
 
 
 def test_exactly_what_is_wanted_is_loaded(reports: dict[str, Any]) -> None:
@@ -123,6 +177,18 @@ def test_a_folder_of_another_iteration_is_left_out(reports: dict[str, Any]) -> N
     assert len(reports["another folder"]["warned"]) == 1
     assert "window without iteration 4" in reports["another folder"]["warned"][0]
     assert "its state says iteration 2" in reports["another folder"]["warned"][0]
+
+
+def test_a_branch_that_was_given_up_is_left_out(reports: dict[str, Any]) -> None:
+    assert reports["branch"]["window"] == [2, 6]
+    assert len(reports["branch"]["warned"]) == 1
+    assert "window without iteration 4: it is of a job that started from iteration 0" in (
+        reports["branch"]["warned"][0]
+    )
+
+
+def test_merges_are_not_merged_again(reports: dict[str, Any]) -> None:
+    assert reports["merged"] == []
 
 
 def test_tokens_are_counted_at_the_length_they_were_trained_with(reports: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.run import list_checkpoints
+from wsm_megatron.engine.publish import PROVENANCE_FILE
 from wsm_megatron.errors import MergeError
 from wsm_megatron.plugin.agree import from_first_rank, gathered, is_first_rank
 from wsm_megatron.plugin.replaced import replaced
@@ -70,7 +71,8 @@ class Loader:
 
     def available(self) -> list[int]:
         """Iterations that the window may be refilled from: of finished checkpoints below
-        ``--load``, and the one that was loaded; the same on every rank. Collective."""
+        ``--load`` that are no merges, and the one that was loaded; the same on every rank.
+        Collective."""
         root, start = self._args.load, self._start.iteration
         found = set(from_first_rank(lambda: _finished(root), f"listing {root}"))
         if self._interval is not None:
@@ -169,4 +171,8 @@ def _finished(root: str | None) -> list[int]:
     if not root or not Path(root).is_dir():
         return []
     found = list_checkpoints(Path(root))
-    return sorted(i for i, path in found.items() if i > 0 and is_complete(path))
+    return sorted(
+        i
+        for i, path in found.items()
+        if i > 0 and is_complete(path) and not (path / PROVENANCE_FILE).is_file()
+    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from wsm_megatron.plugin.agree import gathered, on_all_ranks
+from wsm_megatron.plugin.agree import gathered, is_first_rank, on_all_ranks
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import Found, Store
 from wsm_megatron.window import Consumed
@@ -47,3 +47,20 @@ def is_live(store: Store, shards: Sequence[Shard], iteration: int) -> bool:
         if shard.name.startswith(("main.", "buffer."))
     )
     return on_all_ranks(same)
+
+
+def leads_to(one: Consumed, later: Consumed) -> bool:
+    """Whether a checkpoint lies on the way to a later one; if not, the first rank warns of it.
+
+    All that a job saves says from which iteration the job had started. What lies behind that
+    iteration and says another is of a branch that was given up.
+    """
+    if one.began is None or later.began is None or one.iteration <= later.began:
+        return True
+    if one.began != later.began and is_first_rank():
+        logger.warning(
+            "wsm: window without iteration %d: it is of a job that started from iteration %d, and "
+            "not on the way to iteration %d, whose job started from %d",
+            *(one.iteration, one.began, later.iteration, later.began),
+        )
+    return one.began == later.began

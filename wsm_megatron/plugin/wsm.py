@@ -15,7 +15,7 @@ import torch.distributed as dist
 from wsm_megatron.errors import MergeError
 from wsm_megatron.plugin.agree import failures, is_first_rank
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.plugin.restart import is_live, take_stock
+from wsm_megatron.plugin.restart import is_live, leads_to, take_stock
 from wsm_megatron.plugin.ring import MergeRecipe, Ring
 from wsm_megatron.plugin.shards import collect, parts
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
@@ -23,6 +23,9 @@ from wsm_megatron.plugin.swap import swap_nbytes, swapped
 from wsm_megatron.window import Checkpoint, Consumed
 
 logger = logging.getLogger(__name__)
+
+Load = Callable[[int], int | Consumed | None]
+"""Loads an iteration into model and optimizer; see :meth:`WSM.resume`."""
 
 
 class WSM:
@@ -180,13 +183,14 @@ class WSM:
         iteration: int,
         tokens: int | Consumed,
         available: Sequence[int] = (),
-        load: Callable[[int], int | Consumed | None] | None = None,
+        load: Load | None = None,
     ) -> None:
         """Take up the window after a restart at ``iteration``. Collective; weights are loaded.
 
         What the disk store holds is used where it belongs to this run: whatever is newer than the
-        restart is deleted, and the kept main params of ``iteration`` itself must equal the loaded
-        ones. The rest of the window is refilled through ``load``.
+        restart is deleted, and the kept main params of ``iteration`` itself, or where it was not
+        kept those of the newest ordinary checkpoint, must equal the loaded ones. The rest of the
+        window is refilled through ``load``.
 
         Args:
             iteration: where training goes on.
@@ -197,25 +201,29 @@ class WSM:
                 at all.
         """
         on_disk, misfits = take_stock(self._store, iteration)
-        if iteration in on_disk and not is_live(self._store, self._shards, iteration):
-            logger.warning(
-                "wsm: the shards kept at iteration %d are not what was loaded: this is another "
-                "run, all kept shards are dropped",
-                iteration,
-            )
+        witness = max((i for i in on_disk if i in (iteration, *available)), default=None)
+        if witness is not None and not self._is_of_this_run(witness, iteration, load):
+            if is_first_rank():
+                logger.warning(
+                    "wsm: the shards kept at iteration %d are not what was loaded: this is another "
+                    "run, all kept shards are dropped",
+                    witness,
+                )
             on_disk = self._drop(on_disk)
-        loads, beyond = 0, -1
+        loads, beyond, later = 0, -1, _consumed(iteration, tokens)
         for wanted in sorted({i for i in (*on_disk, *available) if i <= iteration}, reverse=True):
             if not self._ring.may_hold(wanted):
                 break
-            if wanted in on_disk:
-                self._ring.add(on_disk.pop(wanted))
+            if wanted in on_disk and leads_to(on_disk[wanted], later):
+                later = on_disk.pop(wanted)
+                self._ring.add(later)
             elif wanted == iteration:
-                self._put(_consumed(iteration, tokens))
-            elif load is not None:
+                self._put(later)
+            elif load is not None and wanted in available:
                 loads += 1
-                if (found := load(wanted)) is not None:
-                    self._put(_consumed(wanted, found))
+                found = load(wanted)
+                if found is not None and leads_to(one := _consumed(wanted, found), later):
+                    self._put(later := one)
             if wanted in self.settle():
                 beyond = wanted
                 break
@@ -223,6 +231,15 @@ class WSM:
             load(iteration)
         self._drop(on_disk)
         self._refuse_misfits({i for i in misfits if i > beyond})
+
+    def _is_of_this_run(self, witness: int, iteration: int, load: Load | None) -> bool:
+        """Whether the shards kept at ``witness`` equal what is loaded of that iteration."""
+        if witness == iteration or load is None:
+            return witness != iteration or is_live(self._store, self._shards, witness)
+        fit = load(witness) is not None
+        same = is_live(self._store, self._shards, witness)
+        load(iteration)
+        return same or not fit  # an unfit checkpoint says nothing about the shards
 
     def _drop(self, checkpoints: Iterable[int]) -> dict[int, Consumed]:
         for iteration in list(checkpoints):
