@@ -13,6 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from wsm_megatron.checkpoint.descriptors import Descriptor
 from wsm_megatron.checkpoint.files import SourceFiles
 from wsm_megatron.checkpoint.patience import RETRIES
 from wsm_megatron.errors import MergeError
@@ -60,7 +61,7 @@ class DirectFiles(SourceFiles):
     def prefetch(self, name: str, position: int, length: int) -> None:
         """Nothing: what is read ahead would go to the page cache."""
 
-    def _open(self, name: str) -> int:
+    def _open(self, name: str) -> Descriptor:
         try:
             return super()._open(name)
         except MergeError as error:

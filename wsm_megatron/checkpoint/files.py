@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from wsm_megatron.checkpoint.buffer import Buffer
+from wsm_megatron.checkpoint.descriptors import Descriptor, Opened, pool
 from wsm_megatron.checkpoint.patience import RETRIES, patiently, watched
 from wsm_megatron.errors import MergeError
 
@@ -22,7 +24,7 @@ except ImportError:  # not built: one read at a time
 
 
 class SourceFiles:
-    """Descriptors of a checkpoint's files, each opened when it is first read.
+    """A checkpoint's files, each opened when it is read, and again where it had to be closed.
 
     Args:
         path: the checkpoint's directory.
@@ -35,13 +37,11 @@ class SourceFiles:
 
     def __init__(self, path: Path, retries: int = RETRIES):
         self.path, self._retries = path, retries
-        self._descriptors: dict[str, int] = {}
+        self._opened: Opened = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        pool.release(self._opened)
 
     def read_some(self, name: str, position: int, out: memoryview, what: str) -> int:
         """One read of at most ``len(out)`` bytes; 0 at the end of the file.
@@ -49,8 +49,9 @@ class SourceFiles:
         Args:
             what: what is read, for messages.
         """
+        descriptor = self.descriptor(name)  # kept until the read is over
         return patiently(
-            partial(os.preadv, self.descriptor(name), [out], position),
+            partial(os.preadv, descriptor.number, [out], position),
             partial(self.place, name, position, what),
             self._retries,
         )
@@ -75,29 +76,43 @@ class SourceFiles:
         """Tell the kernel what will be read next; it reads ahead, or ignores it."""
         descriptor = self.descriptor(name)
         with watched(partial(self.place, name, position, "ahead")):
-            if is_cached(descriptor, position + length - 1):
+            if is_cached(descriptor.number, position + length - 1):
                 return  # it would look at every page
             with contextlib.suppress(OSError):  # advice that this file system does not take
-                os.posix_fadvise(descriptor, position, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(descriptor.number, position, length, os.POSIX_FADV_WILLNEED)
 
-    def descriptor(self, name: str) -> int:
-        """Of a file, opened."""
-        descriptor = self._descriptors.get(name)
-        return self._open(name) if descriptor is None else descriptor
+    def descriptor(self, name: str) -> Descriptor:
+        """Of a file, opened; it stays so as long as the caller refers to it."""
+        descriptor = self._opened.get(name)
+        if descriptor is None:
+            return self._open(name)
+        descriptor.touched = True
+        return descriptor
 
-    def _open(self, name: str) -> int:
+    def _open(self, name: str) -> Descriptor:
         path = self.path / name
         with self._lock:
-            if name not in self._descriptors:
-                opened = partial(os.open, path, self.flags)
-                self._descriptors[name] = patiently(
-                    opened, lambda: f"{path}: opening", self._retries
+            descriptor = self._opened.get(name)
+            if descriptor is None:
+                number = patiently(
+                    partial(_open_file, path, self.flags), lambda: f"{path}: opening", self._retries
                 )
-            return self._descriptors[name]
+                descriptor = Descriptor(number)
+                pool.keep(self._opened, name, descriptor)
+            return descriptor
 
     def place(self, name: str, position: int, what: str) -> str:
         """A read's checkpoint, file and position, for messages."""
         return f"{self.path}: reading {what} from {name} at byte {position}"
+
+
+def _open_file(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or not pool.shrink():
+            raise
+    return os.open(path, flags)
 
 
 def is_cached(descriptor: int, position: int) -> bool:
@@ -131,16 +146,22 @@ def read_all(reads: Sequence[Read]) -> None:
     """
     done = 0
     if _reads is not None and all(read.files.by_position for read in reads):
-        done = _fill(reads)
+        while done < len(reads):
+            some = reads[done : done + pool.share]
+            filled = _fill(some)
+            done += filled
+            if filled < len(some):
+                break
     for read in reads[done:]:  # what failed is tried again, and named
         read.files.read(read.name, read.position, read.out.data, read.what)
 
 
 def _fill(reads: Sequence[Read]) -> int:
     """How many of the reads were made, before one failed."""
+    descriptors = [read.files.descriptor(read.name) for read in reads]  # kept until all are read
     numbers: list[int] = []
-    for read in reads:
-        numbers += (read.files.descriptor(read.name), read.position)
+    for read, descriptor in zip(reads, descriptors, strict=True):
+        numbers += (descriptor.number, read.position)
         numbers += (read.out.address, len(read.out.data))
     current = ctypes.c_int64()
     with watched(lambda: reads[min(current.value, len(reads) - 1)].place):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import socket
 import threading
 import time
@@ -13,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from wsm_megatron.checkpoint.descriptors import check_room
 from wsm_megatron.checkpoint.direct import STREAMS
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
@@ -82,7 +82,7 @@ def run_share(
         wire: to other ranks, where sums go from one to another.
         progress: as for :func:`.merge`.
     """
-    _allow_many_files()
+    check_room(2 * len(directories))  # a file and its journal for each
     started = time.perf_counter()
     means = _means(job, part.tasks)
     with ExitStack() as stack:
@@ -229,10 +229,3 @@ def _abandon(files: list[CheckpointFile]) -> None:
 def default_threads() -> int:
     """The cores that this process may use, at most 16: more wait for each other."""
     return min(MAX_THREADS, len(os.sched_getaffinity(0)))
-
-
-def _allow_many_files() -> None:
-    """Many sources times many files each can pass the usual soft limit of 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
