@@ -136,6 +136,14 @@ class Job:
         tensors = self.plan.bytes_to_write() * len(self.products)
         return tensors + self._objects_written(objects, True)
 
+    def bytes_of(self, k: int) -> int:
+        """Bytes that product ``k`` takes up: of its tensors' containers, objects, common state."""
+        product = self.products[k]
+        items = self._objects(product, product.objects, True)
+        tensors = sum(item.stored_bytes for item in chunks_of(self.plan.tasks))
+        beside = 0 if product.in_distcp else len(product.common)
+        return tensors + sum(item.nbytes for item in items) + beside
+
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""
         return 0 if self.spread is None else bytes_sent(self.spread.held, self.merges)

@@ -21,7 +21,10 @@ from wsm_megatron.window import Checkpoint, Window, positions, select, slide
 
 logger = logging.getLogger(__name__)
 
-Fingerprint = tuple[tuple[str, int, int], ...]
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+"""Name, size, modification and change time (ns) of a checkpoint's files. The change time also tells
+a file that was written anew and given its old modification time. It moves with modes and links too:
+it says whether an earlier merge was of these files, not whether they were rewritten meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Source:
     Attributes:
         tokens: consumed samples x sequence length; None where the checkpoint does not say.
         metadata_crc: CRC-32 of its ``.metadata``, which tells one save from another.
-        fingerprint: name, size and modification time (ns) of its files when it was opened.
+        fingerprint: of its files when it was opened.
     """
 
     path: Path
@@ -48,7 +51,7 @@ class Source:
                 f"{self.path} was deleted while it was read (does the run keep its newest "
                 "checkpoints only?); nothing was published"
             )
-        if fingerprint(self.path) != self.fingerprint:
+        if _contents(fingerprint(self.path)) != _contents(self.fingerprint):
             raise MergeError(
                 f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
                 "being deleted?); nothing was published"
@@ -70,13 +73,17 @@ class Decay:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Name, size and modification time of every file directly in a checkpoint."""
+    """Of every file directly in a checkpoint."""
     try:
         with watched(lambda: f"{path}: listing"):
             entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
     except OSError as error:
         raise MergeError(f"{path}: cannot list: {error.strerror}") from error
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
+    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in entries))
+
+
+def _contents(files: Fingerprint) -> list[tuple[str, int, int]]:
+    return [(name, size, modified) for name, size, modified, _ in files]
 
 
 def select_checkpoints(
