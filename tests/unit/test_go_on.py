@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +17,19 @@ import torch
 
 from tests import runs
 from wsm_megatron import MergeConfig, MergeError, MergeReport, merge
+from wsm_megatron.checkpoint.journal import _line as journal_line
+from wsm_megatron.checkpoint.journal import _read as read_journal
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.writer import ChunkWriter
+from wsm_megatron.engine.key import placement, staging_key
+from wsm_megatron.engine.prepare import prepare_job
+from wsm_megatron.engine.publish import journals
 from wsm_megatron.errors import StoppedError
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
 NAME = "iter_0000008"
+JOURNAL = "__0_0.distcp.journal"
 STOPPED = StoppedError("stopped", signal.SIGTERM)
 
 
@@ -62,8 +71,9 @@ def stop_merge(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int
 def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> Path:
     """:func:`stop_merge` of one product; the directory that it leaves."""
     stop_merge(monkeypatch, config, chunks)
-    (left,) = config.save.iterdir()
+    left, beside = sorted(config.save.iterdir())
     assert left.is_dir() and left.name.startswith(".iter_0000008.wsm-")
+    assert beside == journals(left)
     return left
 
 
@@ -126,8 +136,8 @@ def test_a_part_that_has_changed_is_made_again(
     config: MergeConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = stop_after(monkeypatch, config, 7)
-    lines = (left / "__0_0.distcp.journal").read_text().splitlines()
-    offset, length, _ = max((line.split() for line in lines), key=lambda words: int(words[1]))
+    lines = (journals(left) / JOURNAL).read_text().splitlines()
+    offset, length, *_ = max((line.split() for line in lines), key=lambda words: int(words[1]))
     runs.flip_byte(left / "__0_0.distcp", int(offset) + int(length) // 2)
     assert_goes_on(config, expected, whole=False)
 
@@ -135,7 +145,7 @@ def test_a_part_that_has_changed_is_made_again(
 def test_a_journal_cut_short(
     config: MergeConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = stop_after(monkeypatch, config, 7) / "__0_0.distcp.journal"
+    journal = journals(stop_after(monkeypatch, config, 7)) / JOURNAL
     os.truncate(journal, journal.stat().st_size - 3)
     assert_goes_on(config, expected, whole=False)
 
@@ -160,6 +170,125 @@ def test_sources_written_anew_start_over(
     stop_after(monkeypatch, config, 7)
     os.utime(runs.checkpoint(config.load, 4) / "__0_0.distcp")
     assert_goes_on(config, expected, whole=True)
+
+
+@pytest.mark.parametrize("option", [{"threads": 4}, {"memory": 10**6}, {"retries": 1}])
+def test_how_the_job_runs_is_not_part_of_the_key(
+    config: MergeConfig,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    option: dict[str, int],
+) -> None:
+    stop_after(monkeypatch, config, 7)
+    assert_goes_on(replace(config, **option), expected, whole=False)
+
+
+def test_a_source_written_anew_with_its_old_times_starts_over(
+    config: MergeConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``rsync -t`` leaves it: name, size, modification time and metadata say nothing."""
+    file = runs.checkpoint(config.load, 4) / "__0_0.distcp"
+    before = file.stat()
+    stop_after(monkeypatch, config, 7)
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert_goes_on(config, expected, whole=True)
+
+
+def test_a_file_longer_than_planned_is_cut(
+    config: MergeConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = stop_after(monkeypatch, config, 7)
+    os.truncate(left / "__0_0.distcp", 10 * len(expected["__0_0.distcp"]))
+    assert_goes_on(config, expected, whole=False)
+
+
+def test_a_file_that_the_plan_does_not_know_is_removed(
+    config: MergeConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = stop_after(monkeypatch, config, 7)
+    (left / "__1_0.distcp").write_bytes(b"of another rank")
+    (left / "half").mkdir()
+    (left / "half" / "file").touch()
+    assert_goes_on(config, expected, whole=False)
+
+
+def test_a_line_of_another_item_is_not_believed(
+    config: MergeConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offset, length and CRC-32 are right, and of something else."""
+    left = stop_after(monkeypatch, config, 7)
+    journal, file = journals(left) / JOURNAL, left / "__0_0.distcp"
+    items = {(one.offset, one.length): one for one in read_journal(journal)}
+    same = next(
+        (a, b)
+        for a in items.values()
+        for b in items.values()
+        if a.length == b.length and a.offset < b.offset and a.crc != b.crc
+    )
+    data = bytearray(file.read_bytes())
+    pieces = [bytes(data[one.offset : one.offset + one.length]) for one in same]
+    for one, other, piece in zip(same, reversed(same), reversed(pieces), strict=True):
+        data[one.offset : one.offset + one.length] = piece
+        items[one.offset, one.length] = replace(one, crc=other.crc, identity=other.identity)
+    file.write_bytes(data)
+    journal.write_text("".join(map(journal_line, items.values())))
+    assert_goes_on(config, expected, whole=False)
+
+
+def test_other_products_that_place_this_one_elsewhere_start_over(tmp_path: Path) -> None:
+    """The shares of a job's ranks follow from all of its products."""
+    keys: dict[tuple[int, ...], set[str]] = {}
+    for windows in ((4, 2), (4, 6), (4,)):
+        config = MergeConfig(
+            load=runs.RUNS / runs.FP32_PARAM,
+            save=tmp_path,
+            window_iterations=windows,
+            optimizer_state="last",
+        )
+        job = prepare_job(config)
+        parts = job.parts(9)
+        one = next(p for p in job.products if len(p.members) == 3)
+        placed = placement(job, job.products.index(one), parts)
+        stored = [
+            placed_one
+            for rank, part in enumerate(parts)
+            for placed_one in job.placed(job.products.index(one), rank, part)
+        ]
+        keys.setdefault(tuple(map(hash, stored)), set()).add(staging_key(job, one, placed))
+    assert len(keys) > 1 and all(len(found) == 1 for found in keys.values())
+    assert len(set[str]().union(*keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize("parallel", ["", "--source-parallel"])
+def test_the_key_is_the_same_in_every_process(tmp_path: Path, parallel: str) -> None:
+    keys = set()
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", KEY_OF, str(runs.RUNS / runs.FLAT), str(tmp_path)]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        keys.add(subprocess.check_output([*command, parallel], env=environment, text=True))
+    assert len(keys) == 1 and re.fullmatch("[0-9a-f]{12} [0-9a-f]{12}\n", keys.pop())
+
+
+KEY_OF = """
+import sys
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.distributed import Ranks
+from wsm_megatron.engine.key import placement, staging_key
+from wsm_megatron.engine.merge import prepare
+
+run, save, parallel = sys.argv[1:]
+config = MergeConfig(
+    load=run,
+    save=save,
+    optimizer_state="last",
+    decay="mean,ema",
+    source_parallel=bool(parallel),
+)
+job = prepare(config, Ranks())
+parts = job.parts(1 if parallel else 3)
+print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.products)))
+"""
 
 
 def test_stopped_while_it_is_published(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,41 +26,58 @@ BEHIND_BYTES = 4 * 2**30
 """Bytes not synced at which writing waits: no sync has so much to do that it looks like hanging."""
 SUFFIX = ".journal"
 _READ_BYTES = 4 * 2**20
+_LINE = re.compile(rb"(\d+) (\d+) ([0-9a-f]{8}) ([0-9a-f]{16})\n")
 
-Part = tuple[int, int, int]
-"""Offset, length and CRC-32 of a finished part of the file."""
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A finished part of a file.
+
+    Attributes:
+        identity: 16 hexadecimal digits, of what is stored there and of nothing else.
+    """
+
+    offset: int
+    length: int
+    crc: int
+    identity: str
 
 
 class Journal:
     """The finished parts of a file, beside it: a line each, written once the part is on disk.
 
     Syncs go on in a thread of its own, beside the writing. Safe to share between threads. Nothing
-    in it is believed before the part's CRC-32 was computed again from the file.
+    in it is believed that is of another identity than what is asked for, nor before the part's
+    CRC-32 was computed again from the file. Of two lines of one offset the later one counts.
+
+    Args:
+        path: of the journal; it is gone on with where it is there. file, descriptor: of the file.
     """
 
-    def __init__(self, path: Path, descriptor: int):
-        self._descriptor, self._file = descriptor, path
-        self._path = path.with_name(path.name + SUFFIX)
+    def __init__(self, path: Path, file: Path, descriptor: int):
+        self._descriptor, self._file, self._path = descriptor, file, path
         self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._new: list[Part] = []
         self._asked, self._since_asked, self._unsynced = time.monotonic(), 0, 0
         self._wake, self._ending = threading.Event(), False
         self._thread: threading.Thread | None = None
         self._failure: OSError | None = None
-        self._old = {offset: (length, crc) for offset, length, crc in _read(self._path)}
+        self._old = {part.offset: part for part in _read(self._path)}
 
-    def holds(self, offset: int, length: int) -> Part | None:
+    def holds(self, offset: int, length: int, identity: str) -> Part | None:
         """The part at an offset, where an earlier merge finished it and it is still as it was."""
         found, crc = self._old.get(offset), 0
-        if found is None or found[0] != length:
+        if found is None or (found.length, found.identity) != (length, identity):
             return None
         for start in range(offset, offset + length, _READ_BYTES):
             count = min(_READ_BYTES, offset + length - start)
             data = patiently(
                 partial(os.pread, self._descriptor, count, start), partial(self._place, start)
             )
+            if len(data) < count:
+                return None
             crc = crc32(data, crc)
-        return (offset, length, crc) if crc == found[1] else None
+        return found if crc == found.crc else None
 
     def add(self, part: Part) -> None:
         """A part has been written; now and then, everything new goes to disk.
@@ -68,8 +87,8 @@ class Journal:
         """
         with self._lock:
             self._new.append(part)
-            self._unsynced += part[1]
-            self._since_asked += part[1]
+            self._unsynced += part.length
+            self._since_asked += part.length
             due = self._since_asked >= SYNC_BYTES or time.monotonic() - self._asked > SYNC_EVERY
             if due:
                 self._ask()
@@ -88,11 +107,11 @@ class Journal:
             with watched(lambda: f"{self._file}: syncing"):
                 os.fsync(self._descriptor)
             with watched(lambda: f"{self._path}: writing"), self._path.open("a") as stream:
-                stream.writelines(f"{offset} {length} {crc:08x}\n" for offset, length, crc in new)
+                stream.writelines(map(_line, new))
                 stream.flush()
                 os.fsync(stream.fileno())
             with self._lock:
-                self._unsynced -= sum(length for _, length, _ in new)
+                self._unsynced -= sum(part.length for part in new)
 
     def end(self) -> None:
         """Sync the last parts and end the thread; then the file may be closed.
@@ -133,13 +152,22 @@ class Journal:
         return f"{self._file}: reading at byte {position}"
 
 
+def _line(part: Part) -> str:
+    return f"{part.offset} {part.length} {part.crc:08x} {part.identity}\n"
+
+
 def _read(path: Path) -> list[Part]:
-    """Lines of a journal; a last one cut short by a crash does not count."""
+    """Lines of a journal. What a crash has cut short or garbled does not count; a last line of
+    that kind is removed, so that no other is written behind it.
+    """
     if not path.exists():
         return []
-    parts = []
-    for line in path.read_text().splitlines(keepends=True):
-        words = line.split()
-        if len(words) == 3 and line.endswith("\n"):
-            parts.append((int(words[0]), int(words[1]), int(words[2], 16)))
-    return parts
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    found = map(_LINE.fullmatch, data.splitlines(keepends=True))
+    return [
+        Part(int(line[1]), int(line[2]), int(line[3], 16), line[4].decode())
+        for line in found
+        if line is not None
+    ]

@@ -8,6 +8,7 @@ fraction of the storage's speed. The result is the same format.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -22,7 +23,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.container import Frame
-from wsm_megatron.checkpoint.journal import Journal
+from wsm_megatron.checkpoint.journal import Journal, Part
 from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.errors import MergeError, StorageError
 
@@ -46,6 +47,13 @@ class Item:
         assert self.dtype is not None
         return frame(self.dtype, self.box.sizes).total_bytes
 
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that no other item has: of key, region, dtype, shape and size."""
+        region = None if self.box is None else (self.box.offsets, self.box.sizes)
+        text = repr((self.key, region, str(self.dtype), self.shape, self.nbytes))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -54,6 +62,10 @@ class Placed:
     item: Item
     file: str
     offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.item.stored_bytes
 
 
 def file_name(rank: int) -> str:
@@ -80,20 +92,23 @@ class CheckpointFile:
     """One rank's ``.distcp`` file, written by position. Safe to share between threads.
 
     Args:
-        keep_journal: beside the file, until the checkpoint is published; a file that is there
-            already, of a merge that died, is gone on with.
+        journal: where to keep one, until the checkpoint is published; a file that is there already,
+            of a merge that died, is gone on with.
+        size: bytes that the file will have, where that is known. A longer one is cut.
     """
 
-    def __init__(self, path: Path, keep_journal: bool = False):
-        self.path = path
+    def __init__(self, path: Path, journal: Path | None = None, size: int | None = None):
+        self.path, self._size = path, size
         self.bytes_written = 0
         self._parts: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
         try:
-            flags = os.O_RDWR | os.O_CREAT | (0 if keep_journal else os.O_EXCL)
+            flags = os.O_RDWR | os.O_CREAT | (0 if journal else os.O_EXCL)
             with watched(lambda: f"{path}: opening"):
                 self._descriptor = os.open(path, flags, 0o666)  # the umask decides
-                self._journal = Journal(path, self._descriptor) if keep_journal else None
+                if size is not None and os.fstat(self._descriptor).st_size > size:
+                    os.ftruncate(self._descriptor, size)
+                self._journal = Journal(journal, path, self._descriptor) if journal else None
         except OSError as error:
             raise MergeError(f"{path}: cannot create: {error.strerror}") from error
 
@@ -101,23 +116,24 @@ class CheckpointFile:
         """Whether an earlier merge finished an item, and its bytes still have their CRC-32."""
         if self._journal is None:
             return False
-        part = self._journal.holds(placed.offset, placed.item.stored_bytes)
+        item = placed.item
+        part = self._journal.holds(placed.offset, item.stored_bytes, item.identity)
         if part is not None:
             with self._lock:
-                self._parts[part[0]] = part[1:]
+                self._parts[part.offset] = part.length, part.crc
         return part is not None
 
     def write_bytes(self, placed: Placed, data: bytes) -> None:
         """Write an object entry."""
         assert len(data) == placed.item.nbytes, placed.item.key
         self._write(memoryview(data), placed.offset)
-        self._enter(placed.offset, len(data), crc32(data))
+        self._enter(placed, crc32(data))
 
     def chunk(self, placed: Placed) -> ChunkWriter:
         """Open one chunk for writing, row-major from its first element."""
         item = placed.item
         assert item.dtype is not None and item.box is not None
-        return ChunkWriter(self, placed.offset, frame(item.dtype, item.box.sizes))
+        return ChunkWriter(self, placed, frame(item.dtype, item.box.sizes))
 
     def close(self) -> tuple[int, int]:
         """Make the file durable; its size in bytes and its CRC-32."""
@@ -134,6 +150,7 @@ class CheckpointFile:
         for offset, (length, part) in sorted(self._parts.items()):
             assert offset == position, f"a gap at byte {position} of {self.path}"
             crc, position = crc32_combine(crc, part, length), offset + length
+        assert self._size in (None, position), f"{position} of {self._size} bytes of {self.path}"
         return position, crc
 
     def abandon(self) -> None:
@@ -145,14 +162,15 @@ class CheckpointFile:
             logger.warning("%s: %s; what it holds is lost", self.path, error.strerror)
         os.close(self._descriptor)
 
-    def _enter(self, offset: int, length: int, crc: int) -> None:
+    def _enter(self, placed: Placed, crc: int) -> None:
+        length = placed.item.stored_bytes
         with self._lock:
-            self._parts[offset] = (length, crc)
+            self._parts[placed.offset] = (length, crc)
             self.bytes_written += length
         if self._journal is None:
             return
         try:
-            self._journal.add((offset, length, crc))
+            self._journal.add(Part(placed.offset, length, crc, placed.item.identity))
         except OSError as error:
             raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
 
@@ -174,9 +192,9 @@ class CheckpointFile:
 class ChunkWriter:
     """Streams one chunk's elements into its container. For one thread."""
 
-    def __init__(self, file: CheckpointFile, offset: int, container: Frame):
-        self._file, self._offset, self._frame = file, offset, container
-        self._position = offset + container.prefix_bytes
+    def __init__(self, file: CheckpointFile, placed: Placed, container: Frame):
+        self._file, self._placed, self._frame = file, placed, container
+        self._position = placed.offset + container.prefix_bytes
         self._crc = 0
 
     def append(self, elements: Buffer) -> None:
@@ -188,14 +206,14 @@ class ChunkWriter:
 
     def finish(self) -> None:
         """Write what surrounds the elements, once all of them are in."""
-        container = self._frame
-        assert self._position == self._offset + container.prefix_bytes + container.nbytes
+        container, offset = self._frame, self._placed.offset
+        assert self._position == offset + container.prefix_bytes + container.nbytes
         prefix, suffix = container.around(self._crc)
-        self._file._write(memoryview(prefix), self._offset)
+        self._file._write(memoryview(prefix), offset)
         self._file._write(memoryview(suffix), self._position)
         crc = crc32_combine(crc32(prefix), self._crc, container.nbytes)
         crc = crc32_combine(crc, crc32(suffix), len(suffix))
-        self._file._enter(self._offset, container.total_bytes, crc)
+        self._file._enter(self._placed, crc)
 
 
 def write_file(path: Path, data: bytes) -> tuple[int, int]:

@@ -138,6 +138,16 @@ class Job:
         beside = sum(self.sources[product.newest].beside.nbytes for product in self.products)
         return tensors + self._objects_written(objects, True) + beside
 
+    def stored_bytes(self) -> list[int]:
+        """Bytes that each product takes up: containers, objects, common state, side files."""
+        tensors = sum(item.stored_bytes for item in chunks_of(self.plan.tasks))
+        return [tensors + self._beside_tensors(product) for product in self.products]
+
+    def _beside_tensors(self, product: Product) -> int:
+        objects = sum(item.nbytes for item in self._objects(product, product.objects, True))
+        common = 0 if product.in_distcp else len(product.common)
+        return objects + common + self.sources[product.newest].beside.nbytes
+
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""
         return 0 if self.spread is None else bytes_sent(self.spread.held, self.merges)

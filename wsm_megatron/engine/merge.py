@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -17,19 +15,21 @@ from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FI
 from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.run import write_tracker
 from wsm_megatron.checkpoint.visible import wait_for_files
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.distributed import Ranks, job_ranks
+from wsm_megatron.engine.claim import Claims
 from wsm_megatron.engine.crew import in_background
 from wsm_megatron.engine.deal import Dealer, outline
 from wsm_megatron.engine.job import Job, Part, Product
+from wsm_megatron.engine.key import placement, staging_key
 from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
+from wsm_megatron.engine.outputs import check_outputs
 from wsm_megatron.engine.parallel import prepare_spread
 from wsm_megatron.engine.phases import Phases, RankReport
 from wsm_megatron.engine.prepare import prepare_job
-from wsm_megatron.engine.provenance import holds_merge, write_provenance
+from wsm_megatron.engine.provenance import write_provenance
 from wsm_megatron.engine.publish import Staging
 from wsm_megatron.engine.rank import ProgressFactory, RankResult, run_share
 from wsm_megatron.engine.side_files import Files
@@ -37,6 +37,7 @@ from wsm_megatron.engine.steps import check_shared, check_sources, connect
 from wsm_megatron.engine.watch import SourceWatch
 from wsm_megatron.errors import MergeError, PassingError
 from wsm_megatron.events import Events, job_events
+from wsm_megatron.signals import ending_later
 
 logger = logging.getLogger(__name__)
 
@@ -57,30 +58,27 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
     started, phases = time.monotonic(), Phases()
-    with (
-        job_ranks() as ranks,
-        ranks.watching(check_storage),
-        job_events(config.log_json, ranks, wsm_megatron.__version__, asdict(config)) as events,
-    ):
-        with phases("planning" if ranks.rank == 0 else "waiting"):
-            job, missing = _prepare(config, ranks)
-        reports: list[RankReport] = []
-        if missing:
-            reports = _merge_products(job.only(missing), ranks, progress, phases, events)
-        report = MergeReport(
-            merged=tuple(_merged(job, product) for product in job.products),
-            bytes_read=sum(one.bytes_read for one in reports),
-            bytes_written=sum(one.bytes_written for one in reports),
-            seconds=time.monotonic() - started,
-            ranks=tuple(reports),
-        )
-        events.exchange()
-        events.tell("finished", **report.as_data())
+    with job_ranks() as ranks, ranks.watching(check_storage):
+        _check_outputs(config, ranks)
+        with job_events(config.log_json, ranks, wsm_megatron.__version__, asdict(config)) as events:
+            with phases("planning" if ranks.rank == 0 else "waiting"):
+                job = _prepare(config, ranks)
+            reports = _merge_missing(job, ranks, progress, phases, events)
+            report = MergeReport(
+                merged=tuple(_merged(job, product) for product in job.products),
+                bytes_read=sum(one.bytes_read for one in reports),
+                bytes_written=sum(one.bytes_written for one in reports),
+                seconds=time.monotonic() - started,
+                ranks=tuple(reports),
+            )
+            events.exchange()
+            events.tell("finished", **report.as_data())
     return report
 
 
 def prepare(config: MergeConfig, ranks: Ranks) -> Job:
     """The job of a config, on every rank. Collective. Raises as :func:`merge` does."""
+    _check_outputs(config, ranks)
     if config.source_parallel:
         return prepare_spread(config, ranks)
     return ranks.from_first(lambda: _plan(config, ranks), "planning")
@@ -91,51 +89,68 @@ def _plan(config: MergeConfig, ranks: Ranks) -> Job:
     return in_background(lambda: prepare_job(config), ranks.check)
 
 
-def _prepare(config: MergeConfig, ranks: Ranks) -> tuple[Job, list[int]]:
-    """The job, and which of its products are not published yet. Collective."""
-    if not config.source_parallel:
-        planned: list[tuple[Job, list[int]]] = []
-
-        def plan(rank: int) -> tuple[Job, list[int]]:
-            if rank == 0:
-                planned.append(_with_missing(_plan(config, ranks)))
-                return planned[0]
-            job, missing = planned[0]
-            return outline(job), missing
-
-        return ranks.deal(plan, "planning")
-    job = prepare_spread(config, ranks)
-    return job, ranks.from_first(lambda: _with_missing(job)[1], "planning")
+def _check_outputs(config: MergeConfig, ranks: Ranks) -> None:
+    """Before any file is opened for writing; on every rank, where they see different ones.
+    Collective.
+    """
+    with ranks.together("checking the options"):
+        if ranks.rank == 0 or config.source_parallel:
+            check_outputs(config)
 
 
-def _with_missing(job: Job) -> tuple[Job, list[int]]:
-    missing = []
-    for k, product in enumerate(job.products):
-        if holds_merge(product.path, product.provenance):
-            logger.warning("%s holds this very merge already", product.path)
-            write_tracker(product.root, product.iteration)  # the earlier run may have died before
-        else:
-            missing.append(k)
-    return job, missing
+def _prepare(config: MergeConfig, ranks: Ranks) -> Job:
+    """The job; where rank 0 alone plans it, an outline on other ranks. Collective."""
+    if config.source_parallel:
+        return prepare_spread(config, ranks)
+    planned: list[Job] = []
+
+    def plan(rank: int) -> Job:
+        if rank == 0:
+            planned.append(_plan(config, ranks))
+            return planned[0]
+        return outline(planned[0])
+
+    return ranks.deal(plan, "planning")
 
 
-def _merge_products(
+def _merge_missing(
     job: Job,
     ranks: Ranks,
     progress: ProgressFactory | None,
     phases: Phases,
     events: Events,
 ) -> list[RankReport]:
-    staging = [
-        Staging(product.root, product.iteration, _key(job, product, ranks.size))
-        for product in job.products
-    ]
+    """Make the products that are not there yet, nor by the time that their targets are free.
+    Collective.
+    """
+    with Claims() as claims, ranks.watching(claims.check):
+        with phases("waiting"):
+            missing = ranks.from_first(
+                lambda: claims.take(job, ranks.check), "preparing the target"
+            )
+        if not missing:
+            return []
+        return _merge_products(job.only(missing), ranks, claims, progress, phases, events)
+
+
+def _merge_products(
+    job: Job,
+    ranks: Ranks,
+    claims: Claims,
+    progress: ProgressFactory | None,
+    phases: Phases,
+    events: Events,
+) -> list[RankReport]:
+    with phases("planning" if ranks.rank == 0 else "waiting"):
+        parts = job.parts(ranks.size) if ranks.rank == 0 or job.spread is not None else ()
+        staging = _staging(job, parts, claims) if ranks.rank == 0 else []
     wire = None
     try:
-        directories = ranks.from_first(lambda: _create(staging, job), "preparing the target")
+        directories = ranks.from_first(
+            lambda: [one.create() for one in staging], "preparing the target"
+        )
         if job.spread is not None:
             check_shared(directories[0], ranks)
-        parts = job.parts(ranks.size) if ranks.rank == 0 or job.spread is not None else ()
         costs = [job.cost_of(rank, part) for rank, part in enumerate(parts)]
         if ranks.rank == 0:
             events.tell("planned", **_plan_data(job, parts))
@@ -160,7 +175,7 @@ def _merge_products(
         in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
             error, PassingError
         )
-        for one in staging if ranks.rank == 0 else ():
+        for one in staging:
             one.discard() if in_vain else one.keep()
         raise
     return _reports(reports, phases)
@@ -207,14 +222,6 @@ def _watching_sources(job: Job, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _key(job: Job, product: Product, ranks: int) -> str:
-    """Tells merges apart whose files differ in any byte, or whose sources were written anew."""
-    members = [job.fingerprint(j) for j in product.members]
-    outputs = [one.path.name for one in job.products]
-    text = json.dumps([product.provenance, members, outputs, ranks])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def _merged(job: Job, product: Product) -> MergedCheckpoint:
     return MergedCheckpoint(
         output=product.path,
@@ -224,9 +231,14 @@ def _merged(job: Job, product: Product) -> MergedCheckpoint:
     )
 
 
-def _create(staging: list[Staging], job: Job) -> list[Path]:
-    share = job.bytes_to_write() // len(staging)
-    return [one.create(share) for one in staging]
+def _staging(job: Job, parts: Sequence[Part], claims: Claims) -> list[Staging]:
+    staging = []
+    for k, product in enumerate(job.products):
+        placed = placement(job, k, parts)
+        key, files = staging_key(job, product, placed), tuple(placed.sizes)
+        lock = claims.lock(product)
+        staging.append(Staging(product.root, product.iteration, key, files, lock))
+    return staging
 
 
 def _publish(
@@ -237,7 +249,7 @@ def _publish(
     results: list[RankResult],
     events: Events,
 ) -> None:
-    """Check what was read, complete every product's directory, give it its name. On rank 0."""
+    """Check what was read, complete every product's directory, give them their names. On rank 0."""
     for j, source in enumerate(job.sources if job.spread is None else ()):
         reader = CheckpointReader(source.layout)
         try:
@@ -245,6 +257,7 @@ def _publish(
         finally:
             reader.close()
         source.check_unchanged()
+    seconds = []
     for k, stage in enumerate(staging):
         started = time.monotonic()
         files: Files = {}
@@ -253,9 +266,14 @@ def _publish(
         sizes = {name: size for name, (size, _) in files.items()}
         wait_for_files(stage.path, sizes, ranks.check)
         _complete(job, k, parts, stage.path, files)
-        path = stage.commit()
-        logger.info("published %s", path)
-        events.tell("published", path=str(path), publishing_seconds=time.monotonic() - started)
+        seconds.append(time.monotonic() - started)
+    with ending_later():  # all is done and checked: a signal shall not divide what belongs together
+        for stage, before in zip(staging, seconds, strict=True):
+            started = time.monotonic()
+            path = stage.commit()
+            logger.info("published %s", path)
+            took = before + time.monotonic() - started
+            events.tell("published", path=str(path), publishing_seconds=took)
 
 
 def _complete(job: Job, k: int, parts: Sequence[Part], directory: Path, files: Files) -> None:

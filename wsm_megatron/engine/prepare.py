@@ -128,6 +128,11 @@ def _each(values: tuple[int, ...] | None) -> list[Any]:
     return [None] if values is None else [(value,) for value in values]
 
 
+def product_roots(config: MergeConfig) -> list[tuple[MergeConfig, Path]]:
+    """Every single merge that a config asks for, and the root that its checkpoints get."""
+    return [(one, _root(config, one)) for one in _single_merges(config)]
+
+
 def _root(config: MergeConfig, one: MergeConfig) -> Path:
     """``--save``; where it gets merges of several decays or windows, a folder for each."""
     names = []

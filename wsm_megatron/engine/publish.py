@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.checkpoint.patience import watched
-from wsm_megatron.checkpoint.run import checkpoint_path, sync_directory, write_tracker
+from wsm_megatron.checkpoint.run import (
+    TRACKER_FILE,
+    checkpoint_path,
+    read_tracker,
+    sync_directory,
+    write_tracker,
+)
 from wsm_megatron.engine.lock import Lock
 from wsm_megatron.errors import MergeError
 
@@ -21,113 +28,159 @@ logger = logging.getLogger(__name__)
 class Staging:
     """A hidden directory beside the target, renamed to it when everything is in. For rank 0.
 
+    Whoever does not hold the target's lock, or not any more, touches nothing: it is another
+    merge's by now.
+
     Args:
-        key: of what is merged, how, and by how many ranks. A merge with the same key goes on from
-            what one that died has finished.
+        key: of what is merged, how, and what is stored where. A merge with the same key goes on
+            from what one that died has finished.
+        files: names of the ranks' files.
+        lock: the target's, which is held.
     """
 
-    def __init__(self, root: Path, iteration: int, key: str):
+    def __init__(self, root: Path, iteration: int, key: str, files: Collection[str], lock: Lock):
         self.root, self.iteration = root, iteration
         self.target = checkpoint_path(root, iteration)
         self.path = root / f".{self.target.name}.wsm-{key}"
-        self._lock = Lock(root / f".{self.target.name}.wsm.lock")
+        self.published = False
+        self._journals = journals(self.path)
+        self._files, self._lock = files, lock
 
-    def create(self, nbytes: int) -> Path:
-        """Lock the target, remove what dead merges have left of it, make the directory.
+    def create(self) -> Path:
+        """Remove what dead merges have left of the target, but what this one goes on from; make the
+        directory.
 
         Raises:
-            ValueError: the target exists.
-            MergeError: no permission, another merge of the target, or less than ``nbytes`` free.
+            MergeError: no permission, or the target's lock is another's.
         """
-        self._refuse_existing()
+        self._lock.check()
         try:
-            with watched(lambda: f"{self.root}: creating"):
-                self.root.mkdir(parents=True, exist_ok=True)
-            with watched(lambda: f"{self._lock.path}: locking"):
-                self._lock.acquire()
-            self._refuse_existing()  # published before the lock was free
             self._remove_leftovers()
-            with watched(lambda: f"{self.path}: creating"):
-                self.path.mkdir(exist_ok=True)
-                there = sum(file.stat().st_size for file in self.path.iterdir())
-                free = shutil.disk_usage(self.path).free + there
+            for directory in (self._journals, self.path):
+                with watched(partial("{}: creating".format, directory)):
+                    directory.mkdir(exist_ok=True)
         except OSError as error:
             raise MergeError(f"{self.path}: cannot create: {error.strerror}") from error
-        if free < nbytes:
-            self.discard()
-            raise MergeError(
-                f"{self.root}: {nbytes / 1e9:.3f} GB needed and {free / 1e9:.3f} GB free; nothing "
-                "was written"
-            )
         return self.path
 
     def commit(self) -> Path:
         """Give the finished directory its final name, then move the tracker. Durable."""
         try:
-            with watched(lambda: f"{self._lock.path}: reading"):
-                self._lock.check()
-            for journal in self._journals():
-                with watched(lambda: f"{self.path}: removing its journals"):
-                    journal.unlink()
             sync_directory(self.path)
             if os.path.lexists(self.target):
                 raise MergeError(f"{self.target} appeared during the merge; it is left alone")
+            with watched(lambda: f"{self._lock.path}: reading"):
+                self._lock.check()
             with watched(lambda: f"{self.path}: renaming to {self.target.name}"):
                 os.rename(self.path, self.target)
+            self.published = True
             sync_directory(self.root)
-            self._lock.release()
-            write_tracker(self.root, self.iteration)
         except OSError as error:
             raise MergeError(f"{self.target}: cannot publish: {error.strerror}") from error
+        advance_tracker(self.root, self.iteration)
+        remove([self._journals])  # only now: until its name was there, it could be gone on with
         return self.target
 
     def discard(self) -> None:
         """Remove what a failed merge has written."""
-        _remove(self.path)
-        self._lock.release()
+        if self._is_mine():
+            remove([self.path, self._journals])
 
     def keep(self) -> None:
         """Leave what is finished to the next merge with the same key; if nothing is, nothing."""
-        if not any(journal.stat().st_size for journal in self._journals()):
-            self.discard()
+        if not self._is_mine():
             return
-        logger.warning("%s is kept: the same command goes on from it", self.path)
-        self._lock.release()
+        if any(journal.stat().st_size for journal in self._journals.glob(f"*{JOURNAL_SUFFIX}")):
+            logger.warning("%s is kept: the same command goes on from it", self.path)
+        else:
+            self.discard()
 
-    def _journals(self) -> list[Path]:
-        return list(self.path.glob(f"*{JOURNAL_SUFFIX}"))
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.target):
-            raise ValueError(
-                f"{self.target} exists and is left alone; give another --save or "
-                "--output-iteration, or remove it"
-            )
+    def _is_mine(self) -> bool:
+        if self.published:
+            logger.warning("%s was published before that", self.target)
+            return False
+        with suppress(OSError):  # storage that fails; the next merge removes what is left
+            return self._lock.holds()
+        return False
 
     def _remove_leftovers(self) -> None:
-        for old in self.root.glob(f".{self.target.name}.wsm-*"):
-            if old == self.path:
-                _remove_all_but_shares(old)
-                continue
-            logger.warning("%s is left of a merge that died; removing it", old)
-            _remove(old)
+        goes_on = self.path.is_dir() and self._journals.is_dir()
+        own = {self.path, self._journals} if goes_on else set[Path]()
+        for old in leftovers(self.target):
+            if old not in own:
+                logger.warning("%s is left of a merge that died; removing it", old)
+                remove([old])
+        if goes_on:
+            logger.warning("%s is left of a merge that died; going on from it", self.path)
+            for child in self.path.iterdir():  # what was about to be published is made again
+                if child.name not in self._files:
+                    remove([child])
 
 
-def _remove(directory: Path) -> None:
-    """As far as it can be; file by file, because large ones take their time."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            path = Path(folder, name)
-            with suppress(OSError), watched(partial("{}: removing".format, path)):
-                path.unlink()
-    shutil.rmtree(directory, ignore_errors=True)
+def journals(directory: Path) -> Path:
+    """Where the journals of files are that are written to a hidden directory."""
+    return directory.with_name(directory.name + ".journals")
 
 
-def _remove_all_but_shares(directory: Path) -> None:
-    """What was about to be published is made again; what the ranks have written is gone on with."""
-    logger.warning("%s is left of a merge that died; going on from it", directory)
-    for child in directory.iterdir():
-        if child.is_dir():
-            shutil.rmtree(child)
-        elif child.suffix not in (".distcp", JOURNAL_SUFFIX):
-            child.unlink()
+def lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.wsm.lock")
+
+
+def leftovers(target: Path) -> list[Path]:
+    """Hidden directories of merges that have not come to their end, or are still running."""
+    return sorted(target.parent.glob(f".{target.name}.wsm-*"))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Files and directories, as far as it can be; file by file, as large ones take their time."""
+    for path in paths:
+        for folder, _, names in os.walk(path):
+            for name in names:
+                _unlink(Path(folder, name))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            _unlink(path)
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError), watched(lambda: f"{path}: removing"):
+        path.unlink(missing_ok=True)
+
+
+def advance_tracker(root: Path, iteration: int) -> None:
+    """Point the tracker of merged checkpoints at ``iteration``, unless it is at a newer one.
+
+    Merges of one root may end in any order, at the same time too: the newest stays. A tracker of a
+    newer checkpoint that is gone is moved back.
+
+    Raises:
+        MergeError: it cannot be written.
+    """
+    lock = Lock(root / f".{TRACKER_FILE}.wsm.lock", "moving the tracker")
+    try:
+        if _needs_no_move(root, iteration, read_tracker(root)) and not lock.path.exists():
+            return
+        lock.acquire()
+        text = read_tracker(root)
+        if not _needs_no_move(root, iteration, text):
+            if text is not None and not text.isdecimal():
+                logger.warning(
+                    "%s said %r, which is no iteration; it says %d now, the newest merge",
+                    root / TRACKER_FILE,
+                    text[:40],
+                    iteration,
+                )
+            write_tracker(root, iteration)
+    except OSError as error:
+        raise MergeError(f"{root / TRACKER_FILE}: cannot write: {error.strerror}") from error
+    finally:
+        lock.release()
+
+
+def _needs_no_move(root: Path, iteration: int, text: str | None) -> bool:
+    if text is None or not text.isdecimal():
+        return False
+    return int(text) == iteration or (
+        int(text) > iteration and checkpoint_path(root, int(text)).is_dir()
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from wsm_megatron.checkpoint.descriptors import check_room
 from wsm_megatron.checkpoint.direct import STREAMS
+from wsm_megatron.checkpoint.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.visible import wait_for_directory
@@ -27,6 +28,7 @@ from wsm_megatron.engine.device import Device, choose_device
 from wsm_megatron.engine.job import Job, Part, places
 from wsm_megatron.engine.objects import copy_objects, write_common
 from wsm_megatron.engine.phases import Phases, RankReport
+from wsm_megatron.engine.publish import journals
 from wsm_megatron.engine.recipe import Rule, Task, bytes_read
 from wsm_megatron.engine.run import Share
 from wsm_megatron.engine.side_files import Files
@@ -172,9 +174,12 @@ def _open_targets(
     targets = []
     for k, directory in enumerate(directories):
         with phases("waiting"):
+            wait_for_directory(journals(directory), ranks.check)
             wait_for_directory(directory, ranks.check)
-        file = CheckpointFile(directory / file_name(ranks.rank), keep_journal=True)
-        targets.append(Target(file, places(job.placed(k, ranks.rank, part))))
+        name, placed = file_name(ranks.rank), job.placed(k, ranks.rank, part)
+        journal = journals(directory) / (name + JOURNAL_SUFFIX)
+        file = CheckpointFile(directory / name, journal, placed[-1].end if placed else 0)
+        targets.append(Target(file, places(placed)))
     return targets
 
 

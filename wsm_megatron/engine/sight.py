@@ -30,10 +30,13 @@ _END_BYTES = 4096
 
 @dataclass(frozen=True)
 class Seen:
-    """One file as a rank sees it: size, modification time (ns), CRC-32 of its last bytes."""
+    """One file as a rank sees it: size, modification and change time (ns), CRC-32 of its last
+    bytes.
+    """
 
     size: int
     modified: int
+    changed: int
     end: int
 
     def is_same(self, other: Seen) -> bool:
@@ -72,7 +75,8 @@ def _see(path: Path) -> Seen | None:
         with path.open("rb") as stream:
             stat = os.fstat(stream.fileno())
             stream.seek(max(0, stat.st_size - _END_BYTES))
-            return Seen(stat.st_size, stat.st_mtime_ns, crc32(stream.read(_END_BYTES)))
+            end = crc32(stream.read(_END_BYTES))
+            return Seen(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, end)
     except (FileNotFoundError, IsADirectoryError):
         return None
 
@@ -146,7 +150,7 @@ class View:
     def fingerprint(self, rank: int, iteration: int) -> Fingerprint:
         """What tells later that the files which a rank sees have changed."""
         files = self.sights[rank].get(iteration, {})
-        return tuple((name, seen.size, seen.modified) for name, seen in sorted(files.items()))
+        return tuple((name, s.size, s.modified, s.changed) for name, s in sorted(files.items()))
 
     def sees_all(self, rank: int, layout: Layout, iteration: int) -> bool:
         return layout.files.keys() <= self.sights[rank].get(iteration, {}).keys()

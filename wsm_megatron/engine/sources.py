@@ -25,7 +25,10 @@ from wsm_megatron.engine.side_files import SideFiles, find_side_files
 from wsm_megatron.errors import MergeError
 from wsm_megatron.window import Checkpoint, positions, why_iterations
 
-Fingerprint = tuple[tuple[str, int, int], ...]
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+"""Name, size, modification and change time (ns) of a checkpoint's files. The change time also tells
+a file that was written anew and given its old modification time. It moves with modes and links too:
+it says whether an earlier merge was of these files, not whether they were rewritten meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Source:
     Attributes:
         metadata_crc: CRC-32 of its ``.metadata``.
         save_id: what tells one save from another; None where the writer gave it none.
-        fingerprint: name, size and modification time (ns) of its files when it was opened.
+        fingerprint: of its files when it was opened.
         beside: what lies beside its tensors.
     """
 
@@ -54,7 +57,7 @@ class Source:
                 f"{self.path} was deleted while it was read (does the run keep its newest "
                 "checkpoints only?); nothing was published"
             )
-        if fingerprint(self.path) != self.fingerprint:
+        if _contents(fingerprint(self.path)) != _contents(self.fingerprint):
             raise MergeError(
                 f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
                 "being deleted?); nothing was published"
@@ -83,13 +86,17 @@ class Decay:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Name, size and modification time of every file directly in a checkpoint."""
+    """Of every file directly in a checkpoint."""
     try:
         with watched(lambda: f"{path}: listing"):
             entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
     except OSError as error:
         raise MergeError(f"{path}: cannot list: {error.strerror}") from error
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in entries))
+    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in entries))
+
+
+def _contents(files: Fingerprint) -> list[tuple[str, int, int]]:
+    return [(name, size, modified) for name, size, modified, _ in files]
 
 
 def open_source(root: Path, iteration: int, whole: bool = True) -> Source:

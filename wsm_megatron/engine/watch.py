@@ -60,7 +60,7 @@ class SourceWatch:
         round_, j = divmod(self._turn, len(self._sources))
         self._turn += 1
         source = self._sources[j]
-        name, size, modified = source.fingerprint[round_ % len(source.fingerprint)]
+        name, size, modified, _ = source.fingerprint[round_ % len(source.fingerprint)]
         directory, file = _state(source.path), _state(source.path / name)
         as_it_was = directory is not None and directory == self._changed[source.path]
         if not as_it_was or file != (size, modified):

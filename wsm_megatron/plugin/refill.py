@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.checkpoint.layout import is_complete
+from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
 from wsm_megatron.checkpoint.run import list_checkpoints
-from wsm_megatron.engine.publish import PROVENANCE_FILE
 from wsm_megatron.errors import MergeError
 from wsm_megatron.plugin.agree import from_first_rank, gathered, is_first_rank
 from wsm_megatron.plugin.replaced import replaced
