@@ -190,6 +190,8 @@ def _check_rest(
             f"{path}: the common state is not what {newest.layout.path} makes it: "
             f"{_some(differing)}"
         )
+    if layout.mcore_data != newest.layout.mcore_data:
+        raise MergeError(f"{path}: mcore_data of .metadata is not that of {newest.layout.path}")
     if layout.marker != marker_for(newest.layout.marker, expected.in_distcp):
         raise MergeError(f"{path}: metadata.json is not what {newest.layout.path} makes it")
 

@@ -51,7 +51,8 @@ _TEXT = {
 _TEXT_NAMES = {"LICENSE", "NOTICE", "README"}
 _INDEX = re.compile(r".*\.index\.json")
 _STATE_NAME = re.compile(
-    r"latest.*|.*(train(er|ing)?|rng|optim(izer)?|scheduler|dataloader)[-_]?state.*", re.IGNORECASE
+    r"latest.*|(.*[-_.])?state([-_.].*)?|.*(train(er|ing)?|rng|optim(izer)?|scheduler)state.*",
+    re.IGNORECASE,
 )
 _STATE_FOLDER = re.compile(r".*optim.*|mp_rank_.*|global_step.*|.*dataloader.*", re.IGNORECASE)
 _TOKENIZER = re.compile(r"(.*_)?tokenizer(_.*)?", re.IGNORECASE)
@@ -125,6 +126,9 @@ class _Search:
         try:
             with watched(lambda: f"{path}: listing"), os.scandir(path) as entries:
                 children = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        except PermissionError:
+            yield folder, "not readable"
+            return
         except OSError as error:
             raise MergeError(f"{path}: cannot list: {error.strerror}") from error
         if folder.parts and not _is_known(folder) and any(map(_is_weights, dict(children))):
@@ -175,6 +179,8 @@ class _Search:
             return "weights or training state"
         if _STATE_NAME.fullmatch(name.name):
             return "training state"
+        if not os.access(self._path / content, os.R_OK):
+            return "not readable"
         if _is_known(name.parent):
             return file
         if name.suffix.lower() not in _TEXT and name.name not in _TEXT_NAMES:
