@@ -12,6 +12,7 @@ from wsm_megatron.checkpoint.common import CommonSummary
 from wsm_megatron.checkpoint.run import RunDirectory
 from wsm_megatron.checkpoint.schedule import CONSTANT, DECAY, LearningRate
 from wsm_megatron.engine.selection import Selector
+from wsm_megatron.engine.sight import Seen, View
 from wsm_megatron.window import Checkpoint, Window, positions
 
 RUN = Path("/run")
@@ -213,6 +214,18 @@ def test_a_decaying_learning_rate_is_refused_unless_it_is_allowed(warnings: Any)
     assert [c.lr for c in chosen] == [1.0, 0.5, 0.1]
     (message,) = warnings()
     assert "0.1 at iteration 30 (10.0% of its peak)" in message
+
+
+def test_ranks_that_see_other_trackers_go_by_the_newest() -> None:
+    """Megatron's rank 0 writes the tracker of its node; another node may have an older copy."""
+    files = {name: Seen(1, 1, 1) for name in (".metadata", "metadata.json")}
+    sights: list[Any] = [{2: files, 4: files}, {6: files, 8: {}}]
+    directory = View(RUN, sights, ["4", None]).run()
+    assert (directory.finished, directory.unfinished) == ((2, 4, 6), (8,))
+    assert directory.tracked == 4
+    assert View(RUN, sights, ["4", "6"]).run().tracked == 6
+    assert View(RUN, sights, [None, "release"]).run().tracker == "release"
+    assert View(RUN, sights, [None, None]).run().tracker is None
 
 
 def test_a_warning_comes_once_however_many_windows_it_concerns(warnings: Any) -> None:

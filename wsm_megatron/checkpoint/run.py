@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from wsm_megatron.checkpoint.bridge import LATEST_FILE, TRAIN_STATE_FILE
@@ -93,7 +94,7 @@ def scan_run(path: Path) -> RunDirectory:
     for child in children:
         match = _ITERATION.fullmatch(child.name)
         iteration = int(match[1]) if match else None
-        if kind := _kind(child, iteration):
+        if kind := patiently(partial(_kind, child, iteration), partial(_looking, child)):
             unusable.append(Unusable(child.name, iteration, kind))
         elif iteration is not None:
             finished.append(iteration)
@@ -133,6 +134,10 @@ def _kind(child: Path, iteration: int | None) -> Kind | None:
     if child.is_symlink():
         return Kind(f"a link that leads nowhere (to {os.readlink(child)})", "mend or remove it")
     return Kind("not a folder", "move it away")
+
+
+def _looking(path: Path) -> str:
+    return f"{path}: looking"
 
 
 def _kind_by_name(child: Path) -> Kind | None:
