@@ -8,6 +8,7 @@ import pytest
 
 from wsm_megatron.decay import coefficients
 from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.plugin.restart import leads_to
 from wsm_megatron.plugin.ring import Ring, window_size
 from wsm_megatron.window import Consumed
 
@@ -104,6 +105,16 @@ def test_a_length_that_changed_in_between_cannot_be_counted() -> None:
     assert recipe.positions == (10, 20, 30)
     assert "between iterations 10 and 20" in str(recipe.why_iterations)
     assert kept(trained(*changed, window_tokens=10**9)) == [20, 30], "how far back 10 lies?"
+
+
+def test_what_leads_to_a_later_checkpoint() -> None:
+    """Started from 4, after a branch from 0 had gone on to 8."""
+    later = Consumed(12, 120, 16, 4)
+    assert leads_to(Consumed(8, 80, 16, 4), later)
+    assert not leads_to(Consumed(8, 80, 16, 0), later)
+    assert not leads_to(Consumed(8, 80, 16, 6), later)
+    assert leads_to(Consumed(4, 40, 16, 0), later) and leads_to(Consumed(2, 20, 16, 0), later)
+    assert leads_to(Consumed(8, 80, 16), later) and leads_to(later, Consumed(16, 160, 16))
 
 
 def test_one_checkpoint_is_no_merge() -> None:

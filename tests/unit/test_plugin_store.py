@@ -99,6 +99,18 @@ def test_a_disk_store_is_found_again(live: list[torch.Tensor], tmp_path: Path) -
         store.close()
 
 
+def test_files_that_say_less_are_found_too(
+    live: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written before the sequence length was kept: how many tokens it was is not known."""
+    first = DiskStore(shards_of(*live), tmp_path, LAYOUT)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_COUNTED", ())
+        assert put(first, 1) is None
+    assert first.found() == Found((Consumed(1, None, None),))
+    first.close()
+
+
 def test_another_layout_does_not_fit(live: list[torch.Tensor], tmp_path: Path) -> None:
     first = DiskStore(shards_of(*live), tmp_path, LAYOUT)
     assert put(first, 1) is None
