@@ -156,7 +156,7 @@ def test_outputs_need_room_too() -> None:
         check_room(room_left() + 10)
 
 
-@pytest.mark.parametrize("limit", [32, 40])
+@pytest.mark.parametrize("limit", [22, 40])
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_merge_with_few_descriptors_has_the_same_bits(
     tmp_path: Path, limit: int, direct: bool

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-RESERVED = 16
+RESERVED = 8
 """Descriptors left to whatever else the process opens: metadata, sockets, syncs."""
 _MANY = 2**20
 _AT_ONCE = 32
