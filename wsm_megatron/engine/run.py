@@ -97,10 +97,10 @@ class Share:
     def _check(self, task: Task, tile: Tile, outcome: Outcome) -> None:
         if outcome.wrong_main is not None:
             raise wrong_main(task.recipe, self._context.readers[outcome.wrong_main].layout)
-        for k in outcome.nonfinite if not self._context.allow_nonfinite else ():
+        for k, output in outcome.nonfinite if not self._context.allow_nonfinite else ():
             members, readers = self._context.merges[k].members, self._context.readers
-            read = [(readers[j].layout, tile.sources[j][0].elements) for j in members]
-            explain_nonfinite(task, read, task.recipe.outputs[0])
+            read = [(readers[j].layout, tile.sources[j]) for j in members]
+            explain_nonfinite(task, read, task.recipe.outputs[output])
 
 
 def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:
