@@ -90,6 +90,11 @@ def mains_beside(key: str) -> str:
     return f"{key.rpartition('.')[0]}.param"
 
 
+def is_variance(key: str) -> bool:
+    """Whether the entry is a running variance, which is never negative."""
+    return key.rpartition(".")[2] == "running_var"
+
+
 def is_flat_bucket(key: str) -> bool:
     """Whether the entry is a ``dp_reshardable`` bucket: several params and padding in one."""
     return _FLAT.fullmatch(key) is not None

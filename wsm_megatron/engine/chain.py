@@ -29,7 +29,7 @@ from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
 from wsm_megatron.engine.context import Context, finish
 from wsm_megatron.engine.copier import Copier
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.damage import explain_nonfinite, wrong_main
+from wsm_megatron.engine.damage import check_variance, explain_nonfinite, wrong_main
 from wsm_megatron.engine.holders import Held, Step
 from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.engine.tile import Memory, round_main
@@ -208,6 +208,7 @@ class Chain:
         merged = tile.outputs[0] if ends else tile.total
         finite = [weighted_sum(sources, [coefficients], [merged.elements])]
         if ends:
+            check_variance(task, merged.elements)
             models = tile.outputs[1:]
             finite += [bool(round_main(merged.elements, model.elements)) for model in models]
         else:

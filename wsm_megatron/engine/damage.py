@@ -9,7 +9,7 @@ import torch
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.roles import may_be_padding
+from wsm_megatron.checkpoint.roles import is_variance, may_be_padding
 from wsm_megatron.engine.recipe import Output, Recipe, Task
 from wsm_megatron.errors import MergeError
 
@@ -62,6 +62,15 @@ def explain_nonfinite(
         f"{output.key}: the merged values overflow {output.dtype} although every source is finite; "
         "choose another --dtype"
     )
+
+
+def check_variance(task: Task, merged: torch.Tensor) -> None:
+    """Raise ``MergeError`` where a merged running variance is negative."""
+    if is_variance(task.recipe.key) and (merged < 0).any():
+        raise MergeError(
+            f"{task.recipe.key}: the merged running variance is negative in places, which "
+            "extrapolation (negative --weights) can do; use --buffers last"
+        )
 
 
 def _writes_padding(task: Task, key: str) -> bool:

@@ -19,7 +19,7 @@ from wsm_megatron.engine.budget import Budget
 from wsm_megatron.engine.context import Context, finish
 from wsm_megatron.engine.copier import Copier
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.damage import explain_nonfinite, wrong_main
+from wsm_megatron.engine.damage import check_variance, explain_nonfinite, wrong_main
 from wsm_megatron.engine.device import Device
 from wsm_megatron.engine.recipe import Rule, Task, sources_read
 from wsm_megatron.engine.tile import Outcome, Tile, Workspace
@@ -101,6 +101,8 @@ class Share:
             members, readers = self._context.merges[k].members, self._context.readers
             read = [(readers[j].layout, tile.sources[j]) for j in members]
             explain_nonfinite(task, read, task.recipe.outputs[output])
+        for outputs in tile.outputs:
+            check_variance(task, outputs[0].elements)
 
 
 def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:
