@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,23 @@ def rewrite(
     grid: Callable[[str, tuple[int, ...]], list[Box]] | None = None,
     reverse: bool = False,
     rename: Callable[[str], str] = str,
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint's tensors anew: other values, another grid, another order, other keys."""
+    """Write a checkpoint's tensors anew: other values, another grid, order, keys, more of them."""
     layout, tensors = read_layout(path), load_tensors(path)
     reader = CheckpointReader(layout)
     blobs = {key: reader.read_object(entry) for key, entry in layout.objects.items()}
     reader.close()
     if change:
         tensors = {key: change(key, tensor) for key, tensor in tensors.items()}
+    tensors |= more or {}
     items = [Item(key, nbytes=len(blob)) for key, blob in blobs.items()]
     for key, tensor in tensors.items():
-        boxes = [Box(c.offsets, c.sizes) for c in layout.tensors[key].chunks]
-        boxes = grid(key, tuple(tensor.shape)) if grid else boxes
-        items += [Item(rename(key), box, tensor.dtype, tuple(tensor.shape)) for box in boxes]
+        shape = tuple(tensor.shape)
+        entry = layout.tensors.get(key)
+        boxes = [Box(c.offsets, c.sizes) for c in entry.chunks] if entry else whole(key, shape)
+        boxes = grid(key, shape) if grid else boxes
+        items += [Item(rename(key), box, tensor.dtype, shape) for box in boxes]
     tensors = {rename(key): tensor for key, tensor in tensors.items()}
     if reverse:
         items.reverse()
@@ -89,6 +93,11 @@ def rewrite(
         chunk.finish()
     file.close()
     write_metadata(path, placed, {})
+
+
+def whole(key: str, shape: tuple[int, ...]) -> list[Box]:
+    """A grid of one chunk."""
+    return [Box((0,) * len(shape), shape)]
 
 
 def split_axis(axis: int, parts: int) -> Callable[[str, tuple[int, ...]], list[Box]]:

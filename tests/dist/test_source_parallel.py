@@ -156,6 +156,9 @@ CASES: list[tuple[str, Sees, dict[str, Any]]] = [
     (runs.MAIN, whole_checkpoints(1, 0, 1, 0), {"optimizer_state": "last"}),
     (runs.MAIN, own_files, {}),
     (runs.WRONG_MAINS, shuffled(2), {"optimizer_state": "last", "mains_from_model": True}),
+    (runs.FULLY, whole_checkpoints(0, 1, 1, 0), {"optimizer_state": "merge", "copy": ("*mlp*",)}),
+    (runs.FLAT, whole_checkpoints(0, 1, 0, 1), {"optimizer_state": "merge", "copy": ("*mlp*",)}),
+    (runs.FULLY, own_files, {"optimizer_state": "last", "mains_from_model": True, "copy": ("*mlp*",)}),
 ]
 
 
@@ -284,7 +287,7 @@ def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
     key = "decoder.layers.mlp.linear_fc1.weight"
     places = {name: tmp_path / name for name in ("nan", "flipped", "mains", "metadata", "file",
               "stale", "short", "flat", "empty",
-              "apart")}  # fmt: skip
+              "apart", "overflow", "integers")}  # fmt: skip
     half = whole_checkpoints(0, 1, 1, 0)
 
     with_nan = runs.copy_run(runs.DENSE, tmp_path / "with-nan")
@@ -318,6 +321,21 @@ def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
         old = runs.checkpoint(runs.FULLY, 2) / name
         shutil.copyfile(old, runs.checkpoint(apart[1], 4) / name)
 
+    large = runs.copy_run(runs.FP32_PARAM, tmp_path / "large")
+    for i in runs.ITERATIONS:  # finite in float32 and in bfloat16
+        runs.rewrite(runs.checkpoint(large, i), change=lambda k, t: t + 1e5 if k.endswith(key) else t)
+    overflow = spread(large, places["overflow"], 2, half)
+
+    embedding = "embedding.word_embeddings.weight"
+    quantised = runs.copy_run(runs.DENSE, tmp_path / "quantised")
+    for i in runs.ITERATIONS:
+        runs.rewrite(
+            runs.checkpoint(quantised, i),
+            change=lambda k, t: (t * 64).to(torch.int8) if k == embedding else t,
+            rename=lambda k: f"{embedding}_scale" if k == "output_layer.weight" else k,
+        )
+    integers = spread(quantised, places["integers"], 2, half)
+
     flat = spread(runs.FLAT, places["flat"], 2, own_files)
     empty = [tmp_path / "nothing", tmp_path / "nowhere"]
 
@@ -328,6 +346,9 @@ def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
         "does not belong to the model tensor": refused(tmp_path, "mains", mains, **with_optimizer),
         "iter_0000004: the main param optimizer.state.param.* does not belong":
             refused(tmp_path, "apart", apart, **with_optimizer),
+        f"{key}: the merged values overflow torch.float16":
+            refused(tmp_path, "overflow", overflow, dtype="fp16", mains_from_model=True, **with_optimizer),
+        f"{embedding} is torch.int8 and differs between": refused(tmp_path, "integers", integers),
         "no rank sees .metadata": refused(tmp_path, "metadata", metadata),
         r"no rank sees all files that .* needs \(__1_0.distcp: no rank\)":
             refused(tmp_path, "file", file),

@@ -114,6 +114,10 @@ class CheckpointReader:
             )
         return Cover(self, key, box, pieces, self._ahead)
 
+    def checksum(self, key: str, chunk: Chunk) -> int:
+        """CRC-32 of a chunk's elements, as its container records it; they are not read."""
+        return self._record(key, chunk).crc
+
     def verify(self, ledgers: Iterable[Ledger] | None = None) -> None:
         """Compare the CRC-32 of records that were read in parts with their containers'.
 

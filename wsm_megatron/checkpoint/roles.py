@@ -100,6 +100,11 @@ def stores_remainders(key: str, dtype: torch.dtype) -> bool:
     return dtype is torch.int16 and match is not None and match[1] in _MAINS
 
 
+def is_variance(key: str) -> bool:
+    """Whether the entry is a running variance, which is never negative."""
+    return key.rpartition(".")[2] == "running_var"
+
+
 def is_flat_bucket(key: str) -> bool:
     """Whether the entry is a ``dp_reshardable`` bucket: several params and padding in one."""
     return _FLAT.fullmatch(key) is not None

@@ -29,10 +29,10 @@ from wsm_megatron.engine.budget import LEAST_ELEMENTS, TILE_BYTES
 from wsm_megatron.engine.context import Context, finish
 from wsm_megatron.engine.copier import Copier
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.damage import explain_nonfinite, wrong_main
+from wsm_megatron.engine.damage import check_variance, explain_nonfinite, wrong_main
 from wsm_megatron.engine.holders import Held, Step
 from wsm_megatron.engine.recipe import Rule, Task
-from wsm_megatron.engine.tile import Memory
+from wsm_megatron.engine.tile import Memory, round_main
 from wsm_megatron.engine.turns import Place, arriving, cost, ending, leaving, tickets_of
 from wsm_megatron.engine.wire import Wire
 from wsm_megatron.kernels import weighted_sum
@@ -206,17 +206,18 @@ class Chain:
         coefficients = [*(1.0 for _ in sums), *(c for _, c in own)]
         ends = merge.newest in step.sources
         merged = tile.outputs[0] if ends else tile.total
-        finite = weighted_sum(sources, [coefficients], [merged.elements])
-        if not finite and not self._context.allow_nonfinite:
-            readers = self._context.readers
-            blamed = [(readers[j].layout, tile.sources[j][0].elements) for j, _ in own]
-            explain_nonfinite(task, blamed, task.recipe.outputs[0])
-        if not ends:
+        finite = [weighted_sum(sources, [coefficients], [merged.elements])]
+        if ends:
+            check_variance(task, merged.elements)
+            models = tile.outputs[1:]
+            finite += [bool(round_main(merged.elements, model.elements)) for model in models]
+        else:
             assert row is not None
             row.copy_(merged.elements)
-            return
-        for model in tile.outputs[1:]:
-            model.elements.copy_(merged.elements)  # as Megatron copies mains to weights
+        if not all(finite) and not self._context.allow_nonfinite:
+            readers = self._context.readers
+            blamed = [(readers[j].layout, tile.sources[j]) for j, _ in own]
+            explain_nonfinite(task, blamed, task.recipe.outputs[finite.index(False)])
 
     def _digest(self, place: Place, memory: Memory) -> None:
         """Read a model tensor of which another rank has the main param."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
+import torch
+
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.roles import (
     MERGEABLE,
@@ -48,12 +50,11 @@ def check_same_model(layouts: Sequence[Layout], config: MergeConfig) -> None:
     pattern = pattern_for(alike, shared)
     ways = [f"leave it out with --drop '{pattern}'"]
     if holds[-1]:
-        ways.append(f"take it as it is in the newest with --copy '{pattern}'")
-    without = next(layout for layout, there in zip(layouts, holds, strict=True) if not there)
+        ways.append(f"take the newest one's with --copy '{pattern}'")
     raise ValueError(
-        f"{without.path}: not of one model with the other sources: only "
-        f"{_names(layouts, holds, True)} of {_names(layouts, holds, None)} hold {some(alike)}; "
-        f"{', '.join([*ways, *_windows(layouts, holds)])}"
+        f"{layouts[holds.index(False)].path} and {layouts[holds.index(True)].path} are not of one "
+        f"model: {some(alike)} is in {_names(layouts, holds, True)} only, not in "
+        f"{_names(layouts, holds, False)}; {', or '.join([*ways, *_windows(layouts, holds)])}"
     )
 
 
@@ -184,23 +185,27 @@ def check_alike(layouts: Sequence[Layout], key: str) -> None:
             shapes = [one.shape for one in entries if one is not None]
             raise ValueError(
                 f"{layout.path}: {key} is {entry.shape}, but {newest.shape} in "
-                f"{layouts[-1].path}: not one model. A vocabulary is padded to a multiple of "
-                "--make-vocab-size-divisible-by x TP: load the others in Megatron with the newest "
-                f"one's sizes and save them again{_or_windows(layouts, shapes)}"
+                f"{layouts[-1].path}: not one model{_or_windows(layouts, shapes)}. A vocabulary is "
+                "padded to a multiple of --make-vocab-size-divisible-by x TP: load the others in "
+                "Megatron with the newest one's sizes and save them again"
             )
         if entry.dtype != newest.dtype:
             dtypes = [one.dtype for one in entries if one is not None]
             raise ValueError(
-                f"{layout.path}: {key} is {entry.dtype}, but {newest.dtype} in "
-                f"{layouts[-1].path}. All sources must have one dtype; --dtype only sets the "
-                "merge's. Load the others in Megatron with the newest one's precision and save "
-                f"them again, or take this tensor as it is in the newest with --copy '{key}'"
-                f"{_or_windows(layouts, dtypes)}"
+                f"{layout.path}: {key} is {_short(entry.dtype)}, but {_short(newest.dtype)} in "
+                f"{layouts[-1].path}; sources must be of one dtype, --dtype is the merge's"
+                f"{_or_windows(layouts, dtypes)}. Load the others in Megatron with the newest "
+                "one's precision and save them again; for this tensor alone, take the newest one's "
+                f"with --copy '{key}'"
             )
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _or_windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> str:
-    return "".join(f", or {way}" for way in _windows(layouts, kinds))
+    return "".join(f"; {way}" for way in _windows(layouts, kinds))
 
 
 def _windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> list[str]:
@@ -223,9 +228,8 @@ def _windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> list[str]:
     return ways
 
 
-def _names(layouts: Sequence[Layout], kinds: Sequence[bool], kind: bool | None) -> str:
-    chosen = zip(layouts, kinds, strict=True)
-    return some([layout.path.name for layout, one in chosen if kind is None or one is kind])
+def _names(layouts: Sequence[Layout], kinds: Sequence[bool], kind: bool) -> str:
+    return some([one.path.name for one, its in zip(layouts, kinds, strict=True) if its is kind])
 
 
 def _iteration(layout: Layout) -> str:

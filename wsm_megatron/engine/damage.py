@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.roles import may_be_padding
+from wsm_megatron.checkpoint.roles import is_variance, may_be_padding
 from wsm_megatron.engine.precision import explain
 from wsm_megatron.engine.recipe import Output, Task
 from wsm_megatron.errors import MergeError
@@ -44,26 +45,35 @@ def check_finite(task: Task, layout: Layout, key: str, data: torch.Tensor) -> No
 
 
 def explain_nonfinite(
-    task: Task, read: Iterable[tuple[Layout, torch.Tensor]], output: Output
+    task: Task, read: Iterable[tuple[Layout, list[Buffer]]], output: Output
 ) -> None:
     """An output is not finite: name the source that is to blame, or the overflow.
 
     Args:
-        read: what was summed, of every source.
+        read: of every source, what was read of the task's inputs.
 
     Raises:
         MergeError: unless it is padding.
     """
-    key = task.recipe.inputs[0]
-    if _writes_padding(task, key):
+    if _writes_padding(task, task.recipe.inputs[0]):
         return
-    for layout, elements in read:
-        if not torch.isfinite(elements).all():
-            raise MergeError(_nonfinite_message(layout, key, elements))
+    for layout, buffers in read:
+        for key, buffer in zip(task.recipe.inputs, buffers, strict=False):
+            if not torch.isfinite(buffer.elements).all():
+                raise MergeError(_nonfinite_message(layout, key, buffer.elements))
     raise MergeError(
         f"{output.key}: the merged values overflow {output.dtype} although every source is finite; "
         "choose another --dtype"
     )
+
+
+def check_variance(task: Task, merged: torch.Tensor) -> None:
+    """Raise ``MergeError`` where a merged running variance is negative."""
+    if is_variance(task.recipe.key) and (merged < 0).any():
+        raise MergeError(
+            f"{task.recipe.key}: the merged running variance is negative in places, which "
+            "extrapolation (negative --weights) can do; use --buffers last"
+        )
 
 
 def _writes_padding(task: Task, key: str) -> bool:

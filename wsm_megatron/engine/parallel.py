@@ -16,7 +16,9 @@ from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.buckets import Contents, Search, contents, flat_buckets, search
 from wsm_megatron.engine.flat import FlatMains, settle
 from wsm_megatron.engine.holders import Holders
+from wsm_megatron.engine.integers import checksums, compare_checksums, copied_integers
 from wsm_megatron.engine.job import Job
+from wsm_megatron.engine.plan import check_whole
 from wsm_megatron.engine.prepare import Wanted, all_of, plan_job, wanted_merges
 from wsm_megatron.engine.selection import Selector
 from wsm_megatron.engine.sight import View, look
@@ -60,7 +62,13 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
     job = ranks.from_first(lambda: _plan(config, view, wanted, told, flat, ranks.size), "planning")
     assert job.spread is not None
     sources = job.spread.seen_from(ranks.rank, config.load, job.sources)
-    return replace(job, config=replace(job.config, load=config.load), sources=sources)
+    job = replace(job, config=replace(job.config, load=config.load), sources=sources)
+    if copied_integers(job):
+        with ranks.together("comparing integer tensors"):
+            own = checksums(job, ranks.rank)
+        of_ranks = ranks.gather(own)
+        ranks.from_first(lambda: compare_checksums(job, of_ranks), "planning")
+    return job
 
 
 def _select(config: MergeConfig, view: View, ranks: Ranks) -> Wanted:
@@ -176,4 +184,5 @@ def _plan(
         tuple(tuple(view.fingerprint(rank, i) for rank in range(ranks)) for i in iterations),
     )
     plan = replace(job.plan, tasks=tuple(one.task for one in held))
+    check_whole(plan.tasks)
     return replace(job, plan=plan, spread=spread)

@@ -13,9 +13,11 @@ from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.engine.adapters import adapter_pairs
 from wsm_megatron.engine.compatible import check_alike
 from wsm_megatron.engine.flags import describe_resume
 from wsm_megatron.engine.flat import FlatMains, find_flat_mains
+from wsm_megatron.engine.integers import check_integers
 from wsm_megatron.engine.job import Job, Product
 from wsm_megatron.engine.plan import kept_objects, make_plan
 from wsm_megatron.engine.provenance import describe, describe_source
@@ -53,7 +55,9 @@ def prepare_job(config: MergeConfig) -> Job:
         sources = tuple(open_source(config.load, c.iteration) for c in all_of(wanted))
         *older, newest = (source.layout for source in sources)
         flat = find_flat_mains(newest, older) if config.keeps_optimizer else None
-        return plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
+        job = plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
+        check_integers(job)
+        return job
 
 
 def plan_job(
@@ -82,6 +86,7 @@ def plan_job(
     products = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
     job = Job(config, sources, products, plan)
     _check_copied(job)
+    _warn_of_adapters(job)
     newest = sorted({product.newest for product in products})
     warn_of_left_out([(sources[j].path, sources[j].beside) for j in newest])
     return job
@@ -94,6 +99,17 @@ def _check_copied(job: Job) -> None:
     for recipe in copied:
         for key in recipe.inputs:
             check_alike(layouts, key)
+
+
+def _warn_of_adapters(job: Job) -> None:
+    summed = [recipe.key for recipe in job.plan.recipes if recipe.rule is not Rule.COPY]
+    if pairs := adapter_pairs(summed):
+        logger.warning(
+            "%s: %s are factors of adapters (LoRA), as are %d pairs in all: the product of merged "
+            "factors is not the merge of their products, unless one of them is the same in all "
+            "sources; merge checkpoints whose adapters are folded into the weights instead",
+            job.sources[-1].path, " and ".join(pairs[0]), len(pairs),
+        )  # fmt: skip
 
 
 def wanted_merges(

@@ -19,7 +19,7 @@ from wsm_megatron.engine.budget import Budget
 from wsm_megatron.engine.context import Context, finish
 from wsm_megatron.engine.copier import Copier
 from wsm_megatron.engine.crew import work_through
-from wsm_megatron.engine.damage import explain_nonfinite, wrong_main
+from wsm_megatron.engine.damage import check_variance, explain_nonfinite, wrong_main
 from wsm_megatron.engine.device import Device
 from wsm_megatron.engine.recipe import Rule, Task, sources_read
 from wsm_megatron.engine.tile import Outcome, Tile, Workspace
@@ -98,10 +98,12 @@ class Share:
         if outcome.wrong_main is not None:
             layout = self._context.readers[outcome.wrong_main].layout
             raise wrong_main(task, layout, tile.sources[outcome.wrong_main][0].elements)
-        for k in outcome.nonfinite if not self._context.allow_nonfinite else ():
+        for k, output in outcome.nonfinite if not self._context.allow_nonfinite else ():
             members, readers = self._context.merges[k].members, self._context.readers
-            read = [(readers[j].layout, tile.sources[j][0].elements) for j in members]
-            explain_nonfinite(task, read, task.recipe.outputs[0])
+            read = [(readers[j].layout, tile.sources[j]) for j in members]
+            explain_nonfinite(task, read, task.recipe.outputs[output])
+        for outputs in tile.outputs:
+            check_variance(task, outputs[0].elements)
 
 
 def _read(task: Task, covers: list[list[Cover]], part: Box, tile: Tile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,11 +26,11 @@ class Outcome:
 
     Attributes:
         wrong_main: the first source whose main param, rounded, is not its model tensor.
-        nonfinite: merges that hold a value which is not finite.
+        nonfinite: merge and output, by number, that hold a value which is not finite.
     """
 
     wrong_main: int | None
-    nonfinite: tuple[int, ...]
+    nonfinite: tuple[tuple[int, int], ...]
 
 
 class Summation:
@@ -53,25 +54,29 @@ class Summation:
         ]
         self._wrong: list[Finite] = []
         self._finite: list[Finite] = []
+        self._rounded: list[tuple[int, Finite]] = []
 
     def start(self) -> None:
         """Compute; on CUDA without waiting, on the current stream."""
         if self._has_mains:
             self._wrong = [differ(main.to(model.dtype), model) for main, model in self._inputs]
         self._finite = [weighted_sum() for weighted_sum in self._sums]
-        for main, *models in self._outputs:
-            for model in models:  # the main param rounded, as Megatron copies mains to weights
-                model.copy_(main)
+        self._rounded = [
+            (k, round_main(main, model))
+            for k, (main, *models) in enumerate(self._outputs)
+            for model in models
+        ]
 
     def outcome(self) -> Outcome:
         """What the last :meth:`start` found; waits for it."""
         wrong = [j for j, differs in enumerate(self._wrong) if differs]
         bad = [
-            k
+            (k, 0)
             for group, finite in zip(self._groups, self._finite, strict=True)
             if not finite
             for k in group
         ]
+        bad += [(k, 1) for k, finite in self._rounded if not finite]
         return Outcome(wrong[0] if wrong else None, tuple(bad))
 
 
@@ -183,6 +188,21 @@ def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
     for k, merge in enumerate(merges):
         groups.setdefault(merge.members, []).append(k)
     return list(groups.values())
+
+
+def round_main(main: torch.Tensor, model: torch.Tensor) -> Finite:
+    """Round a merged main param to its model tensor, as Megatron copies mains to weights.
+
+    Returns:
+        whether no finite value became an infinite one; on a CPU at once, on CUDA as a tensor.
+    """
+    model.copy_(main)
+    if model.numel() == 0 or torch.finfo(model.dtype).max >= torch.finfo(main.dtype).max:
+        return True
+    if model.device.type != "cpu":
+        return torch.isfinite(model).all()
+    ends = torch.aminmax(model)  # NaN where there is one; much faster than isfinite on a CPU
+    return all(math.isfinite(end) for end in ends)
 
 
 def differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
