@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wsm_megatron.checkpoint.json_file import read_json
 from wsm_megatron.checkpoint.metadata import Metadata, TensorStorageMetadata
 from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
 from wsm_megatron.checkpoint.unpickle import load_metadata
@@ -154,15 +154,12 @@ def _read_marker(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such checkpoint directory")
     if not is_complete(path):
         _refuse_unfinished(path)
-    try:
-        marker = json.loads((path / MARKER_FILE).read_text())
-    except ValueError as error:
-        raise MergeError(f"{path}: metadata.json is damaged ({error})") from error
+    marker = read_json(path / MARKER_FILE)
     backend = marker.get("sharded_backend") if isinstance(marker, dict) else None
     if backend != "torch_dist":
         raise ValueError(
-            f"{path}: sharded format {backend!r}; only torch_dist checkpoints merge. Save with "
-            "--ckpt-format torch_dist (Megatron converts on a load and save)"
+            f"{path}: sharded format {str(backend)[:50]!r}; only torch_dist checkpoints merge. Save "
+            "with --ckpt-format torch_dist (Megatron converts on a load and save)"
         )
     return marker
 

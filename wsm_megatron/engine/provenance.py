@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import wsm_megatron
+from wsm_megatron.checkpoint.json_file import read_json
 from wsm_megatron.checkpoint.layout import is_complete
-from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.engine.publish import PROVENANCE_FILE
@@ -79,10 +79,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     path = directory / PROVENANCE_FILE
     if not path.is_file():
         return None
-    try:
-        provenance = json.loads(read_file(path))
-    except ValueError as error:
-        raise MergeError(f"{path}: damaged: {error}") from error
+    provenance = read_json(path)
     if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
         raise MergeError(f"{path}: written by another version of wsm_megatron")
     return provenance
