@@ -91,7 +91,7 @@ def read_archive(read: ReadAt, nbytes: int) -> Archive:
     return Archive(contents["data.pkl"], storages)
 
 
-def check_archive(data: bytes | memoryview) -> Archive:
+def check_archive(data: bytes | bytearray) -> Archive:
     """Read a whole archive, and compare every byte's CRC-32. Raises ``ValueError`` as above."""
     view = memoryview(data)
     archive = read_archive(lambda start, length: bytes(view[start : start + length]), len(view))
@@ -147,7 +147,8 @@ def _end64(ends: bytes, position: int) -> tuple[int, int, int]:
 
 def _entries(directory: bytes, count: int) -> list[_Entry]:
     """All of the directory, and nothing else in it."""
-    entries, position = [], 0
+    entries: list[_Entry] = []
+    position = 0
     while position < len(directory) and len(entries) < count:
         head = directory[position : position + _ENTRY_BYTES]
         if len(head) != _ENTRY_BYTES or head[:4] != _ENTRY:

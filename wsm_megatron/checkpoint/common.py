@@ -90,6 +90,7 @@ def prepare(
     drop_optimizer: bool,
     provenance: Mapping[str, Any],
     new_args: Mapping[str, Any] | None = None,
+    where: str = "a checkpoint",
 ) -> dict[str, Any]:
     """The common state of a merged checkpoint, from that of its newest source; a copy.
 
@@ -101,6 +102,7 @@ def prepare(
             checkpoint for either. ``content_metadata`` stays: Megatron writes it with or without.
         provenance: how the merge was made, of JSON types, kept under :data:`PROVENANCE_KEY`.
         new_args: further values for ``args``.
+        where: names the newest source in messages.
 
     A state without ``args``, as saved by a loop on megatron-core alone, gets none. Values of
     classes and functions outside the packages that a checkpoint refers to (:func:`.inert.is_known`)
@@ -117,20 +119,27 @@ def prepare(
         merged = {key: value for key, value in merged.items() if key not in _OPTIMIZER_KEYS}
         changes |= {"no_save_optim": True, "no_save_rng": True}
     if "args" in merged:
-        merged["args"] = with_attributes(merged["args"], changes | dict(new_args or {}))
+        changes |= dict(new_args or {})
+        if not can_have_attributes(merged["args"]):
+            kind = getattr(merged["args"], "reference", type(merged["args"]).__name__)
+            raise MergeError(
+                f"{where}: the common state's args are of type {kind}: cannot set "
+                f"{', '.join(changes)} in them"
+            )
+        merged["args"] = with_attributes(merged["args"], changes)
     merged["iteration"] = iteration
     merged[PROVENANCE_KEY] = json.loads(json.dumps(provenance))  # no part of it is there twice
-    return _without_foreign(merged)
+    return _without_foreign(merged, where)
 
 
-def _without_foreign(state: dict[str, Any]) -> dict[str, Any]:
+def _without_foreign(state: dict[str, Any], where: str) -> dict[str, Any]:
     """A common state without values that are, or hold, anything of a foreign class."""
     foreign = {key: found for key, value in state.items() if (found := _foreign(value))}
     for key in (*_OPTIMIZER_KEYS, _CONTENT_KEY):
         if key in foreign:
             raise MergeError(
-                f"the common state's {key} refers to {foreign[key]}, which no Megatron checkpoint "
-                "needs there; --optimizer-state drop leaves optimizer and scheduler out"
+                f"{where}: the common state's {key} refers to {foreign[key]}, which no Megatron "
+                "checkpoint needs there; --optimizer-state drop leaves optimizer and scheduler out"
             )
     kept = {key: value for key, value in state.items() if key not in foreign}
     if "args" in foreign:
@@ -141,7 +150,8 @@ def _without_foreign(state: dict[str, Any]) -> dict[str, Any]:
         kept = {key: kept[key] for key in state if key in kept}
     if foreign:
         logger.warning(
-            "left out, as they are of classes that are none of Megatron's: %s",
+            "%s: left out, as they are of classes that are none of Megatron's: %s",
+            where,
             ", ".join(f"{name} ({found})" for name, found in foreign.items()),
         )
     return kept
@@ -170,19 +180,21 @@ def attributes(args: Any) -> dict[str, Any]:
     return {}
 
 
+def can_have_attributes(args: Any) -> bool:
+    """Whether values can be set in a checkpoint's ``args``."""
+    inert = isinstance(args, Inert) and isinstance(args.state, dict)
+    return inert or isinstance(args, (argparse.Namespace, types.SimpleNamespace))
+
+
 def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection[str] = ()) -> Any:
     """``args`` with other values, or without some; a new object of the same kind."""
+    assert can_have_attributes(args)
     values = {k: v for k, v in (attributes(args) | dict(changes)).items() if k not in leave_out}
-    if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
-        made = type(args)()
-        vars(made).update(values)  # setting one by one would exchange names for equal ones
-        return made
-    if isinstance(args, Inert) and isinstance(args.state, dict):
+    if isinstance(args, Inert):
         return replace(args, state=values)
-    raise MergeError(
-        f"the common state's args are of type {type(args).__name__}: cannot set "
-        f"{', '.join(changes)} in them"
-    )
+    made = type(args)()
+    vars(made).update(values)  # setting one by one would exchange names for equal ones
+    return made
 
 
 def _integer(value: Any) -> int | None:

@@ -158,8 +158,8 @@ def _read_marker(path: Path) -> dict[str, Any]:
     backend = marker.get("sharded_backend") if isinstance(marker, dict) else None
     if backend != "torch_dist":
         raise ValueError(
-            f"{path}: sharded format {str(backend)[:50]!r}; only torch_dist checkpoints merge. Save "
-            "with --ckpt-format torch_dist (Megatron converts on a load and save)"
+            f"{path}: sharded format {str(backend)[:50]!r}; only torch_dist checkpoints merge. "
+            "Save with --ckpt-format torch_dist (Megatron converts on a load and save)"
         )
     return marker
 
