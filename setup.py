@@ -22,5 +22,16 @@ reads = Extension(
     py_limited_api=True,
     optional=True,
 )
+pickle_scan = Extension(
+    "wsm_megatron.checkpoint._pickle_scan",
+    sources=["wsm_megatron/checkpoint/_pickle_scan.c"],
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    extra_compile_args=["-O2", "-std=gnu11"],
+    py_limited_api=True,
+    optional=True,
+)
 
-setup(ext_modules=[weighted_sum, reads], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(
+    ext_modules=[weighted_sum, reads, pickle_scan],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -119,8 +119,8 @@ def check_weights(
     """Explicit weights for ``n`` checkpoints, oldest first, as floats: checked, never rescaled.
 
     Negative weights (extrapolation) are allowed. Raises ``ValueError`` for a wrong count, a
-    non-finite weight, or a sum further than :data:`SUM_TOLERANCE` from 1 unless
-    ``allow_unnormalized``.
+    non-finite weight, weights whose sum or a part of it overflows, or a sum further than
+    :data:`SUM_TOLERANCE` from 1 unless ``allow_unnormalized``.
     """
     values = tuple(float(w) for w in weights)
     if len(values) != n:
@@ -128,6 +128,8 @@ def check_weights(
     for j, w in enumerate(values):
         if not math.isfinite(w):
             raise ValueError(f"--weights: weight {j + 1} of {n} is {w}")
+    if not math.isfinite(sum(map(abs, values))):
+        raise ValueError("--weights are too large: their sum overflows")
     total = math.fsum(values)
     if abs(total - 1.0) > SUM_TOLERANCE and not allow_unnormalized:
         raise ValueError(

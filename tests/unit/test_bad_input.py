@@ -383,3 +383,40 @@ def test_a_source_that_changes_during_the_merge(tmp_path, monkeypatch, merge_fai
     monkeypatch.setattr(engine, "run_share", touch_and_run)
     message = merge_fails(run, status=EXIT_FAILED)
     assert "changed while it was read" in message and "iter_0000004" in message
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 60 + "1" + "}" * 60, "{", "\x00"])
+def test_json_that_is_damaged_or_deep(text, tmp_path, merge_fails):
+    run = damaged(tmp_path)
+    (runs.checkpoint(run, 8) / "metadata.json").write_text(text)
+    message = merge_fails(run, status=EXIT_FAILED)
+    assert "iter_0000008/metadata.json is damaged" in message
+
+
+def test_provenance_that_is_deep(tmp_path, capsys):
+    run = damaged(tmp_path)
+    assert main(["merge", "--load", str(run), "--save", str(tmp_path / "out")]) == 0
+    output = tmp_path / "out" / "iter_0000008"
+    (output / "wsm_merge.json").write_text("[" * 10**5)
+    capsys.readouterr()
+    assert main(["verify", str(output)]) == EXIT_FAILED
+    error = capsys.readouterr().err
+    assert "wsm_merge.json is damaged" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "a\nb", "\ud800", ""])
+def test_file_names_that_no_file_has(name, tmp_path, merge_fails):
+    run = damaged(tmp_path)
+    path = runs.checkpoint(run, 8) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = name
+    path.write_bytes(pickle.dumps(metadata))
+    message = merge_fails(run, status=EXIT_FAILED)
+    assert "iter_0000008" in message and ("damaged" in message or "outside" in message)
+
+
+@pytest.mark.parametrize("weights", ["1e308,1e308,0,0", "1e308,1e308,-1e308,-1e308", "1e309,0,0,1"])
+def test_weights_whose_sum_overflows(weights, merge_fails):
+    for more in ([], ["--allow-unnormalized"]):
+        options = [f"--weights={weights}", *more]
+        assert "--weights" in merge_fails(RUNS / runs.DENSE, *options, status=EXIT_USAGE)

@@ -191,3 +191,16 @@ def test_source_parallel_of_one_rank_is_an_ordinary_merge(tmp_path):
     options = {"decay": "mean,ema", "last": 2, "sliding_every": 2, "optimizer_state": "last"}
     report = merge(config(tmp_path, source_parallel=True, **options))
     assert_each_equals_its_own_merge(report, tmp_path, optimizer_state="last")
+
+
+@pytest.mark.parametrize("run", [runs.FLAT, runs.MAIN])
+def test_a_merge_alone_has_the_bytes_that_it_has_among_others(tmp_path, run):
+    """All files: the common state is a pickle, which could tell what was pickled before."""
+    options = {"load": RUNS / run, "optimizer_state": "last"}
+    alone = merge(MergeConfig(save=tmp_path / "alone", decay="ema", **options)).output
+    merge(MergeConfig(save=tmp_path / "all", decay="mean,ema,linear", **options))
+    names = sorted(path.name for path in alone.iterdir())
+    among = tmp_path / "all" / "ema" / alone.name
+    assert sorted(path.name for path in among.iterdir()) == names
+    for name in names:
+        assert (alone / name).read_bytes() == (among / name).read_bytes(), name

@@ -171,12 +171,12 @@ def registered_extension() -> Iterator[int]:
 
 def test_the_extension_registry_is_no_way_around(tmp_path: Path, registered_extension: int) -> None:
     attack = b"\x80\x02\x82" + bytes([registered_extension]) + b"."
-    with pytest.raises(MergeError, match=r"refers to posix\.system"):
+    with pytest.raises(MergeError, match="opcode that no checkpoint needs"):
         load_metadata(write(tmp_path / ".metadata", attack))
 
 
 def test_an_unregistered_extension_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MergeError, match="extension code 201"):
+    with pytest.raises(MergeError, match="opcode that no checkpoint needs"):
         load_metadata(write(tmp_path / ".metadata", b"\x80\x02\x82\xc9."))
 
 

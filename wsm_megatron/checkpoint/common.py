@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wsm_megatron.checkpoint.inert import Inert
+from wsm_megatron.checkpoint.inert import Inert, is_known, references
 from wsm_megatron.checkpoint.objects import dump_object, load_object
 from wsm_megatron.checkpoint.schedule import LearningRate, learning_rate
 from wsm_megatron.errors import MergeError
@@ -23,8 +24,11 @@ PROVENANCE_KEY = "wsm_merge"
 """Where a merged checkpoint's common state says how it was made. Megatron's ``load_checkpoint``
 reads the loaded state by key and passes over keys that it does not know."""
 
+logger = logging.getLogger(__name__)
+
 # `lr_scheduler` is what Megatron called `opt_param_scheduler` before.
 _OPTIMIZER_KEYS = ("optimizer", "opt_param_scheduler", "lr_scheduler")
+_CONTENT_KEY = "content_metadata"
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,8 @@ UNKNOWN = CommonSummary(None, None, None)
 def load_common(data: bytes, where: str) -> dict[str, Any]:
     """The common state in ``data``, of either form; ``where`` names it in messages.
 
-    Nothing is imported or called for it: instances of Megatron's classes are
-    :class:`~wsm_megatron.checkpoint.inert.Inert`. Raises ``MergeError`` for damage, and for a
-    reference to anything that a checkpoint has no use for.
+    Nothing is imported or called for it: instances of Megatron's classes, and of the user's, are
+    :class:`~wsm_megatron.checkpoint.inert.Inert`. Raises ``MergeError`` for damage.
     """
     state = load_object(data, where)
     if isinstance(state, list) and len(state) == 1:
@@ -74,7 +77,7 @@ def dump_common(state: Mapping[str, Any], *, in_distcp: bool = False) -> bytes:
     """The archive of a common state, as ``common.pt`` or, ``in_distcp``, as Megatron 0.19's entry.
 
     References are written back as they were read. Raises ``MergeError`` for an object of a class
-    that :func:`load_common` would not admit.
+    outside the packages that a checkpoint refers to; see :func:`prepare`.
     """
     return dump_object([dict(state)] if in_distcp else dict(state))
 
@@ -103,6 +106,7 @@ def prepare(
     drop_optimizer: bool,
     provenance: Mapping[str, Any],
     new_args: Mapping[str, Any] | None = None,
+    where: str = "a checkpoint",
 ) -> dict[str, Any]:
     """The common state of a merged checkpoint, from that of its newest source; a copy.
 
@@ -114,11 +118,16 @@ def prepare(
             checkpoint for either. ``content_metadata`` stays: Megatron writes it with or without.
         provenance: how the merge was made, of JSON types, kept under :data:`PROVENANCE_KEY`.
         new_args: further values for ``args``.
+        where: names the newest source in messages.
 
-    A state without ``args``, as saved by a loop on megatron-core alone, gets none.
+    A state without ``args``, as saved by a loop on megatron-core alone, gets none. Values of
+    classes and functions outside the packages that a checkpoint refers to (:func:`.inert.is_known`)
+    are left out, with a warning that names them: whoever loads the merge would import and call
+    them, and the weights do not depend on them.
 
     Raises:
-        MergeError: ``args`` is of a type in which nothing can be set.
+        MergeError: ``args`` is of a type in which nothing can be set; or optimizer or scheduler
+            state is of such classes.
     """
     merged = {key: value for key, value in state.items() if key != "total_iters"}
     changes: dict[str, Any] = {"iteration": iteration}
@@ -126,12 +135,56 @@ def prepare(
         merged = {key: value for key, value in merged.items() if key not in _OPTIMIZER_KEYS}
         changes |= {"no_save_optim": True, "no_save_rng": True}
     if "args" in merged:
-        merged["args"] = with_attributes(merged["args"], changes | dict(new_args or {}))
+        changes |= dict(new_args or {})
+        if not can_have_attributes(merged["args"]):
+            kind = getattr(merged["args"], "reference", type(merged["args"]).__name__)
+            raise MergeError(
+                f"{where}: the common state's args are of type {kind}: cannot set "
+                f"{', '.join(changes)} in them"
+            )
+        merged["args"] = with_attributes(merged["args"], changes)
     merged["iteration"] = iteration
-    # A pickle says which objects in it are one. Through JSON none are, whoever made them: equal
-    # merges are equal bytes.
-    merged[PROVENANCE_KEY] = json.loads(json.dumps(provenance))
-    return merged
+    merged[PROVENANCE_KEY] = json.loads(json.dumps(provenance))  # no part of it is there twice
+    return _without_foreign(merged, where)
+
+
+def _without_foreign(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """A common state without values that are, or hold, anything of a foreign class."""
+    foreign = {key: found for key, value in state.items() if (found := _foreign(value))}
+    for key in (*_OPTIMIZER_KEYS, _CONTENT_KEY):
+        if key in foreign:
+            raise MergeError(
+                f"{where}: the common state's {key} refers to {foreign[key]}, which no Megatron "
+                "checkpoint needs there; --optimizer-state drop leaves optimizer and scheduler out"
+            )
+    kept = {key: value for key, value in state.items() if key not in foreign}
+    if "args" in foreign:
+        del foreign["args"]
+        values = attributes(state["args"])
+        foreign |= {f"args.{name}": found for name, v in values.items() if (found := _foreign(v))}
+        kept["args"] = _known_args(state["args"], [n for n in values if f"args.{n}" in foreign])
+        kept = {key: kept[key] for key in state if key in kept}
+    if foreign:
+        logger.warning(
+            "%s: left out, as they are of classes that are none of Megatron's: %s",
+            where,
+            ", ".join(f"{name} ({found})" for name, found in foreign.items()),
+        )
+    return kept
+
+
+def _known_args(args: Any, leave_out: Collection[str]) -> Any:
+    """``args`` without some values, as a Namespace if it is of a foreign class itself."""
+    kept = with_attributes(args, {}, leave_out)
+    if not isinstance(kept, Inert) or is_known(kept.reference):
+        return kept
+    logger.warning("args, which are a %s, are written as a Namespace", kept.reference)
+    return with_attributes(argparse.Namespace(), attributes(kept))
+
+
+def _foreign(value: Any) -> str:
+    """The foreign classes and functions in a value, by name; empty for none."""
+    return ", ".join(sorted({str(one) for one in references(value) if not is_known(one)}))
 
 
 def attributes(args: Any) -> dict[str, Any]:
@@ -143,19 +196,21 @@ def attributes(args: Any) -> dict[str, Any]:
     return {}
 
 
+def can_have_attributes(args: Any) -> bool:
+    """Whether values can be set in a checkpoint's ``args``."""
+    inert = isinstance(args, Inert) and isinstance(args.state, dict)
+    return inert or isinstance(args, (argparse.Namespace, types.SimpleNamespace))
+
+
 def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection[str] = ()) -> Any:
     """``args`` with other values, or without some; a new object of the same kind."""
+    assert can_have_attributes(args)
     values = {k: v for k, v in (attributes(args) | dict(changes)).items() if k not in leave_out}
-    if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
-        made = type(args)()
-        vars(made).update(values)  # setattr may put another, interned string for a name
-        return made
-    if isinstance(args, Inert) and isinstance(args.state, dict):
+    if isinstance(args, Inert):
         return replace(args, state=values)
-    raise MergeError(
-        f"the common state's args are of type {type(args).__name__}: cannot set "
-        f"{', '.join(changes)} in them"
-    )
+    made = type(args)()
+    vars(made).update(values)  # setting one by one would exchange names for equal ones
+    return made
 
 
 def _integer(value: Any) -> int | None:

@@ -11,14 +11,18 @@ import collections
 import io
 import pickle
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2
+
+from wsm_megatron.checkpoint.archive import read_archive
+from wsm_megatron.checkpoint.pickle_scan import check_pickle
 
 _ALIGNMENT = 64
 _STORAGE_DTYPES = {
@@ -46,16 +50,8 @@ class Record:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _TensorStub:
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
 def locate(container: io.BufferedIOBase) -> Record:
-    """Find the tensor's storage in a container.
+    """Find the tensor's storage in a container; everything around it is checked.
 
     Args:
         container: seekable binary stream over exactly one container.
@@ -63,55 +59,117 @@ def locate(container: io.BufferedIOBase) -> Record:
     Raises:
         ValueError: not a container of one contiguous dense tensor, or a damaged one.
     """
+
+    def read(start: int, length: int) -> bytes:
+        container.seek(start)
+        return container.read(length)
+
     try:
-        archive = zipfile.ZipFile(container)
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-        stub = _TensorUnpickler(io.BytesIO(archive.read(entries["data.pkl"]))).load()
-        storage = entries.get("data/0")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError, struct.error) as error:
+        archive = read_archive(read, container.seek(0, io.SEEK_END))
+    except ValueError as error:
         raise ValueError(f"not a readable torch.save container ({error})") from error
-    if storage is None or not isinstance(stub, _TensorStub):
+    tensor = _tensor_of(archive.pickle)
+    if set(archive.storages) != {"0"}:
         raise ValueError("the container does not hold a plain tensor")
-    nbytes = torch.Size(stub.shape).numel() * stub.dtype.itemsize
-    if (
-        stub.offset
-        or stub.stride != _contiguous_stride(stub.shape)
-        or storage.compress_type != zipfile.ZIP_STORED
-        or storage.file_size != nbytes
-    ):
-        raise ValueError("the container's tensor is not one contiguous uncompressed storage")
-    container.seek(storage.header_offset)
-    header = container.read(30)
-    if len(header) != 30 or header[:4] != b"PK\x03\x04":
-        raise ValueError("the storage record's header is damaged")
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    start = storage.header_offset + 30 + name_bytes + extra_bytes
-    return Record(start, nbytes, storage.CRC, stub.dtype, stub.shape)
+    storage = archive.storages["0"]
+    if tensor.nbytes != storage.nbytes:
+        raise ValueError(_NOT_PLAIN)
+    return Record(storage.start, storage.nbytes, storage.crc, tensor.dtype, tensor.shape)
+
+
+_NOT_PLAIN = "the container's tensor is not one contiguous uncompressed storage"
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a whole storage, row-major."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@lru_cache(maxsize=4096)
+def _tensor_of(pickled: bytes) -> _Tensor:
+    """The tensor that a ``data.pkl`` describes: few differ in a checkpoint."""
+    try:
+        check_pickle(pickled)
+        loaded = _TensorUnpickler(io.BytesIO(pickled)).load()
+    except (pickle.UnpicklingError, TypeError, EOFError) as error:
+        raise ValueError(f"its pickle is not of a tensor ({error})") from error
+    if not isinstance(loaded, _Tensor):
+        raise ValueError("the container does not hold a plain tensor")
+    return loaded
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Turns the pickle of one tensor into a stub; admits the four names it needs."""
+    """Turns the pickle of one tensor into its description; admits the four names it needs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _stub
+            return _rebuilt
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, requires_grad, hooks: data
+            return _parameter
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return _hooks
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a tensor's pickle")
 
-    def persistent_load(self, pid: Any) -> torch.dtype:
-        kind, dtype, key, _location, _numel = pid
-        if kind != "storage" or key != "0":
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) != 5:
+            raise pickle.UnpicklingError("a reference to anything but a storage")
+        kind, dtype, key, _location, numel = pid
+        if kind != "storage" or key != "0" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("more than one storage in a tensor's container")
-        return dtype
+        return _Storage(dtype, numel)
 
 
-def _stub(dtype: torch.dtype, offset: int, shape: tuple, stride: tuple, *_: Any) -> _TensorStub:
-    return _TensorStub(dtype, offset, tuple(shape), tuple(stride))
+def _hooks() -> dict:
+    return {}
+
+
+def _parameter(data: _Tensor, requires_grad: bool, hooks: dict) -> _Tensor:
+    if not isinstance(data, _Tensor) or hooks:
+        raise pickle.UnpicklingError("a parameter of anything but a tensor")
+    return data
+
+
+def _rebuilt(
+    storage: _Storage,
+    offset: int,
+    shape: tuple,
+    stride: tuple,
+    requires_grad: bool,
+    hooks: dict,
+    metadata: None = None,
+) -> _Tensor:
+    """In the place of torch's function; ``metadata`` would say that values are to be negated."""
+    numbers = all(
+        isinstance(one, tuple) and set(map(type, one)) <= {int} for one in (shape, stride)
+    )
+    if not isinstance(storage, _Storage) or not numbers or hooks or metadata:
+        raise pickle.UnpicklingError("a tensor of an unknown kind")
+    if offset != 0 or not _is_contiguous(shape, stride) or storage.numel != prod(shape):
+        raise ValueError(_NOT_PLAIN)
+    return _Tensor(storage.dtype, shape)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """As torch sees it: the stride of an axis of one element means nothing."""
+    if len(shape) != len(stride) or any(size < 0 for size in shape):
+        return False
+    row_major = zip(shape, stride, _contiguous_stride(shape), strict=True)
+    return prod(shape) == 0 or all(size == 1 or a == b for size, a, b in row_major)
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wsm_megatron.checkpoint.common import attributes, with_attributes
-from wsm_megatron.checkpoint.inert import Inert, Reference
+from wsm_megatron.checkpoint.inert import Reference, references
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def for_common_file(state: dict[str, Any]) -> dict[str, Any]:
     unknown = {
         name: value
         for name, value in attributes(state.get("args")).items()
-        if any(not _is_safe(reference) for reference in _references(value))
+        if any(not _is_safe(reference) for reference in references(value))
     }
     if not unknown:
         return state
@@ -69,19 +69,6 @@ def without_rerun_state(
     """
     kept = {key: value for key, value in state.items() if key != _RERUN}
     return kept, tuple(key for key in objects if not key.startswith(_RERUN))
-
-
-def _references(value: Any) -> list[Reference]:
-    if isinstance(value, Reference):
-        return [value]
-    if isinstance(value, Inert):
-        inside = [value.args, value.state, value.items, value.pairs]
-        return [value.reference, *(r for part in inside for r in _references(part))]
-    if isinstance(value, Mapping):
-        return [r for item in value.values() for r in _references(item)]
-    if isinstance(value, (list, tuple, set)):
-        return [r for item in value for r in _references(item)]
-    return []
 
 
 def _is_safe(reference: Reference) -> bool:

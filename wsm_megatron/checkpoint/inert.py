@@ -1,17 +1,19 @@
-"""What becomes of the classes that a pickle refers to: real, inert, or refused.
+"""What becomes of the classes that a pickle refers to: real or inert; inert ones known or foreign.
 
-Megatron's common state holds instances of Megatron's own classes (enums in ``args``, mostly). Here
-such a class is a :class:`Reference`, its name and nothing else, and an instance an :class:`Inert`:
-what the pickle would have called, recorded instead. Nothing is imported or called for either.
+Megatron's common state holds instances of Megatron's own classes (enums in ``args``, mostly) and
+sometimes of the user's. Here such a class is a :class:`Reference`, its name and nothing else, and
+an instance an :class:`Inert`: what the pickle would have called, recorded instead. Nothing is
+imported or called for either, and what is foreign is not written into a checkpoint.
 """
 
 from __future__ import annotations
 
+import _compat_pickle
 import argparse
 import codecs
 import collections
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +48,11 @@ class Reference:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        """For messages: on a line, and as Python 3 has it where protocol 2 writes Python 2's."""
+        pair = self.module, self.name
+        module, name = _compat_pickle.NAME_MAPPING.get(pair, pair)
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        return ascii(f"{module}.{name}")[1:-1][:200]
 
 
 @dataclass
@@ -70,7 +76,7 @@ class Inert:
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
 
     def __hash__(self) -> int:  # enum members are dict keys
-        return hash(self.reference)
+        return hash((self.reference, _frozen(self.args), _frozen(self.state)))
 
     # What the unpickler does to list-likes and dict-likes.
     def append(self, item: Any) -> None:
@@ -83,8 +89,69 @@ class Inert:
         self.pairs.append((key, value))
 
 
+def _frozen(value: Any) -> Any:
+    """Something hashable, equal for equal values."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return frozenset((_frozen(key), _frozen(held)) for key, held in value.items())
+    return value if isinstance(value, (Reference, Inert, str, bytes, int, float)) else type(value)
+
+
+def references(value: Any) -> Iterator[Reference]:
+    """Every inert class and function in a value, keys included."""
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, Inert):
+        yield value.reference
+        yield from references([value.args, value.state, value.items, value.pairs])
+    elif isinstance(value, Mapping):
+        yield from references(list(value.items()))
+    elif isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
+        yield from references(vars(value))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from references(item)
+
+
 def _empty_bytes() -> bytes:
     return b""
+
+
+def _empty(kind: type) -> Callable[[], Any]:
+    """Makes one of ``kind`` with nothing in it, as such are pickled: they are filled later."""
+    return lambda: kind()
+
+
+def _collected(kind: type) -> Callable[[list], Any]:
+    """Makes a set of what may be hashed: a deep tuple would overflow the stack."""
+
+    def collect(items: list) -> Any:
+        for item in items:
+            parts = item if isinstance(item, tuple) else (item,)
+            if any(isinstance(part, (tuple, frozenset)) for part in parts):
+                raise ValueError("a container in a set")
+        return kind(items)
+
+    return collect
+
+
+def _tensor(
+    storage: torch.TypedStorage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool = False,
+    hooks: dict | None = None,
+    metadata: dict | None = None,
+) -> torch.Tensor:
+    """In the place of torch's function, which would enlarge a storage that is too small."""
+    if hooks or metadata or len(size) != len(stride):
+        raise ValueError("a tensor of an unknown kind")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min(offset, *size, *stride) < 0 or (0 not in size and last >= storage._size()):
+        raise ValueError("a tensor that is larger than its storage")
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, {})
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -125,20 +192,20 @@ NAMES = {value: reference for reference, value in reversed(REAL.items())} | {
 """The reference under which each of :data:`REAL` is written."""
 
 CALLED: dict[Any, Callable[..., Any]] = {
-    types.SimpleNamespace: types.SimpleNamespace,
-    collections.OrderedDict: collections.OrderedDict,
-    set: set,
-    frozenset: frozenset,
+    types.SimpleNamespace: _empty(types.SimpleNamespace),
+    collections.OrderedDict: _empty(collections.OrderedDict),
+    set: _collected(set),
+    frozenset: _collected(frozenset),
     bytes: _empty_bytes,
     codecs.encode: _latin1,
     torch.Size: torch.Size,
-    torch._utils._rebuild_tensor_v2: torch._utils._rebuild_tensor_v2,
+    torch._utils._rebuild_tensor_v2: _tensor,
 }
 """What a pickle may call, and what is called for it."""
 
 
 def is_known(reference: Reference) -> bool:
-    """Whether a reference may pass through inert: a class or function of a known package."""
+    """Whether a reference may be written into a checkpoint: one into a known package."""
     parts = [*reference.module.split("."), *reference.name.split(".")]
     if not all(part.isidentifier() and part.isascii() for part in parts):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wsm_megatron.checkpoint.json_file import read_json
 from wsm_megatron.checkpoint.kinds import kind_of, kind_of_format
 from wsm_megatron.checkpoint.metadata import Metadata, TensorStorageMetadata
 from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
@@ -165,10 +165,7 @@ def _read_marker(path: Path) -> dict[str, Any]:
     if not is_complete(path):
         what, way_out = kind_of(path)
         raise ValueError(f"{path} is {what}: {way_out}")
-    try:
-        marker = json.loads((path / MARKER_FILE).read_text())
-    except ValueError as error:
-        raise MergeError(f"{path}: metadata.json is damaged ({error})") from error
+    marker = read_json(path / MARKER_FILE)
     kind = kind_of_format(marker.get("sharded_backend") if isinstance(marker, dict) else None)
     if kind is not None:
         raise ValueError(f"{path} is {kind.what}: {kind.way_out}")

@@ -80,10 +80,16 @@ class MetadataIndex(_StandIn):
     offset: torch.Size | None = None
 
     def __init__(self, fqn: str, offset: Any = None, _: int | None = None) -> None:
-        self.fqn, self.offset = fqn, offset
+        self._set(fqn, offset)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.fqn, self.offset = state["fqn"], state.get("offset")
+        self._set(state["fqn"], state.get("offset"))
+
+    def _set(self, fqn: Any, offset: Any) -> None:
+        # It is hashed before anyone else could look: a deep tuple would overflow the stack.
+        if not isinstance(fqn, str) or not (offset is None or isinstance(offset, torch.Size)):
+            raise TypeError("an index of anything but a name and offsets")
+        self.fqn, self.offset = fqn, offset
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -23,6 +23,7 @@ STALLED_AFTER = 300.0
 hanging."""
 
 _FOR_GOOD = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EBADF}
+_FOR_GOOD |= {errno.ELOOP, errno.ENAMETOOLONG}
 _FOR_GOOD |= {errno.EINVAL}  # an option that this file system does not have
 _pending: dict[object, tuple[float, Callable[[], str]]] = {}
 

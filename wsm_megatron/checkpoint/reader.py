@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32, crc32_combine
 
+from wsm_megatron.checkpoint.archive import check_archive
 from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.chunks import ChunkIndex
@@ -18,7 +19,7 @@ from wsm_megatron.checkpoint.container import Record, locate
 from wsm_megatron.checkpoint.cover import Cover, Piece, Segment
 from wsm_megatron.checkpoint.direct import DirectFiles
 from wsm_megatron.checkpoint.files import Read, SourceFiles
-from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry
+from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry, check_size
 from wsm_megatron.checkpoint.patience import RETRIES, patiently
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
@@ -26,6 +27,7 @@ from wsm_megatron.errors import MergeError
 _FILE_PIECE = 4 * 2**20
 _ENDS = 2**11
 """Bytes at either end of a container that hold all of it but the storage."""
+_SMALL_FILE = 2**32
 
 Ledger = dict[Location, list[Segment]]
 """Records read in parts only, each part with its CRC-32."""
@@ -63,11 +65,27 @@ class CheckpointReader:
         self._files.close()
 
     def read_object(self, entry: ObjectEntry) -> bytes:
-        """The raw bytes of an object entry."""
-        data = bytearray(entry.location.length)
-        self.read_record(entry.location, 0, memoryview(data), entry.key)
+        """The raw bytes of an object entry, a ``torch.save`` archive.
+
+        Raises:
+            MergeError: it cannot be read, or it is not such an archive, sound to the last byte.
+        """
+        location = entry.location
+        path = self.layout.path / location.file
+        size = patiently(path.stat, lambda: f"{path}: looking").st_size
+        check_size(self.layout.path, location.file, size, location.offset + location.length)
+        data = bytearray(location.length)
+        self.read_record(location, 0, memoryview(data), entry.key)
         with self._lock:
             self.bytes_read += len(data)
+        try:
+            check_archive(data)
+        except ValueError as error:
+            raise MergeError(
+                f"{self.layout.path}: {entry.key} in {location.file} at byte {location.offset} is "
+                f"no sound torch.save archive ({error}): the file changed on disk since it was "
+                "saved; restore it or leave the checkpoint out"
+            ) from error
         return bytes(data)
 
     def read(self, key: str, box: Box) -> torch.Tensor:
@@ -263,7 +281,10 @@ def _joined(parts: list[Segment], nbytes: int) -> int | None:
 
 
 def read_file(path: Path) -> bytes:
-    """A small file's bytes."""
+    """A small file's bytes. Raises ``MergeError`` for one that is no small file."""
+    size = patiently(path.stat, lambda: f"{path}: looking").st_size
+    if size > _SMALL_FILE:
+        raise MergeError(f"{path}: {size} bytes are more than such a file has: damaged")
     return patiently(path.read_bytes, lambda: f"{path}: reading")
 
 

@@ -223,6 +223,7 @@ def common_of_merge(
         iteration=iteration,
         drop_optimizer=not config.keeps_optimizer,
         provenance=provenance,
+        where=str(newest.path),
     )
     was_in_distcp = newest.common_entry is not None
     in_distcp = was_in_distcp if config.format == "same" else config.format == "0.19"

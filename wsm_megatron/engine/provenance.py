@@ -13,6 +13,7 @@ import torch
 from isal.isal_zlib import crc32
 
 import wsm_megatron
+from wsm_megatron.checkpoint.json_file import parse_json
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.writer import write_file
@@ -97,8 +98,8 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
         return None
     data = read_file(path)
     try:
-        contents = json.loads(data, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        contents = parse_json(data)
+    except ValueError as error:
         raise MergeError(f"{path}: damaged: {error}") from error
     if not isinstance(contents, dict) or contents.get("format") not in (_UNSEALED, FORMAT):
         raise MergeError(f"{path}: damaged, or written by another version of wsm_megatron")
@@ -133,14 +134,6 @@ def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
 
 def _text(contents: dict[str, Any]) -> bytes:
     return (json.dumps(contents, indent=2) + "\n").encode()
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
-    return found
 
 
 def _check_parts(path: Path, contents: dict[str, Any]) -> None:
