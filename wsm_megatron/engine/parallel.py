@@ -70,8 +70,8 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
     if copied_integers(job):
         with ranks.together("comparing integer tensors"):
             own = checksums(job, ranks.rank)
-        told = ranks.gather(own)
-        ranks.from_first(lambda: compare_checksums(job, told), "planning")
+        seen = ranks.gather(own)
+        ranks.from_first(lambda: compare_checksums(job, seen), "planning")
     return job
 
 
