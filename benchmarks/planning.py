@@ -1,9 +1,13 @@
-"""Planning a merge of a very large MoE layout, from synthetic metadata: seconds a phase.
+"""Planning a merge of a very large model, from synthetic metadata: seconds a phase.
 
     python benchmarks/planning.py [--chunks 100000] [--sources 8] [--ranks 64]
+    python benchmarks/planning.py --flat 70b | moe [--sources 8] [--ranks 64]
 
 No tensor exists: the layout of a model of about 10^12 parameters (stacked layers and experts, TP
-shards) is written as ``.metadata``, read back, planned, dealt to ranks and placed.
+shards) is written as ``.metadata``, read back, planned, dealt to ranks and placed. With ``--flat``
+optimizer state is merged too, whose main params are looked for in flat buckets: of a dense 70B
+model, or of 256 experts a layer (0.65 T). Of those chunks the beginnings exist. CPU seconds are of
+all threads: on a busy machine they say more than the others.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flat_layouts import dense_70b, moe_256, write_flat
 from generate import common_state
 from measure import where
 
@@ -35,11 +40,13 @@ from wsm_megatron.checkpoint.writer import (
     place,
 )
 from wsm_megatron.engine.deal import Dealer
+from wsm_megatron.engine.flat import find_flat_mains
 from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.garbage import no_collection
 
 LAYERS, HIDDEN, INNER, TP = 64, 8192, 2048, 2
 FILES = 512
+FLAT = {"70b": dense_70b, "moe": moe_256}
 
 
 def items(chunks: int) -> list[Item]:
@@ -79,24 +86,27 @@ def write(path: Path, wanted: list[Item]) -> None:
 
 
 def timed(what: str, call: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result = call()
-    print(f"{what:58} {time.perf_counter() - start:8.2f} s")
+    took, busy = time.perf_counter() - start, time.process_time() - cpu
+    print(f"{what:48} {took:8.2f} s {busy:8.2f} s CPU", flush=True)
     return result
 
 
-def write_run(root: Path, chunks: int, sources: int) -> None:
+def write_run(root: Path, chunks: int, sources: int, flat: str | None) -> None:
     """Checkpoints 1000, 2000, ...: the same metadata, sparse files of the sizes it needs."""
-    wanted = items(chunks)
-    numel = sum(item.box.numel for item in wanted if item.box)
-    print(f"{len(wanted)} chunks, {numel / 1e12:.2f} T parameters, {sources} sources")
-    first = checkpoint_path(root, 1000)
-    write(first, wanted)
-    for k in range(sources):
-        path = checkpoint_path(root, 1000 * (k + 1))
-        if path != first:
-            shutil.copytree(first, path, copy_function=_copy_or_sparse)
-        (path / "common.pt").write_bytes(common_state(1000 * (k + 1)))
+    paths = [checkpoint_path(root, 1000 * (k + 1)) for k in range(sources)]
+    if flat is not None:
+        print(write_flat(paths[-1], FLAT[flat](), FILES), f"{sources} sources", sep=", ")
+    else:
+        wanted = items(chunks)
+        numel = sum(item.box.numel for item in wanted if item.box)
+        print(f"{len(wanted)} chunks, {numel / 1e12:.2f} T parameters, {sources} sources")
+        write(paths[-1], wanted)
+    for path in paths:
+        if path != paths[-1]:
+            shutil.copytree(paths[-1], path, copy_function=_copy_or_sparse)
+        (path / "common.pt").write_bytes(common_state(int(path.name.removeprefix("iter_"))))
 
 
 def _copy_or_sparse(source: str, target: str) -> None:
@@ -118,19 +128,25 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--sources", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--flat", choices=sorted(FLAT))
     given = parser.parse_args()
     print(where())
     with tempfile.TemporaryDirectory(prefix="wsm-planning-") as folder:
         root = Path(folder) / "run"
         root.mkdir()
-        write_run(root, given.chunks, given.sources)
+        write_run(root, given.chunks, given.sources, given.flat)
         gc.collect()
         print(f"resident before: {resident()} MiB")
-        metadata = checkpoint_path(root, 1000) / ".metadata"
+        metadata = checkpoint_path(root, 1000 * given.sources) / ".metadata"
         with no_collection():
             timed("unpickle one .metadata", lambda: load_metadata(metadata))
-            timed("read one layout", lambda: read_layout(metadata.parent))
-        config = MergeConfig(load=root, save=Path(folder) / "out")
+            layouts = [timed("read one layout", lambda: read_layout(metadata.parent))]
+            if given.flat:
+                found = timed("find the main params", lambda: find_flat_mains(layouts.pop()))
+                print(f"  {len(found.places)} found, {len(found.missing)} missing")
+            layouts.clear()
+        state = "last" if given.flat else "drop"
+        config = MergeConfig(load=root, save=Path(folder) / "out", optimizer_state=state)
         job = timed("prepare_job: open all, plan", lambda: prepare_job(config))
     parts = timed(f"parts of {given.ranks} ranks", lambda: job.parts(given.ranks))
     dealer = Dealer(job, parts)

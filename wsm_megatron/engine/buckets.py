@@ -46,12 +46,18 @@ Span = tuple[int, int]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class FlatMain:
     """A main param in a flat bucket: from element ``start`` on, row-major as its model chunk."""
 
     bucket: str
     start: int
+
+    @property
+    def order(self) -> tuple[tuple[int, ...], str, int]:
+        """By the numbers in the bucket's key: of several TP ranks' copies the first one's is first,
+        which is the one that the model is saved from."""
+        return tuple(map(int, re.findall(r"_(\d+)", self.bucket))), self.bucket, self.start
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Alike:
     """Model chunks of one size and dtype that begin alike, and where main params round to that.
 
     There are several chunks where weights are equal, and several places where a param is kept by
-    several TP or PP ranks. Both are sorted.
+    several TP or PP ranks. Both are in order.
     """
 
     chunks: tuple[ModelChunk, ...]
@@ -152,7 +158,10 @@ def search(layout: Layout) -> Search:
     for beginning, place in found:
         places[beginning].append(place)
     alike = [
-        Alike(tuple(sorted(chunks)), tuple(sorted(places[beginning])))
+        Alike(
+            tuple(sorted(chunks)),
+            tuple(sorted(places[beginning], key=lambda place: place.order)),
+        )
         for beginning, chunks in index.chunks.items()
     ]
     alike.sort(key=lambda one: one.chunks)
