@@ -9,9 +9,9 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -30,20 +30,18 @@ WITHIN = 120.0
 
 
 @dataclass(frozen=True)
-class Round:
-    """What happened.
+class Done:
+    """How a merge has ended, and what it has left.
 
     Attributes:
-        killed_at: seconds after its start. status: of the merge that was not killed. said: by it.
-        written: bytes that it wrote. files: everything below ``--save``, by name.
+        written: bytes that it wrote. seconds: from where its log begins.
+        files: everything below ``--save``, by name.
     """
 
-    seed: int
-    killed_at: float
-    first_was_killed: bool
     status: int | None
     said: str
     written: int
+    seconds: float
     files: dict[str, bytes]
 
 
@@ -63,36 +61,47 @@ def run_slowly(log: Path, argv: list[str]) -> None:
     sys.exit(cli.main(argv))
 
 
-def merge_alone(server: ForkServerContext, folder: Path) -> tuple[Round, float]:
-    """A merge that nothing disturbs, and the seconds that it takes."""
-    began = time.monotonic()
+def merge_alone(server: ForkServerContext, folder: Path) -> Done:
+    """A merge that nothing disturbs."""
     process = _start(server, folder, "alone", 2)
     process.join(WITHIN)
-    took = time.monotonic() - began
-    return _end(folder, "alone", process, Round(0, 0.0, False, None, "", 0, {})), took
+    return _end(folder, "alone", process)
 
 
-def kill_one_of_two(server: ForkServerContext, folder: Path, seed: int, when: float) -> Round:
-    """Two fresh processes with one command, of which one is killed after ``when`` seconds.
+def kill_one_of_two(
+    server: ForkServerContext, folder: Path, chance: random.Random, when: float
+) -> tuple[bool, Done]:
+    """Two fresh processes with one command, of which one is killed ``when`` seconds after their
+    logs have begun; mostly the one that has the lock.
 
-    The one to be killed is mostly the first, which has the lock.
+    Returns:
+        whether that one had it; how the other has ended.
     """
-    chance = random.Random(seed)
-    first_is_killed = chance.random() < 0.75
-    names = ("killed", "survivor") if first_is_killed else ("survivor", "killed")
-    processes: dict[str, ForkServerProcess] = {}
-    began = time.monotonic()
-    for name in names:
+    processes = {}
+    for name in ("one", "two"):
         processes[name] = _start(server, folder, name, chance.randint(1, 3))
         time.sleep(chance.uniform(0.0, 0.1))
-    time.sleep(max(0.0, began + when - time.monotonic()))
-    pid = processes["killed"].pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    processes["survivor"].join(WITHIN)
-    processes["killed"].join(WITHIN)
-    done = Round(seed, when, first_is_killed, None, "", 0, {})
-    return _end(folder, "survivor", processes["survivor"], done)
+    until = time.monotonic() + WITHIN
+    while not (folder / "one.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    time.sleep(when)
+    holders = {name for name, process in processes.items() if process.pid in _holders(folder)}
+    holds = bool(holders) and chance.random() < 0.8
+    victim = chance.choice(sorted(holders if holds else processes.keys() - holders or processes))
+    processes[victim].kill()
+    (survivor,) = processes.keys() - {victim}
+    processes[survivor].join(WITHIN)
+    processes[victim].join(WITHIN)
+    return holds, _end(folder, survivor, processes[survivor])
+
+
+def _holders(folder: Path) -> set[int]:
+    """Who holds a lock."""
+    pids = set()
+    for lock in folder.glob("out/*/.iter_*.wsm.lock"):
+        with suppress(OSError, ValueError):  # it may just come or go
+            pids.add(json.loads(lock.read_text())["pid"])
+    return pids
 
 
 def _start(server: ForkServerContext, folder: Path, name: str, threads: int) -> ForkServerProcess:
@@ -104,16 +113,15 @@ def _start(server: ForkServerContext, folder: Path, name: str, threads: int) -> 
     return process
 
 
-def _end(folder: Path, name: str, process: ForkServerProcess, done: Round) -> Round:
-    """What is left of a round, and is then removed: every one has the same ``--save``."""
+def _end(folder: Path, name: str, process: ForkServerProcess) -> Done:
+    """What is left, and is then removed: every merge has the same ``--save``."""
     status = process.exitcode
     process.kill()
     process.join()
-    events = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    last = json.loads((folder / f"{name}.jsonl").read_text().splitlines()[-1])
     found = [path for path in (folder / "out").rglob("*") if path.is_file()]
     files = {str(path.relative_to(folder)): path.read_bytes() for path in found}
     said = (folder / f"{name}.log").read_text()
-    written = events[-1].get("bytes_written", 0)
     shutil.rmtree(folder)
     folder.mkdir()
-    return Round(done.seed, done.killed_at, done.first_was_killed, status, said, written, files)
+    return Done(status, said, last.get("bytes_written", 0), last["seconds"], files)

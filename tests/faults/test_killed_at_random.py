@@ -23,23 +23,23 @@ def test_killed_at_random(server: ForkServerContext, tmp_path: Path) -> None:
     folder = tmp_path / "round"
     folder.mkdir()
     merge_alone(server, folder)  # which reads the sources from disk
-    clean, seconds = merge_alone(server, folder)
+    clean = merge_alone(server, folder)
     assert clean.status == 0 and clean.written > 0, clean.said
     assert sum(name.endswith(".distcp") for name in clean.files) == len(DECAYS)
-    print(f"\nundisturbed: {seconds:.2f} s, {clean.written} bytes; first seed {SEED}")
+    print(f"\nundisturbed: {clean.seconds:.2f} s, {clean.written} bytes; first seed {SEED}")
     gone_on = 0
-    for k in range(ROUNDS):
+    for seed in range(SEED, SEED + ROUNDS):
         # One in every part of the time that a merge takes, at a random place in it.
-        when = seconds * (k + random.Random(SEED + k).random()) / ROUNDS
-        done = kill_one_of_two(server, folder, SEED + k, when)
+        chance = random.Random(seed)
+        when = clean.seconds * (seed - SEED + chance.random()) / ROUNDS
+        holds, done = kill_one_of_two(server, folder, chance, when)
         gone_on += 0 < done.written < clean.written
-        print(
-            f"seed {done.seed}: {'first' if done.first_was_killed else 'second'} killed after "
-            f"{when:.2f} s, the other wrote {done.written / clean.written:.0%}"
-        )
-        assert done.status == 0, (done.seed, done.said)
-        assert done.files.keys() == clean.files.keys(), done.seed
+        victim = "the one with the lock" if holds else "one without a lock"
+        share = done.written / clean.written
+        print(f"seed {seed}: {victim} killed after {when:.2f} s, the other wrote {share:.0%}")
+        assert done.status == 0, (seed, done.said)
+        assert done.files.keys() == clean.files.keys(), seed
         for name, data in clean.files.items():
-            assert done.files[name] == data, (done.seed, name)
+            assert done.files[name] == data, (seed, name)
     print(f"{gone_on} of {ROUNDS} went on from what the killed one had finished")
     assert gone_on or ROUNDS < 20
