@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -114,13 +113,19 @@ class Layout:
     @property
     def files(self) -> dict[str, int]:
         """The ``.distcp`` files, each with the size that it must have at least."""
-        locations = [entry.location for entry in self.objects.values()]
-        locations += [c.location for entry in self.tensors.values() for c in entry.chunks]
         ends: dict[str, int] = {}
-        for location in locations:
-            end = location.offset + location.length
-            ends[location.file] = max(ends.get(location.file, 0), end)
+        for file, offset, length in self.locations():
+            ends[file] = max(ends.get(file, 0), offset + length)
         return ends
+
+    def locations(self) -> list[Location]:
+        """Where all entries lie; chunks without elements, which several ranks save, once each."""
+        chunks = [chunk for entry in self.tensors.values() for chunk in entry.chunks]
+        return [
+            *(entry.location for entry in self.objects.values()),
+            *(chunk.location for chunk in chunks if 0 not in chunk.sizes),
+            *{chunk.location for chunk in chunks if 0 in chunk.sizes},
+        ]
 
 
 def is_complete(path: Path) -> bool:
@@ -153,9 +158,9 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
             objects[key] = ObjectEntry(key, object_role(key), location)
     layout = Layout(path, tensors, objects, marker, metadata.mcore_data)
     _check_tiling(layout)
-    _check_apart(layout)
+    ends = _ends(layout)
     if whole:
-        _check_files(layout)
+        _check_files(path, ends)
     return layout
 
 
@@ -198,46 +203,46 @@ def _check_tiling(layout: Layout) -> None:
             )
 
 
-def _check_apart(layout: Layout) -> None:
-    """No two entries share bytes: torch stores what is replicated once."""
-    starts: dict[str, list[int]] = {}
-    ends: dict[str, list[int]] = {}
-    for _, location in _locations_of(layout):
-        starts.setdefault(location.file, []).append(location.offset)
-        ends.setdefault(location.file, []).append(location.offset + location.length)
-    for file in starts:
-        if any(map(gt, sorted(ends[file]), sorted(starts[file])[1:])):
+def _ends(layout: Layout) -> dict[str, int]:
+    """Where the entries of each file end.
+
+    Raises:
+        MergeError: two share bytes. Torch stores what is replicated once.
+    """
+    places: dict[str, tuple[list[int], list[int]]] = {}
+    for file, offset, length in layout.locations():
+        found = places.get(file)
+        if found is None:
+            found = places[file] = [], []
+        found[0].append(offset)
+        found[1].append(offset + length)
+    for file, (starts, ends) in places.items():
+        starts.sort()
+        ends.sort()
+        if any(map(gt, ends, starts[1:])):
             raise MergeError(f"{layout.path}: {_shared_bytes(layout, file)}")
+    return {file: ends[-1] for file, (_, ends) in places.items()}
 
 
 def _shared_bytes(layout: Layout, file: str) -> str:
-    places = sorted(
-        (place.offset, place.offset + place.length, key)
-        for key, place in _locations_of(layout)
-        if place.file == file
-    )
-    for (_, end, key), (start, _, other) in pairwise(places):
-        if start < end:
-            return (
-                f"{key} and {other} lie in the same bytes of {file} ({start} to {end}); .metadata "
-                "is damaged, restore it or leave the checkpoint out"
-            )
-    raise AssertionError("some start lies before the end of the one before")
-
-
-def _locations_of(layout: Layout) -> Iterator[tuple[str, Location]]:
-    """Where all entries lie, but for chunks without elements, which several ranks may save."""
-    for entry in layout.objects.values():
-        yield entry.key, entry.location
-    for tensor in layout.tensors.values():
+    """What is wrong with a file of which two entries share bytes."""
+    keys: dict[Location, list[str]] = {}
+    for key, entry in layout.objects.items():
+        keys.setdefault(entry.location, []).append(key)
+    for key, tensor in layout.tensors.items():
         for chunk in tensor.chunks:
-            if 0 not in chunk.sizes:
-                yield tensor.key, chunk.location
+            keys.setdefault(chunk.location, []).append(key)
+    for one, other in pairwise(sorted(at for at in layout.locations() if at.file == file)):
+        if other.offset < one.offset + one.length:
+            break
+    return (
+        f"{keys[one][0]} and {keys[other][-1]} lie in the same bytes of {file} (from "
+        f"{other.offset} on); .metadata is damaged, restore it or leave the checkpoint out"
+    )
 
 
-def _check_files(layout: Layout) -> None:
-    path = layout.path
-    for file, end in sorted(layout.files.items()):
+def _check_files(path: Path, ends: dict[str, int]) -> None:
+    for file, end in sorted(ends.items()):
         if not (path / file).is_file():
             raise MergeError(
                 f"{path}: file {file} is missing; the checkpoint is damaged, leave it out. Where "
