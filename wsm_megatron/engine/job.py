@@ -74,6 +74,8 @@ class Job:
 
     Attributes:
         spread: which rank reads what, where they see different files.
+        dealt_for: what the ranks' shares were cut for, where some of its products are left out:
+            those that remain keep their places in the ranks' files.
     """
 
     config: MergeConfig
@@ -81,6 +83,7 @@ class Job:
     products: tuple[Product, ...]
     plan: MergePlan
     spread: Spread | None = None
+    dealt_for: tuple[Merge, ...] = ()
 
     def iterations(self, product: Product) -> tuple[int, ...]:
         return tuple(self.sources[j].iteration for j in product.members)
@@ -103,13 +106,14 @@ class Job:
             sources=tuple(self.sources[j] for j in used),
             products=tuple(replace(p, members=tuple(place[j] for j in p.members)) for p in kept),
             spread=None if self.spread is None else self.spread.only(used, newest),
+            dealt_for=self.dealt_for or tuple(self.merges),
         )
 
     def parts(self, ranks: int) -> tuple[Part, ...]:
         """What every rank does."""
         if self.spread is not None:
             return self._parts_of(self.spread)
-        shares = self.plan.shares(ranks, self.merges)
+        shares = self.plan.shares(ranks, self.dealt_for or self.merges)
         objects = [product.objects for product in self.products]
         return tuple(
             Part(share, [share] * len(objects), [() if rank else keys for keys in objects])
@@ -136,13 +140,15 @@ class Job:
         tensors = self.plan.bytes_to_write() * len(self.products)
         return tensors + self._objects_written(objects, True)
 
-    def bytes_of(self, k: int) -> int:
-        """Bytes that product ``k`` takes up: of its tensors' containers, objects, common state."""
-        product = self.products[k]
-        items = self._objects(product, product.objects, True)
+    def bytes_of_products(self) -> list[int]:
+        """Bytes that each product takes up: its tensors' containers, objects and common state."""
         tensors = sum(item.stored_bytes for item in chunks_of(self.plan.tasks))
-        beside = 0 if product.in_distcp else len(product.common)
-        return tensors + sum(item.nbytes for item in items) + beside
+        totals = []
+        for product in self.products:
+            items = self._objects(product, product.objects, True)
+            beside = 0 if product.in_distcp else len(product.common)
+            totals.append(tensors + sum(item.nbytes for item in items) + beside)
+        return totals
 
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""
