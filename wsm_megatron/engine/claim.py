@@ -56,7 +56,7 @@ class Claims:
         """
         products = job.products
         there = {k for k, product in enumerate(products) if _is_there(product)}
-        _check_space(job, [k for k in range(len(products)) if k not in there])
+        self._check_space(job, [k for k in range(len(products)) if k not in there])
         # In one order, whatever the job's: no two jobs wait for each other.
         for k in sorted(range(len(products)), key=lambda k: str(products[k].path.resolve())):
             if k in there and not _is_untidy(products[k]):
@@ -95,12 +95,12 @@ class Claims:
         del self._locks[product.path]
         return False
 
-
-def _check_space(job: Job, missing: list[int]) -> None:
-    """For products that are not there yet, and what merges of them have left."""
-    nbytes = job.bytes_of_products() if missing else []
-    needed = {job.products[k].path: nbytes[k] for k in missing}
-    check_space(needed, {path: sum(map(allocated, leftovers(path))) for path in needed})
+    def _check_space(self, job: Job, missing: list[int]) -> None:
+        products = {k: job.products[k].path for k in missing}
+        check_space(
+            {path: job.bytes_of(k) for k, path in products.items()},
+            {path: sum(map(allocated, leftovers(path))) for path in products.values()},
+        )
 
 
 def _is_there(product: Product) -> bool:

@@ -140,15 +140,13 @@ class Job:
         tensors = self.plan.bytes_to_write() * len(self.products)
         return tensors + self._objects_written(objects, True)
 
-    def bytes_of_products(self) -> list[int]:
-        """Bytes that each product takes up: its tensors' containers, objects and common state."""
+    def bytes_of(self, k: int) -> int:
+        """Bytes that product ``k`` takes up: of its tensors' containers, objects, common state."""
+        product = self.products[k]
+        items = self._objects(product, product.objects, True)
         tensors = sum(item.stored_bytes for item in chunks_of(self.plan.tasks))
-        totals = []
-        for product in self.products:
-            items = self._objects(product, product.objects, True)
-            beside = 0 if product.in_distcp else len(product.common)
-            totals.append(tensors + sum(item.nbytes for item in items) + beside)
-        return totals
+        beside = 0 if product.in_distcp else len(product.common)
+        return tensors + sum(item.nbytes for item in items) + beside
 
     def bytes_to_send(self) -> int:
         """Bytes of sums that go from rank to rank."""
