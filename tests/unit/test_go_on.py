@@ -260,6 +260,25 @@ def test_other_products_that_place_this_one_elsewhere_start_over(tmp_path: Path)
     assert len(set[str]().union(*keys.values())) == len(keys)
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 9])
+def test_what_is_left_of_a_job_keeps_its_places(tmp_path: Path, ranks: int) -> None:
+    """Killed after one checkpoint has got its name, it goes on from the next, which is complete."""
+    config = MergeConfig(
+        load=runs.RUNS / runs.FP32_PARAM,
+        save=tmp_path,
+        window_iterations=(2, 6, 4),
+        optimizer_state="last",
+    )
+    job = prepare_job(config)
+    whole = [placement(job, k, job.parts(ranks)) for k in range(3)]
+    for left in ([0], [1], [2], [0, 2]):
+        rest = job.only(left)
+        parts = rest.parts(ranks)
+        assert [placement(rest, k, parts) for k in range(len(left))] == [whole[k] for k in left]
+    last = job.only([0, 2]).only([1])
+    assert placement(last, 0, last.parts(ranks)) == whole[2]
+
+
 @pytest.mark.parametrize("parallel", ["", "--source-parallel"])
 def test_the_key_is_the_same_in_every_process(tmp_path: Path, parallel: str) -> None:
     keys = set()

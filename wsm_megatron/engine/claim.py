@@ -61,7 +61,9 @@ class Claims:
         for k in sorted(range(len(products)), key=lambda k: str(products[k].path.resolve())):
             if k in there and not _is_untidy(products[k]):
                 continue
-            if not self._take(job, products[k], check):
+            if self._take(job, products[k], check):
+                there.discard(k)
+            else:
                 there.add(k)
         return [k for k in range(len(products)) if k not in there]
 

@@ -75,6 +75,8 @@ class Job:
 
     Attributes:
         spread: which rank reads what, where they see different files.
+        dealt_for: what the ranks' shares were cut for, where some of its products are left out:
+            those that remain keep their places in the ranks' files.
     """
 
     config: MergeConfig
@@ -82,6 +84,7 @@ class Job:
     products: tuple[Product, ...]
     plan: MergePlan
     spread: Spread | None = None
+    dealt_for: tuple[Merge, ...] = ()
 
     def iterations(self, product: Product) -> tuple[int, ...]:
         return tuple(self.sources[j].iteration for j in product.members)
@@ -104,13 +107,14 @@ class Job:
             sources=tuple(self.sources[j] for j in used),
             products=tuple(replace(p, members=tuple(place[j] for j in p.members)) for p in kept),
             spread=None if self.spread is None else self.spread.only(used, newest),
+            dealt_for=self.dealt_for or tuple(self.merges),
         )
 
     def parts(self, ranks: int) -> tuple[Part, ...]:
         """What every rank does."""
         if self.spread is not None:
             return self._parts_of(self.spread)
-        shares = self.plan.shares(ranks, self.merges)
+        shares = self.plan.shares(ranks, self.dealt_for or self.merges)
         objects = [product.objects for product in self.products]
         return tuple(
             Part(share, [share] * len(objects), [() if rank else keys for keys in objects])
