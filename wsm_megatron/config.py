@@ -202,9 +202,9 @@ class MergeConfig:
         paths = {name: getattr(self, name) for name in ("load", "save", "log_json")}
         for name, value in paths.items():
             if value is not None:
-                object.__setattr__(self, name, _local(name, value))
+                object.__setattr__(self, name, local_path(value, flag(name)))
         for decay in self.decays:
-            _local("decay", decay)
+            local_path(decay, "--decay")
 
     def _check_which(self) -> None:
         windows = self.windows  # contradictions between the window's options raise here
@@ -256,13 +256,6 @@ class MergeConfig:
                 "negative --weights can make the merged second moment negative; use "
                 "--optimizer-state last or drop"
             )
-
-
-def _local(name: str, value: str | Path) -> Path:
-    try:
-        return local_path(value)
-    except ValueError as error:
-        raise ValueError(f"{flag(name)}: {error}") from None
 
 
 def flag(name: str) -> str:

@@ -17,8 +17,13 @@ from wsm_megatron.slurm import PORTS, master_port, task_of_step, whole_number
 _HERE = "127.0.0.1"
 _JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PBS_JOBID", "LSB_JOBID")
 """What all ranks of a job have in common, also on other hosts, and other jobs do not."""
-_LOCAL: tuple[str, ...] = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-_LOCAL += ("MPI_LOCALRANKID", "SLURM_LOCALID")
+_LOCAL = (
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "SLURM_LOCALID",
+)
 
 
 class _Names(NamedTuple):

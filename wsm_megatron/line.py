@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from wsm_megatron.errors import LostError, MergeError, PassingError
+from wsm_megatron.errors import LostError, MergeError, PassingError, StoppedError
 from wsm_megatron.garbage import no_collection
 from wsm_megatron.sign import Failure, Sign
 
@@ -271,7 +271,8 @@ class Line:
 
     def _own(self, error: BaseException, phase: str) -> Failure:
         message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
-        return Failure(self.rank, message, _kind(error), phase)
+        stopped_by = error.number if isinstance(error, StoppedError) else 0
+        return Failure(self.rank, message, _kind(error), phase, stopped_by)
 
     def _lost(self, rank: int) -> Failure:
         if rank not in self._heard:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MEET_WITHIN = 600.0
 """Seconds within which every rank must have started."""
-TELL_AFTER = 3.0
+TELL_AFTER = 5.0
 """Seconds until a rank says whom it waits for."""
 TELL_EVERY = 60.0
 _LOOK = 0.1

@@ -5,19 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, StoppedError
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the job failed: the first rank that said so, or was found lost."""
+    """Why the job failed: the first rank that said so, or was found lost.
+
+    Attributes:
+        stopped_by: the signal that ended the rank; 0: none did.
+    """
 
     rank: int
     message: str
     kind: type[Exception] = MergeError
     phase: str = ""
+    stopped_by: int = 0
 
     def error(self) -> Exception:
+        if self.stopped_by:
+            return StoppedError(self.message, self.stopped_by)
         return self.kind(self.message)
 
 

@@ -70,12 +70,17 @@ def several(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return read
 
 
-def local_path(text: str | Path) -> Path:
-    """A path of a mounted file system. An address of object storage is none."""
+def local_path(text: str | Path, option: str = "") -> Path:
+    """A path of a mounted file system. An address of object storage is none.
+
+    Args:
+        option: it was given to, for the message.
+    """
     if _ADDRESS.match(str(text)):
         raise ValueError(
-            f"{text} is an address, not a path: wsm reads and writes mounted file systems only. "
-            "Mount the storage or copy the checkpoints, and give the folder"
+            f"{option}{' ' if option else ''}{text} is an address, not a path: only mounted file "
+            "systems are read and written. Mount the storage or copy the checkpoints, and give the "
+            "folder"
         )
     return Path(text)
 

@@ -152,6 +152,15 @@ class Cluster:
             time.sleep(0.2)
         return job
 
+    def ended(self, number: str, timeout: float = 240.0) -> dict[str, str]:
+        """Wait until a job has ended, however it did."""
+        deadline = time.monotonic() + timeout
+        while (job := self.job(number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"job {number} does not end\n{self.output(job)}")
+            time.sleep(0.2)
+        return job
+
     def start_now(self, number: str) -> None:
         """Wait until a requeued job runs again, and spare it Slurm's two minutes in the queue."""
         deadline = time.monotonic() + 2 * _WAIT_SECONDS

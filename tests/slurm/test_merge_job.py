@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -82,35 +83,73 @@ def test_an_array_merges_every_end_point(cluster: Cluster, tmp_path: Path) -> No
         assert last["event"] == "finished" and last["iterations"][-1] == end
 
 
-def test_a_job_requeued_in_the_middle_finishes(cluster: Cluster, tmp_path: Path) -> None:
-    started = tmp_path / "started"
-    settings = {"WSM": "python -m tests.slurm.gated", "STARTED": str(started)}
-    settings["LOG_JSON"] = str(tmp_path / "events")
-    command = [*TWO_BY_TWO, "--output", str(tmp_path / "log"), SCRIPT]
-    job = cluster.submit(*command, *options(tmp_path / "out"), env=settings)
-    wait_for(started)
-    assert not list((tmp_path / "out").glob("iter_*")), "nothing is published yet"
+def test_a_job_requeued_while_it_writes_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit_gated(cluster, tmp_path, LOG_JSON=str(tmp_path / "events"))
     cluster.call("scontrol", "requeue", job)
     cluster.start_now(job)
     done = cluster.wait(job, "COMPLETED")
     assert done["Restarts"] == "1"
-    told = [event["event"] for event in events(tmp_path / "events" / f"{job}.jsonl")]
-    assert told.count("started") == 2 and told[-1] == "finished"
+    assert "going on from it" in cluster.output(done)
+    told = events(tmp_path / "events" / f"{job}.jsonl")
+    assert [event["event"] for event in told].count("started") == 2
+    planned = [event for event in told if event["event"] == "planned"][-1]
+    assert told[-1]["event"] == "finished"
+    assert told[-1]["bytes_written"] < planned["bytes_to_write"], "it started over"
     assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
 
 
 def test_shortly_before_its_time_is_over_a_job_requeues_itself(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    started = tmp_path / "started"
-    settings = {"WSM": "python -m tests.slurm.gated", "STARTED": str(started)}
-    command = [*TWO_BY_TWO, "--output", str(tmp_path / "log"), SCRIPT, *options(tmp_path / "out")]
-    job = cluster.submit(*command, env=settings)
-    wait_for(started)
+    job = submit_gated(cluster, tmp_path)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
     cluster.start_now(job)
-    cluster.wait(job, "COMPLETED")
+    done = cluster.wait(job, "COMPLETED")
+    assert "going on from it" in cluster.output(done)
     assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
+
+
+def test_a_site_that_does_not_requeue(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit_gated(cluster, tmp_path)
+    cluster.call("scontrol", "update", f"JobId={job}", "Requeue=0")  # what JobRequeue=0 makes of it
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    done = cluster.ended(job)
+    assert done["ExitCode"] == "143:0" and done["Restarts"] == "0"
+    assert "does not requeue (JobRequeue=0?): submit the same command" in cluster.output(done)
+    again = cluster.submit(*arguments(tmp_path))
+    assert "going on from it" in cluster.output(cluster.wait(again, "COMPLETED"))
+    assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("how", [[], ["--signal=TERM"]], ids=["the job", "its ranks"])
+def test_scancel_is_told_by_the_exit_status(
+    cluster: Cluster, tmp_path: Path, how: list[str]
+) -> None:
+    job = submit_gated(cluster, tmp_path)
+    cluster.call("scancel", *how, job)
+    done = cluster.ended(job)
+    assert done["ExitCode"] == "143:0"
+    assert "stopped by SIGTERM; nothing was published" in cluster.output(done)
+    assert not list((tmp_path / "out").glob("iter_*"))
+
+
+def arguments(folder: Path, *settings: str) -> list[str]:
+    job = [*TWO_BY_TWO, "--output", str(folder / "log"), SCRIPT, *settings]
+    return [*job, *options(folder / "out")]
+
+
+def submit_gated(cluster: Cluster, folder: Path, **settings: str) -> str:
+    """A job whose ranks all wait in the middle of writing."""
+    started = folder / "started"
+    gate = {"WSM": "python -m tests.slurm.gated", "STARTED": str(started)}
+    job = cluster.submit(*arguments(folder), env=gate | settings)
+    for rank in range(4):
+        wait_for(Path(f"{started}.{rank}"))
+    journals = list((folder / "out").glob(".iter_0000008.*/*.journal"))
+    assert len(journals) == 4
+    assert all(len(journal.read_text().splitlines()) >= 3 for journal in journals)
+    assert not list((folder / "out").glob("iter_*")), "nothing is published yet"
+    return job
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -118,8 +157,82 @@ def events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_site_that_exports_no_environment(cluster: Cluster, tmp_path: Path) -> None:
+    """The script hands its settings on as arguments, the end points among them."""
+    settings = {
+        "ENDS": "6 8",
+        "CPUS_PER_RANK": "1",
+        "SBATCH_ARGS": f"--parsable --output {tmp_path}/log-%a",
+        "SBATCH_EXPORT": "NONE",
+        "LOG_JSON": str(tmp_path / "events"),
+        "WSM": f"{sys.executable} {wsm_script(tmp_path)}",
+    }
+    command = [SCRIPT, *options(tmp_path / "out"), "--last", "2"]
+    job = cluster.call(*command, env=settings).strip()
+    for k, end in enumerate((6, 8)):
+        cluster.wait(f"{job}_{k}", "COMPLETED")
+        expected = alone(tmp_path / "alone", last=2, to=end)
+        assert_same(tmp_path / "out" / expected.name, expected)
+        assert events(tmp_path / "events" / f"{job}_{k}.jsonl")[-1]["event"] == "finished"
+
+
+def wsm_script(folder: Path) -> Path:
+    """``wsm`` of this checkout, where there is no PYTHONPATH."""
+    script = folder / "wsm.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from wsm_megatron.__main__ import run\nrun()\n"
+    )
+    return script
+
+
+@pytest.mark.parametrize(
+    "array, settings, words",
+    [
+        (["--array=0-1"], {}, "every task would make the same merge"),
+        (["--array=0-1", "--export=NONE"], {"ENDS": "6 8"}, "every task would make the same merge"),
+        (["--array=2"], {"ENDS": "6 8"}, "task 2 of an array, and 2 end points"),
+        ([], {"ENDS": "6 8"}, "2 end points (ENDS), and no job array"),
+        ([], {"WSM": "/no/such/wsm"}, "no /no/such/wsm on"),
+        ([], {"LOG_JSON": "s3://bucket/logs"}, "is an address, not a folder"),
+    ],
+    ids=["no ends", "ends lost", "too few ends", "no array", "no wsm", "object storage"],
+)
+def test_what_a_job_refuses_in_one_line(
+    cluster: Cluster, tmp_path: Path, array: list[str], settings: dict[str, str], words: str
+) -> None:
+    job = cluster.submit(*array, *arguments(tmp_path), env=settings)
+    job += f"_{array[0][-1]}" if array else ""
+    done = cluster.ended(job)
+    assert done["ExitCode"] == "2:0"
+    (line,) = set(cluster.output(done).splitlines())
+    assert line.startswith("merge.sbatch: ") and words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_end_point_needs_no_array(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit(*arguments(tmp_path, "ENDS=6"), "--last", "2")
+    cluster.wait(job, "COMPLETED")
+    assert [path.name for path in (tmp_path / "out").glob("iter_*")] == ["iter_0000006"]
+
+
+def test_more_cores_than_a_node_has(cluster: Cluster, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [SCRIPT, *options(tmp_path / "out")],
+        env=cluster.environ | {"CPUS_PER_RANK": "3", "RANKS_PER_NODE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "merge.sbatch: 6 cores on a node are wanted (RANKS_PER_NODE x CPUS_PER_RANK), and the "
+        "largest has 4: give less, for instance CPUS_PER_RANK=2\n"
+    )
+
+
 def test_dry_run() -> None:
     settings = {"DRY_RUN": "1", "NODES": "4", "ENDS": "10 20 30", "PARTITION": "gpu", "MEM": "0"}
+    settings["WSM"] = "wsm"
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     printed = subprocess.run(
         [SCRIPT, "--load", "a run", "--save", "out"],
@@ -128,7 +241,8 @@ def test_dry_run() -> None:
         text=True,
         check=True,
     ).stdout
-    assert printed.split("merge.sbatch")[1].strip() == r"--load a\ run --save out"
+    handed_on = r"ENDS=10\ 20\ 30 WSM=wsm --load a\ run --save out"
+    assert printed.split("merge.sbatch")[1].strip() == handed_on
     for words in ("sbatch --nodes 4", "--partition gpu", "--mem 0", "--array 0-2"):
         assert words in printed
 

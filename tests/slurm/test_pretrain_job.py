@@ -70,7 +70,8 @@ def test_dry_run() -> None:
         check=True,
     ).stdout
     assert "sbatch --nodes 16 --ntasks-per-node 8 --cpus-per-task 8 --gpus-per-node 8" in printed
-    assert printed.endswith("pretrain_wsm.sbatch --wsm-merge-num 8 \n")
+    handed_on = printed.split("pretrain_wsm.sbatch ")[1].split()
+    assert handed_on[0] == "SCRIPT=pretrain_gpt.py" and handed_on[-2:] == ["--wsm-merge-num", "8"]
 
 
 def test_dry_run_in_a_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from wsm_megatron.cli import _Log
 from wsm_megatron.distributed import Ranks
 from wsm_megatron.engine.crew import in_background
 from wsm_megatron.engine.steps import check_shared
-from wsm_megatron.errors import StoppedError
+from wsm_megatron.errors import StoppedError, exit_code
 from wsm_megatron.line import Line
 from wsm_megatron.signals import ENDING, Stop
 
@@ -278,6 +278,7 @@ def test_a_signal_that_was_swallowed_ends_the_job(ranks: list[Ranks]) -> None:
     assert isinstance(outcomes[1], StoppedError)
     for rank in (0, 2):
         assert "rank 1 failed in the test: stopped by SIGTERM" in str(outcomes[rank])
+        assert exit_code(outcomes[rank]) == 128 + signal.SIGTERM
 
 
 def test_logging_does_not_swallow_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,3 +202,7 @@ def test_merged_checkpoints_have_a_root_of_their_own() -> None:
     assert merged_root(run_args(), WSMConfig(num=4)) == Path("/runs/a/wsm")
     assert merged_root(run_args(), WSMConfig(num=4, save="/m")) == Path("/m")
     assert merged_root(run_args(save=None), WSMConfig(num=4)) is None
+    with pytest.raises(ValueError, match="--wsm-merge-save s3://b/m is an address"):
+        merged_root(run_args(), WSMConfig(num=4, save="s3://b/m"))
+    with pytest.raises(ValueError, match="without --wsm-merge-save, --save msc://a is an address"):
+        merged_root(run_args(save="msc://a"), WSMConfig(num=4))

@@ -117,9 +117,9 @@ def test_addresses_are_no_paths(address: str, tmp_path: Path) -> None:
             local_path(path)
         for name in ("load", "save", "log_json"):
             paths = {"load": tmp_path / "a", "save": tmp_path / "b", name: path}
-            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: .* is an address"):
+            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* is an address"):
                 MergeConfig(**paths)
-    with pytest.raises(ValueError, match="--decay: .* is an address"):
+    with pytest.raises(ValueError, match="--decay .* is an address"):
         MergeConfig(load=tmp_path / "a", save=tmp_path / "b", decay=f"mean,{address}.csv")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.plugin.config import WSMConfig, flag_of, read_yaml
+from wsm_megatron.values import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def config_from_args(args: argparse.Namespace) -> WSMConfig | None:
 def merged_root(args: Any, config: WSMConfig) -> Path | None:
     """The folder of merged checkpoints, or None where the run saves nowhere."""
     if config.save is not None:
-        return Path(config.save)
-    return Path(args.save) / "wsm" if args.save else None
+        return local_path(config.save, "--wsm-merge-save")
+    return local_path(args.save, "without --wsm-merge-save, --save") / "wsm" if args.save else None
 
 
 def shards_dir(args: Any, config: WSMConfig) -> Path | None:
@@ -84,7 +85,9 @@ def shards_dir(args: Any, config: WSMConfig) -> Path | None:
         return None
     if config.dir is None and not args.save:
         raise ValueError("--wsm-merge-store disk: give --wsm-merge-dir, the run has no --save")
-    return Path(config.dir) if config.dir is not None else Path(args.save) / "wsm_shards"
+    if config.dir is not None:
+        return local_path(config.dir, "--wsm-merge-dir")
+    return local_path(args.save, "without --wsm-merge-dir, --save") / "wsm_shards"
 
 
 def keep_interval(args: Any, config: WSMConfig) -> int | None:
