@@ -401,7 +401,7 @@ def test_provenance_that_is_deep(tmp_path, capsys):
     capsys.readouterr()
     assert main(["verify", str(output)]) == EXIT_FAILED
     error = capsys.readouterr().err
-    assert "wsm_merge.json is damaged" in error and len(error.splitlines()) == 1
+    assert "wsm_merge.json: damaged" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "a\nb", "\ud800", ""])

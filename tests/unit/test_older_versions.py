@@ -41,7 +41,7 @@ def test_weights_are_merged(run: str, tmp_path: Path) -> None:
         assert same_bits(tensor, rounded(expected, tensor.dtype)), key
     verify(output, sources=True)
     verify(OLDER / run / "iter_0000008")
-    assert inspect_checkpoint(OLDER / run / "iter_0000008").iteration == 8
+    assert inspect_checkpoint(OLDER / run / "iter_0000008").summary.iteration == 8
 
 
 def test_optimizer_state_of_0_15_is_merged(tmp_path: Path) -> None:

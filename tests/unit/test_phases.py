@@ -14,6 +14,7 @@ from wsm_megatron import MergeConfig, merge, report
 from wsm_megatron.engine import phases
 from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
 from wsm_megatron.engine.phases import PHASES, Phases, RankReport
+from wsm_megatron.engine.sources import Decay
 
 
 class Clock:
@@ -96,7 +97,9 @@ def table(number: int) -> list[str]:
         for k in range(number)
     )
     resume = {"main_params": "dropped", "moments": "dropped", "launch": {}}
-    merged = MergedCheckpoint(Path("out/iter_8"), (1, 2), (0.5, 0.5), (0.5,), resume)
+    merged = MergedCheckpoint(
+        Path("out/iter_8"), (1, 2), Decay((1, 2), "iterations", (0.5, 0.5)), resume
+    )
     lines = list(report.merged(MergeReport((merged,), 1, 1, 1.0, ranks)))
     start = next(k for k, line in enumerate(lines) if line.split()[:1] == ["rank"])
     end = next(k for k, line in enumerate(lines) if line.startswith("merged checkpoint"))

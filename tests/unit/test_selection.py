@@ -218,7 +218,7 @@ def test_a_decaying_learning_rate_is_refused_unless_it_is_allowed(warnings: Any)
 
 def test_ranks_that_see_other_trackers_go_by_the_newest() -> None:
     """Megatron's rank 0 writes the tracker of its node; another node may have an older copy."""
-    files = {name: Seen(1, 1, 1) for name in (".metadata", "metadata.json")}
+    files = {name: Seen(1, 1, 1, 1) for name in (".metadata", "metadata.json")}
     sights: list[Any] = [{2: files, 4: files}, {6: files, 8: {}}]
     directory = View(RUN, sights, ["4", None]).run()
     assert (directory.finished, directory.unfinished) == ((2, 4, 6), (8,))

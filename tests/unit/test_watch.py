@@ -16,7 +16,6 @@ from wsm_megatron import MergeError
 from wsm_megatron.engine import watch
 from wsm_megatron.engine.sources import Source, open_source
 from wsm_megatron.engine.watch import SourceWatch
-from wsm_megatron.window import Checkpoint
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sources(run: Path) -> list[Source]:
-    return [open_source(run, Checkpoint(iteration)) for iteration in runs.ITERATIONS]
+    return [open_source(run, iteration) for iteration in runs.ITERATIONS]
 
 
 def looks(watching: SourceWatch, number: int) -> None:

@@ -149,7 +149,7 @@ def _tensor(
     if hooks or metadata or len(size) != len(stride):
         raise ValueError("a tensor of an unknown kind")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min(offset, *size, *stride) < 0 or (0 not in size and last >= storage._size()):
+    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= storage._size()):
         raise ValueError("a tensor that is larger than its storage")
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, {})
 

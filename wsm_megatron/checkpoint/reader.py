@@ -235,9 +235,12 @@ class _Window(io.RawIOBase):
         length = location.length
         whole = length <= 2 * _ENDS
         spans = [(0, length)] if whole else [(0, _ENDS), (length - _ENDS, _ENDS)]
-        self._ends = [(start, memoryview(bytearray(count))) for start, count in spans]
-        for start, out in self._ends:
-            files.read(location.file, location.offset + start, out, what)
+        self._ends = [(start, self._read(start, count)) for start, count in spans]
+
+    def _read(self, start: int, count: int) -> memoryview:
+        out = memoryview(bytearray(count))
+        position = self._location.offset + start
+        return out[: self._files.read_some(self._location.file, position, out, self._what)]
 
     def readable(self) -> bool:
         return True
