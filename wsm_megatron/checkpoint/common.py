@@ -27,7 +27,8 @@ reads the loaded state by key and passes over keys that it does not know."""
 logger = logging.getLogger(__name__)
 
 # `lr_scheduler` is what Megatron called `opt_param_scheduler` before.
-_OPTIMIZER_KEYS = ("optimizer", "opt_param_scheduler", "lr_scheduler")
+_SCHEDULER_KEYS = ("opt_param_scheduler", "lr_scheduler")
+_OPTIMIZER_KEYS = ("optimizer", *_SCHEDULER_KEYS)
 _CONTENT_KEY = "content_metadata"
 
 
@@ -70,6 +71,10 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
         state = state[0]
     if not isinstance(state, dict):
         raise MergeError(f"{where}: the common state is a {type(state).__name__}, not a dict")
+    for key in (*_SCHEDULER_KEYS, _CONTENT_KEY):
+        kind = type(state.get(key))
+        if not issubclass(kind, (dict, type(None))):
+            raise MergeError(f"{where}: {key} is a {kind.__name__}, not a dict; it is damaged")
     return state
 
 
@@ -86,14 +91,14 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
     """Where in training the checkpoint of this common state was taken."""
     args = attributes(state.get("args"))
     # `total_iters` is what Megatron called `iteration` before (`load_checkpoint` takes both).
-    iteration = _integer(state.get("iteration", state.get("total_iters")))
-    began = _integer(args.get("iteration"))
+    iteration = integer(state.get("iteration", state.get("total_iters")))
+    began = integer(args.get("iteration"))
     if began is not None and (iteration is None or began >= iteration):
         began = None
     return CommonSummary(
         iteration=iteration,
-        consumed_samples=_integer(args.get("consumed_train_samples")),
-        seq_length=_integer(args.get("seq_length")),
+        consumed_samples=integer(args.get("consumed_train_samples")),
+        seq_length=integer(args.get("seq_length")),
         began=began,
         learning_rate=learning_rate(state, args),
     )
@@ -213,5 +218,6 @@ def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection
     return made
 
 
-def _integer(value: Any) -> int | None:
+def integer(value: Any) -> int | None:
+    """A value that should be an integer; None for any other."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.checkpoint.common import attributes, load_common, summarize
+from wsm_megatron.checkpoint.common import attributes, integer, load_common, summarize
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of, stores_remainders
 from wsm_megatron.checkpoint.run import TRACKER_FILE, scan_run, why_untracked
@@ -161,7 +161,7 @@ def _problems(
             "--no-load-optim, and mind the LR scheduler"
         )
         return
-    if args.get("no_save_optim"):
+    if args.get("no_save_optim") is True:
         yield (
             "args say no_save_optim although there is optimizer state: Megatron will not load it, "
             "and stops with KeyError 'optimizer'"
@@ -236,12 +236,13 @@ def _notes(
     if optimizer is not None:
         needs = "without" if optimizer == REPLICATED else "with"
         yield f"the launch must be {needs} --use-distributed-optimizer, as the checkpoint was saved"
-    if optimizer in _ANY_SIZES and args.get("num_experts"):
+    if optimizer in _ANY_SIZES and integer(args.get("num_experts")):
         yield (
             "the optimizer of EP1 is one, of larger EP sizes two (dense, experts): megatron-core "
             "does not load one as the other"
         )
-    if args.get("no_save_rng") or not any(e.role is Role.RNG for e in layout.objects.values()):
+    rng = any(entry.role is Role.RNG for entry in layout.objects.values())
+    if args.get("no_save_rng") is True or not rng:
         yield "no RNG states: dropout starts from --seed again (the data's order does not)"
     if "args" not in state:
         yield "no args: Megatron-LM will not know consumed samples (saved by another loop?)"
