@@ -82,9 +82,9 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
     args = attributes(state.get("args"))
     # `total_iters` is what Megatron called `iteration` before (`load_checkpoint` takes both).
     return CommonSummary(
-        iteration=integer(state.get("iteration", state.get("total_iters"))),
-        consumed_samples=integer(args.get("consumed_train_samples")),
-        seq_length=integer(args.get("seq_length")),
+        iteration=_integer(state.get("iteration", state.get("total_iters"))),
+        consumed_samples=_integer(args.get("consumed_train_samples")),
+        seq_length=_integer(args.get("seq_length")),
     )
 
 
@@ -202,6 +202,10 @@ def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection
     return made
 
 
-def integer(value: Any) -> int | None:
-    """A value that should be an integer; None for any other."""
+def integer_in(values: Mapping[str, Any], name: str) -> int | None:
+    """A value that should be an integer; None where it is none, or not there."""
+    return _integer(values.get(name))
+
+
+def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
