@@ -14,7 +14,7 @@ from tests.reference import RUNS
 ITERATIONS = (6, 8)
 WEIGHTS = (0.25, 0.75)
 BASES = (
-    (runs.DENSE, "drop"),
+    *[(runs.DENSE, "drop")] * 4,  # the smallest
     (runs.FLAT, "drop"),
     (runs.FLAT, "last"),
     (runs.FULLY, "last"),

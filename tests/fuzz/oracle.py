@@ -88,10 +88,18 @@ def expected(case: Case) -> Tensors:
     sources = []
     for iteration in ITERATIONS:
         path = runs.checkpoint(case.run, iteration)
+        newest = iteration == ITERATIONS[-1]
+
+        def read(key: str, newest: bool = newest) -> bool:
+            return wanted(key) and (newest or not _is_moment(key))
+
         changed = path == case.victim and not case.silent
-        loaded = load(path, wanted) if changed else of_base(case.base, iteration)
-        sources.append({key: tensor for key, tensor in loaded.items() if wanted(key)})
-    merged = {key: _merged(key, [source[key] for source in sources]) for key in sources[-1]}
+        loaded = load(path, read) if changed else of_base(case.base, iteration)
+        sources.append({key: tensor for key, tensor in loaded.items() if read(key)})
+    merged = {
+        key: tensor if _is_moment(key) else _merged([source[key] for source in sources])
+        for key, tensor in sources[-1].items()
+    }
     for key, tensor in merged.items():
         main = _main_of(key, tensor, merged, case.base)
         if main is not None:
@@ -99,10 +107,14 @@ def expected(case: Case) -> Tensors:
     return merged
 
 
-def _merged(key: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+def _is_moment(key: str) -> bool:
+    """Of these only the newest source's are read, with ``--optimizer-state last``."""
+    return any(part in key.split(".") for part in _MOMENTS)
+
+
+def _merged(tensors: list[torch.Tensor]) -> torch.Tensor:
     newest = tensors[-1]
-    moment = any(part in key.split(".") for part in _MOMENTS)
-    if moment or not newest.is_floating_point() or key.endswith(".step"):
+    if not newest.is_floating_point():
         return newest
     return rounded(weighted_sum64(WEIGHTS, tensors), newest.dtype)
 

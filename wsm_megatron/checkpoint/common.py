@@ -218,6 +218,10 @@ def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection
     return made
 
 
-def integer(value: Any) -> int | None:
-    """A value that should be an integer; None for any other."""
+def integer_in(values: Mapping[str, Any], name: str) -> int | None:
+    """A value that should be an integer; None where it is none, or not there."""
+    return _integer(values.get(name))
+
+
+def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wsm_megatron.checkpoint.common import attributes, integer, summarize
+from wsm_megatron.checkpoint.common import attributes, integer_in, summarize
 from wsm_megatron.config import MergeConfig
 
 CONTINUE = "continue"
@@ -159,10 +159,10 @@ def position_of(state: Mapping[str, Any]) -> Position:
     args, scheduler = attributes(state.get("args")), state.get("opt_param_scheduler") or {}
     summary = summarize(state)
     iteration, samples = summary.iteration or 0, summary.consumed_samples or 0
-    steps = integer(scheduler.get("num_steps")) or 0
-    if integer(args.get("train_samples")):
+    steps = integer_in(scheduler, "num_steps") or 0
+    if integer_in(args, "train_samples"):
         return Position(unit="samples", trained=samples, scheduled=steps)
-    batch = integer(args.get("global_batch_size")) or 1
+    batch = integer_in(args, "global_batch_size") or 1
     return Position(unit="iters", trained=iteration, scheduled=-(-steps // batch))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.checkpoint.common import attributes, integer, load_common, summarize
+from wsm_megatron.checkpoint.common import attributes, integer_in, load_common, summarize
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.roles import Role, is_flat_bucket, main_of, stores_remainders
 from wsm_megatron.checkpoint.run import TRACKER_FILE, scan_run, why_untracked
@@ -236,7 +236,7 @@ def _notes(
     if optimizer is not None:
         needs = "without" if optimizer == REPLICATED else "with"
         yield f"the launch must be {needs} --use-distributed-optimizer, as the checkpoint was saved"
-    if optimizer in _ANY_SIZES and integer(args.get("num_experts")):
+    if optimizer in _ANY_SIZES and integer_in(args, "num_experts"):
         yield (
             "the optimizer of EP1 is one, of larger EP sizes two (dense, experts): megatron-core "
             "does not load one as the other"
