@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def test_keeps_may_come_between_saves(megatron: Path, tmp_path: Path) -> None:
         "iter_0000007",
         "iter_0000008",
     ]
+
+
+def test_tokens_are_counted_at_the_length_they_were_trained_with(
+    megatron: Path, tmp_path: Path
+) -> None:
+    """8 samples an iteration, of 16 tokens up to iteration 4, of 32 from there on."""
+    run = tmp_path / "run"
+    flags = f"{FLAGS} --save {run} --load {run} --wsm-merge --wsm-merge-num 4"
+    longer = "--seq-length 32 --max-position-embeddings 32"
+    for extra in ("--exit-interval 4", longer):
+        outcome = pretrain(megatron, f"{flags} {extra}")
+        assert outcome.returncode == 0, outcome.log[-8000:]
+    merged = json.loads((run / "wsm" / "iter_0000008" / "wsm_merge.json").read_text())
+    assert [source["iteration"] for source in merged["sources"]] == [2, 4, 6, 8]
+    assert (merged["positions"], merged["unit"]) == ([256, 512, 1024, 1536], "tokens")
 
 
 @pytest.mark.parametrize(
