@@ -91,14 +91,14 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
     """Where in training the checkpoint of this common state was taken."""
     args = attributes(state.get("args"))
     # `total_iters` is what Megatron called `iteration` before (`load_checkpoint` takes both).
-    iteration = integer(state.get("iteration", state.get("total_iters")))
-    began = integer(args.get("iteration"))
+    iteration = _integer(state.get("iteration", state.get("total_iters")))
+    began = integer_in(args, "iteration")
     if began is not None and (iteration is None or began >= iteration):
         began = None
     return CommonSummary(
         iteration=iteration,
-        consumed_samples=integer(args.get("consumed_train_samples")),
-        seq_length=integer(args.get("seq_length")),
+        consumed_samples=integer_in(args, "consumed_train_samples"),
+        seq_length=integer_in(args, "seq_length"),
         began=began,
         learning_rate=learning_rate(state, args),
     )
