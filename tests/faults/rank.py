@@ -81,15 +81,19 @@ def _inject(case: Case) -> None:
     """Let the third call in the stage go wrong, and, of an error of storage, all that follow."""
     owner, name = _PLACES[case.stage]
     third = 3 if case.stage in ("plan", "read", "reduce", "write") else 1
-    if case.rank != 0 and case.stage in ("plan", "publish"):
-        owner, name = line.Line, "take"
-        third = {"plan": 1, "publish": 5}[case.stage]
+    if case.rank != 0 and case.stage in _WAITS:
+        phase, ever = _WAITS[case.stage], case.fault in ("EIO", "ENOSPC")
+        _when(line.Line, "take", 1, _FAULTS[case.fault], ever, lambda own, _: own.phase == phase)
+        return
     call = _STALLS.get((case.fault, case.stage))
     if call is not None:
         _when(owner, name, third, lambda: _when(os, call, 1, _FAULTS[case.fault]))
         return
     _when(owner, name, third, _FAULTS[case.fault], ever=case.fault in ("EIO", "ENOSPC"))
 
+
+_WAITS = {"plan": "planning", "publish": "publishing"}
+"""The phase in which a rank waits for rank 0 in a stage."""
 
 _STALLS = {
     ("stalled read", "reduce"): "preadv",
@@ -103,12 +107,21 @@ _STALLS = {
 """The call that hangs, where it is not the one that the stage is told by but the next after it."""
 
 
-def _when(owner: Any, name: str, call: int, then: Callable[[], None], ever: bool = False) -> None:
+def _when(
+    owner: Any,
+    name: str,
+    call: int,
+    then: Callable[[], None],
+    ever: bool = False,
+    counts: Callable[..., bool] = lambda *_: True,
+) -> None:
     original = getattr(owner, name)
     lock, count = threading.Lock(), 0
 
     def faulty(*arguments: Any, **options: Any) -> Any:
         nonlocal count
+        if not counts(*arguments):
+            return original(*arguments, **options)
         with lock:
             count += 1
             now = count >= call if ever else count == call
