@@ -112,6 +112,8 @@ def main() -> int:
                     flush=True,
                 )
                 if given.keep:
+                    given.keep.mkdir(parents=True, exist_ok=True)
+                    shutil.rmtree(given.keep / str(result.seed), ignore_errors=True)
                     shutil.move(Path(folder, str(result.seed)), given.keep / str(result.seed))
             shutil.rmtree(Path(folder, str(result.seed)), ignore_errors=True)
     print(table(results))

@@ -54,12 +54,12 @@ def _judge(case: Case) -> Outcome:
         if left:
             return "LEFT SOMETHING", f"{left} after: {message}"
     else:
-        problem = _wrong(case, newest)
+        problem = _wrong(case, newest, rebuilt="rebuilt from the merged model" in message)
         if problem:
             return problem
         verified, said = wsm("verify", "--sources", str(newest))
         if verified:
-            return "OWN MERGE REFUSED", said
+            return "OWN MERGE REFUSED", f"{verified} {said}"
     for arguments in _also(case, merged=status == 0):
         problem = _unclean(*wsm(*arguments))
         if problem:
@@ -99,13 +99,13 @@ def _unclean(status: int | str, message: str) -> Outcome | None:
     return None if clean or status not in (1, 2) else ("UNCLEAN MESSAGE", message[:1500])
 
 
-def _wrong(case: Case, output: Path) -> Outcome | None:
+def _wrong(case: Case, output: Path, rebuilt: bool) -> Outcome | None:
     try:
         merged = oracle.load(output, lambda key: True)
     except (Exception, CheckpointException) as error:
         return "MERGE DOES NOT LOAD", f"{type(error).__name__}: {error}"
     try:
-        expected = oracle.expected(case)
+        expected = oracle.expected(case, rebuilt)
     except (Exception, CheckpointException) as error:
         return "MERGED WHAT TORCH REFUSES", f"{type(error).__name__}: {error}"[:1000]
     if merged.keys() != expected.keys():

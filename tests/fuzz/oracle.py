@@ -23,6 +23,7 @@ from tests.reference import rounded, weighted_sum64
 Tensors = dict[str, torch.Tensor]
 _FILLS = (7, 93)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAINS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 class HoleError(Exception):
@@ -82,8 +83,12 @@ def kept(optimizer_state: str) -> Callable[[str], bool]:
     return lambda key: ".state." not in key and ".gbuf_idx" not in key
 
 
-def expected(case: Case) -> Tensors:
-    """The tensors of the merge. Raises what :func:`load` raises."""
+def expected(case: Case, rebuilt: bool = False) -> Tensors:
+    """The tensors of the merge. Raises what :func:`load` raises.
+
+    Args:
+        rebuilt: main params are made of the merged model, as where sources keep them differently.
+    """
     wanted = kept(case.optimizer_state)
     sources = []
     for iteration in ITERATIONS:
@@ -91,20 +96,28 @@ def expected(case: Case) -> Tensors:
         newest = iteration == ITERATIONS[-1]
 
         def read(key: str, newest: bool = newest) -> bool:
-            return wanted(key) and (newest or not _is_moment(key))
+            unread = _is_moment(key) or (rebuilt and key.startswith(_MAINS))
+            return wanted(key) and (newest or not unread)
 
         changed = path == case.victim and not case.silent
         loaded = load(path, read) if changed else of_base(case.base, iteration)
         sources.append({key: tensor for key, tensor in loaded.items() if read(key)})
     merged = {
-        key: tensor if _is_moment(key) else _merged([source[key] for source in sources])
+        key: _merged([source[key] for source in sources]) if key in sources[0] else tensor
         for key, tensor in sources[-1].items()
     }
+    for key, tensor in merged.items():
+        if rebuilt and key.startswith(_MAINS):
+            merged[key] = merged[_model_of(key)].to(tensor.dtype)
     for key, tensor in merged.items():
         main = _main_of(key, tensor, merged, case.base)
         if main is not None:
             merged[key] = main.to(tensor.dtype)
     return merged
+
+
+def _model_of(main: str) -> str:
+    return next(main.removeprefix(prefix) for prefix in _MAINS if main.startswith(prefix))
 
 
 def _is_moment(key: str) -> bool:
@@ -121,7 +134,7 @@ def _merged(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _main_of(key: str, model: torch.Tensor, merged: Tensors, base: str) -> torch.Tensor | None:
     """The merged main param of a model tensor."""
-    for prefix in ("optimizer.state.param.", "optimizer.state.fp32_param."):
+    for prefix in _MAINS:
         if prefix + key in merged:
             return merged[prefix + key]
     if not any(".gbuf_idx" in one for one in merged):

@@ -55,7 +55,7 @@ class TensorProperties(_StandIn):
     dtype: torch.dtype
 
     def __setstate__(self, state: Any) -> None:
-        self.dtype = state[0]
+        self.dtype, _layout, _requires_grad, _memory_format, _pin_memory = state
 
 
 @dataclass(slots=True)
