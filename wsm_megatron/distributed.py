@@ -228,6 +228,7 @@ def job_ranks() -> Iterator[Ranks]:
     line = Line(store, rank, size)
     _current = Ranks(rank, size, line, store)
     try:
+        line.exchange()  # heard from now on: a rank killed in its first second is lost, not late
         if waiting is not None:
             line.meet(waiting.tell)
         yield _current

@@ -29,11 +29,9 @@ AT_ONCE = 4
 
 def run_rank(case: Case | None, rank: int, port: int, log: Path, argv: list[str]) -> None:
     """One rank, in which a look at the run or a message can go wrong too."""
-    from wsm_megatron import line
     from wsm_megatron.engine import sight, wire
 
     faults._PLACES.update({"look": (sight, "_see"), "transfer": (wire.Wire, "_wait")})
-    line.START_WITHIN = 15.0  # a rank killed at once may never have been heard
     faults.run_rank(case, rank, RANKS, port, log, argv)
 
 
