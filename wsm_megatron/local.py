@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 
+import torch
 import torch.distributed as dist
 
 from wsm_megatron.errors import EXIT_FAILED
@@ -74,6 +75,9 @@ def _fork(rank: int, ranks: int, main: Callable[[], int], reading: int, writing:
         port = os.read(reading, _PORT_BYTES)  # a pipe hands out so few bytes whole
         if port:  # otherwise the parent has died
             os.environ |= _environment(rank, ranks, int.from_bytes(port, "little"))
+            # torch makes its thread pool anew after a fork, when it is first asked for: of two
+            # threads that ask at once, one would be refused.
+            torch.set_num_threads(torch.get_num_threads())
             status = main()
     except BaseException:
         say_defect()

@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.fuzz import oracle
@@ -121,6 +122,7 @@ def _wrong(case: Case, output: Path, rebuilt: bool) -> Outcome | None:
 
 def in_fork(seed: int, folder: Path, only: str, pipe: int) -> None:
     """Write the outcome to ``pipe`` and end."""
+    torch.set_num_threads(1)  # the thread pool anew, before two threads ask for it at once
     try:
         kinds, outcome = run(seed, folder, only)
     except BaseException:
