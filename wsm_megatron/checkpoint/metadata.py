@@ -48,6 +48,16 @@ class ChunkStorageMetadata(_StandIn):
     sizes: torch.Size
 
 
+class MemoryFormat(Ignored):
+    """``_MEM_FORMAT_ENCODING``: contiguous, channels last, preserved. torch takes nothing else."""
+
+    __slots__ = ()
+
+    def __init__(self, number: int) -> None:
+        if number not in (0, 1, 2):
+            raise ValueError(f"memory format {number!r}")
+
+
 @dataclass(slots=True)
 class TensorProperties(_StandIn):
     """Of these, only the dtype still means anything."""
@@ -55,7 +65,9 @@ class TensorProperties(_StandIn):
     dtype: torch.dtype
 
     def __setstate__(self, state: Any) -> None:
-        self.dtype, _layout, _requires_grad, _memory_format, _pin_memory = state
+        self.dtype, _layout, _requires_grad, memory_format, _pin_memory = state
+        if not isinstance(memory_format, MemoryFormat):
+            raise ValueError("a tensor's properties without a memory format")
 
 
 @dataclass(slots=True)

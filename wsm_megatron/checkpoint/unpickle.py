@@ -22,6 +22,7 @@ from wsm_megatron.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Ignored,
+    MemoryFormat,
     Metadata,
     MetadataIndex,
     StorageInfo,
@@ -107,8 +108,8 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _empty_dict,
     # What is written and says nothing to a merge: how a plan was made, where it was saved to.
     (f"{_DCP}.metadata", "StorageMeta"): Ignored,
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): Ignored,
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Ignored,
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): MemoryFormat,
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): MemoryFormat,
     ("torch.serialization", "_get_layout"): Ignored,
     (f"{_DCP}.filesystem", "_StoragePrefix"): Ignored,
     (f"{_MCORE}.torch", "MCoreSavePlan"): Ignored,  # core 0.14 and 0.15
