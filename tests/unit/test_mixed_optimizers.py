@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
+import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
@@ -128,3 +130,14 @@ def test_flattened_main_params_of_old_versions(tmp_path):
     with pytest.raises(ValueError, match=f"{main} is .4096,., its model.*state drop"):
         run_merge(run, tmp_path / "out", weights=None)
     assert run_merge(run, tmp_path / "out", weights=None, optimizer_state="drop").exists()
+
+
+def test_main_params_of_another_dtype_are_no_other_layout(tmp_path):
+    """They are damaged, or hold something else: no reason to rebuild those of all sources."""
+    run = runs.copy_run(runs.FP32_PARAM, tmp_path / "run")
+    key = next(k for k in load_tensors(runs.checkpoint(run, 8)) if ".fp32_param." in k)
+    runs.rewrite(runs.checkpoint(run, 6), lambda name, t: t.to(torch.int16) if name == key else t)
+    config = MergeConfig(load=run, save=tmp_path / "out", last=2, optimizer_state="last")
+    with pytest.raises(ValueError, match=f"iter_0000006.*{re.escape(key)} is int16.*--mains-from"):
+        merge(config)
+    assert not (tmp_path / "out").exists()

@@ -145,11 +145,26 @@ def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -
 
 
 def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
-    """Main params come from the merged model: asked for, or not all sources have the newest's."""
+    """Main params come from the merged model: asked for, or not all sources have the newest's.
+
+    Raises:
+        ValueError: one has them in a dtype that no merge is made of.
+    """
     if not config.keeps_optimizer:
         return False
+    if config.mains_from_model:
+        return True
     mains = [_merged_keys(Role.MAIN, layout, config) for layout in layouts]
-    return config.mains_from_model or any(keys != mains[-1] for keys in mains)
+    for layout, keys in zip(layouts, mains, strict=True):
+        for key in sorted(mains[-1] - keys):
+            if (entry := layout.tensors.get(key)) is not None:
+                raise ValueError(
+                    f"{layout.path}: the main param {key} is {_short(entry.dtype)}, but "
+                    f"{_short(layouts[-1].tensors[key].dtype)} in {layouts[-1].path}: damaged, or "
+                    "of another optimizer; leave this checkpoint out, or have main params rebuilt "
+                    "from the merged model with --mains-from-model"
+                )
+    return any(keys != mains[-1] for keys in mains)
 
 
 def _keys_of(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
