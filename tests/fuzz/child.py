@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.fuzz import oracle
 from tests.fuzz.case import WEIGHTS, Case, make_case
-from tests.fuzz.guard import ForbiddenError, Guard, limit
+from tests.fuzz.guard import ForbiddenError, Guard, limit, memory_used
 from wsm_megatron.cli import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME
 
@@ -30,11 +30,13 @@ def run(seed: int, folder: Path, only: str = "") -> tuple[list[str], Outcome]:
     case = make_case(seed, folder, only)
     os.chdir(folder)
     guard = Guard(case.target, (folder / "log",))
-    limit()
+    most = limit()
     try:
         outcome = _judge(case)
     except ForbiddenError:
         outcome = "DID SOMETHING", "forbidden"
+    if memory_used() > most:
+        outcome = "TOO MUCH MEMORY", f"{memory_used() / 2**20:.0f} MiB"
     if guard.seen:
         outcome = "DID SOMETHING", "; ".join(guard.seen)
     return case.kinds, outcome
@@ -122,7 +124,7 @@ def _wrong(case: Case, output: Path, rebuilt: bool) -> Outcome | None:
 
 def in_fork(seed: int, folder: Path, only: str, pipe: int) -> None:
     """Write the outcome to ``pipe`` and end."""
-    torch.set_num_threads(1)  # the thread pool anew, before two threads ask for it at once
+    torch.set_num_threads(1)  # torch's pool, made anew after a fork, is not safe to make in threads
     try:
         kinds, outcome = run(seed, folder, only)
     except BaseException:

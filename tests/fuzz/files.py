@@ -155,7 +155,9 @@ def tracker(case: Case) -> None:
         "٨".encode(),
         bytes(9),
     )
-    path.unlink()
+    if path.is_dir() and not path.is_symlink():  # of another mutation of this case
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
     make = case.chance.choice(("text", "text", "text", "nothing", "folder", "fifo", "loop"))
     if make == "text":
         path.write_bytes(case.chance.choice(texts))

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 20
-MORE_MEMORY = 1 << 30
-"""Bytes of address space beyond what the process has."""
+MORE_ADDRESSES = 8 << 30
+"""Bytes of address space beyond what the process has; a thread's arena alone reserves 64 MiB."""
+MORE_MEMORY = 512 << 20
+"""Bytes that it may really use beyond that."""
 
 _RUN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn")
 _RUN += ("os.fork", "os.forkpty", "socket.connect", "ctypes.dlopen", "webbrowser.open")
@@ -63,10 +65,17 @@ class Guard:
         return any(real == root or real.startswith(root + os.sep) for root in roots)
 
 
-def limit() -> None:
+def limit() -> int:
+    """Set the limits; what the process may have used at most when it is done, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[0])
-    most = pages * resource.getpagesize() + MORE_MEMORY
+        addresses, used = (int(pages) * resource.getpagesize() for pages in file.read().split()[:2])
+    most = addresses + MORE_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return used + MORE_MEMORY
+
+
+def memory_used() -> int:
+    """The most that the process had in use so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -108,7 +108,8 @@ def expected(case: Case, rebuilt: bool = False) -> Tensors:
     }
     for key, tensor in merged.items():
         if rebuilt and key.startswith(_MAINS):
-            merged[key] = merged[_model_of(key)].to(tensor.dtype)
+            models = [source[_model_of(key)] for source in sources]
+            merged[key] = rounded(weighted_sum64(WEIGHTS, models), tensor.dtype)
     for key, tensor in merged.items():
         main = _main_of(key, tensor, merged, case.base)
         if main is not None:
