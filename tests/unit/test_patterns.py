@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -262,3 +264,17 @@ def test_model_of_any_keyed_state():
     for key in ("param", "fp32_param", "exp_avg", "momentum_buffer"):
         assert model_of(f"chained_1.optimizer.state.{key}.a.b") == "a.b"
     assert model_of("a.b") is None and model_of(BUCKET) is None
+
+
+def test_a_tensor_with_main_params_on_several_ranks_is_not_copied(monkeypatch):
+    """In flat buckets one of them would be copied, and the others merged."""
+    newest = read_layout(runs.checkpoint(runs.FLAT, 8))
+    flat = find_flat_mains(newest)
+    key = next(iter(flat.places))[0]
+    config = MergeConfig(
+        load=RUNS / runs.FLAT, save=RUNS / "out", optimizer_state="last", copy=(key,)
+    )
+    layouts = [read_layout(runs.checkpoint(runs.FLAT, 6)), newest]
+    assert make_plan(layouts, config, flat).tasks
+    with pytest.raises(ValueError, match="several ranks keep main params.*--optimizer-state drop"):
+        make_plan(layouts, config, replace(flat, repeated=frozenset({key})))

@@ -43,11 +43,13 @@ class FlatMains:
         missing: model chunks that no main param rounds to, and the first checkpoint, from the
             newest on, where that is so.
         unknown: what of each bucket is neither padding nor rounds to a model chunk.
+        repeated: model tensors of which several ranks keep a main param each (norms, under TP).
     """
 
     places: dict[ModelChunk, FlatMain] = field(default_factory=dict)
     missing: dict[ModelChunk, Path] = field(default_factory=dict)
     unknown: dict[str, list[Span]] = field(default_factory=dict)
+    repeated: frozenset[str] = frozenset()
 
     @property
     def without(self) -> tuple[str, ...]:
@@ -126,11 +128,14 @@ def match(found: Search, told: Told) -> FlatMains:
     places: dict[ModelChunk, FlatMain] = {}
     missing: dict[ModelChunk, Path] = {}
     explained = []
+    repeated: set[str] = set()
     for one in found.alike:
         known = [(path, kept) for path, kept in told if one.chunks[0] in kept]
         for chunks, here in _equal(one, [kept for _, kept in known]):
             places.update(zip(chunks, here, strict=False))
             explained += [(place, one.numel) for place in here if chunks]
+            if len(here) > len(chunks):
+                repeated.update(key for key, _ in chunks)
             for chunk in chunks[len(here) :]:
                 missing[chunk] = _blamed(chunk, one, known) or found.path
     spans = _by_bucket(explained)
@@ -139,7 +144,7 @@ def match(found: Search, told: Told) -> FlatMains:
         known_here = sorted([*spans.get(bucket, ()), *found.padding[bucket]])
         if gaps := list(_between(known_here, 0, end)):
             unknown[bucket] = gaps
-    return FlatMains(places, missing, unknown)
+    return FlatMains(places, missing, unknown, frozenset(repeated))
 
 
 def _equal(one: Alike, told: Sequence[Contents]) -> Iterable[tuple[list, list]]:

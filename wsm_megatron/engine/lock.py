@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.checkpoint.json_file import parse_json
 from wsm_megatron.checkpoint.patience import watched
 from wsm_megatron.errors import MergeError
 from wsm_megatron.signals import ending_later
@@ -218,7 +219,7 @@ def _read(path: Path) -> _Holder | None:
         return None
     says: Any = None
     with contextlib.suppress(ValueError):
-        says = json.loads(text)
+        says = parse_json(text)
     if isinstance(says, dict) and re.fullmatch("[0-9a-f]{16}", str(says.get("token"))):
         return _Holder(path, says["token"], stat.st_mtime_ns, says)
     cut = f"cut-{stat.st_ino}-{stat.st_mtime_ns}"  # its process died, or is just writing it

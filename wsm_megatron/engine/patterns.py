@@ -117,6 +117,12 @@ def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
                 f"{layout.path}: --drop leaves out {key}, but its main param lies in a flat bucket "
                 "(dp_reshardable), which must be whole; use --optimizer-state drop with it"
             )
+        if key in choice.copied and (key in flat.repeated or flat.unknown):
+            raise ValueError(
+                f"{layout.path}: --copy takes {key}, of which several ranks keep main params in "
+                "the flat buckets (dp_reshardable): those of the others would be merged, and undo "
+                "the copy; use --optimizer-state drop with it"
+            )
         chunks = ((key, Box(chunk.offsets, chunk.sizes)) for chunk in entry.chunks)
         if key in choice.copied and not all(chunk in flat.places for chunk in chunks):
             raise ValueError(
