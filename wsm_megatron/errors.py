@@ -1,5 +1,7 @@
 """What a merge raises beside ``ValueError``, and the exit status that ``wsm`` then has."""
 
+from collections.abc import Sequence
+
 EXIT_FAILED = 1
 """A merge or a check failed: a damaged checkpoint, no space, a rank lost. 128 + n: signal n."""
 EXIT_USAGE = 2
@@ -41,3 +43,9 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, StoppedError):
         return 128 + error.number
     return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

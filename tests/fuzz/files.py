@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from tests.fuzz.case import Case, kind
+from tests.fuzz.instead import put
 
 
 @kind("json: metadata.json")
@@ -106,14 +107,7 @@ def other_kind(case: Case) -> None:
     away = case.folder / "away"
     path.rename(away)
     make = case.chance.choice(("nothing", "folder", "fifo", "loop", "link", "empty", "null"))
-    if make == "folder":
-        path.mkdir()
-    elif make == "fifo":
-        os.mkfifo(path)
-    elif make == "empty":
-        path.touch()
-    elif make in ("loop", "link", "null"):
-        path.symlink_to({"loop": path.name, "link": away, "null": "/dev/null"}[make])
+    put(path, make, away)
 
 
 @kind("run: folder names")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.fuzz import stored
 from tests.fuzz.case import Case, kind
+from tests.fuzz.instead import put
 
 
 def _shard(case: Case) -> Path:
@@ -104,12 +105,4 @@ def gone(case: Case) -> None:
 def no_file(case: Case) -> None:
     path = _shard(case)
     path.unlink()
-    make = case.chance.choice(("folder", "fifo", "loop", "dangling", "empty"))
-    if make == "folder":
-        path.mkdir()
-    elif make == "fifo":
-        os.mkfifo(path)
-    elif make == "empty":
-        path.touch()
-    else:
-        path.symlink_to(path.name if make == "loop" else "nowhere")
+    put(path, case.chance.choice(("folder", "fifo", "loop", "dangling", "empty")))

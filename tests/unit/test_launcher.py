@@ -14,6 +14,7 @@ import pytest
 from tests import runs
 from tests.ports import reserved_ports
 from tests.reference import RUNS
+from tests.unit.test_slurm import STEP
 from wsm_megatron.cli import main
 from wsm_megatron.errors import EXIT_USAGE
 from wsm_megatron.launcher import launched_as, local_rank
@@ -31,13 +32,6 @@ OPEN_MPI = {
 }
 HYDRA = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3"}
 MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items() if "OMPI" in name}
-STEP = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "2",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_PROCID": "3",
-    "SLURM_STEP_NODELIST": "localhost",
-}
 
 
 def test_torchruns_variables() -> None:

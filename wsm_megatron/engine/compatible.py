@@ -15,9 +15,10 @@ from wsm_megatron.checkpoint.roles import (
     stores_remainders,
 )
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.patterns import Choice, matches, pattern_for, some, taken
+from wsm_megatron.engine.patterns import Choice, matches, pattern_for, taken
 from wsm_megatron.engine.precision import REMAINDERS
 from wsm_megatron.engine.recipe import Recipe, Rule
+from wsm_megatron.errors import some
 
 
 def check_unknown(layout: Layout, choice: Choice) -> None:

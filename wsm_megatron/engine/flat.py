@@ -26,8 +26,8 @@ from wsm_megatron.engine.buckets import (
     contents,
     search,
 )
-from wsm_megatron.engine.precision import no_main, some
-from wsm_megatron.errors import MergeError
+from wsm_megatron.engine.precision import no_main
+from wsm_megatron.errors import MergeError, some
 
 logger = logging.getLogger(__name__)
 

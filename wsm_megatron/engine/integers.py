@@ -17,8 +17,9 @@ from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.roles import Role
 from wsm_megatron.engine.job import Job
-from wsm_megatron.engine.patterns import matches, pattern_for, some
+from wsm_megatron.engine.patterns import matches, pattern_for
 from wsm_megatron.engine.recipe import Rule
+from wsm_megatron.errors import some
 
 logger = logging.getLogger(__name__)
 

@@ -131,12 +131,6 @@ def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
             )
 
 
-def some(keys: Sequence[str], most: int = 3) -> str:
-    """The first few of many keys."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
-
-
 def pattern_for(keys: Sequence[str], others: Iterable[str]) -> str:
     """A short shell pattern that takes ``keys`` and none of ``others``."""
     parts = [key.split(".") for key in keys]

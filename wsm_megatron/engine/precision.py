@@ -12,6 +12,7 @@ from wsm_megatron.checkpoint.common import attributes, load_common
 from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, read_layout
 from wsm_megatron.checkpoint.roles import is_flat_bucket
 from wsm_megatron.engine.sources import read_common
+from wsm_megatron.errors import some
 
 _QUANTISED = {
     "fp8_param_gather": "--fp8-param-gather",
@@ -99,9 +100,3 @@ def no_main(path: Path, models: Sequence[str], bucket: str) -> str:
         f"nothing there rounds to them, and there are main params of other weights. "
         f"{explain(path, bucket)}"
     )
-
-
-def some(keys: Sequence[str], most: int = 3) -> str:
-    """The first few keys, and how many more there are."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more

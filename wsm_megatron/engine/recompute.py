@@ -33,7 +33,7 @@ from wsm_megatron.engine.provenance import described
 from wsm_megatron.engine.rank import default_threads
 from wsm_megatron.engine.recipe import Rule, Task
 from wsm_megatron.engine.sources import read_common
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, some
 from wsm_megatron.kernels import reference
 
 SAMPLE_ELEMENTS = 4096
@@ -161,7 +161,7 @@ def _compare_names(path: Path, expected: Iterable[str], found: Iterable[str]) ->
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = (("lacks", missing), ("has in addition", extra))
-        said = " and ".join(f"{what} {_some(names)}" for what, names in parts if names)
+        said = " and ".join(f"{what} {some(names, _NAMED)}" for what, names in parts if names)
         raise MergeError(f"{path} is not the merge of its sources: it {said}")
 
 
@@ -188,7 +188,7 @@ def _check_rest(
     if differing := list(differences(state, load_common(written, "the expected common state"))):
         raise MergeError(
             f"{path}: the common state is not what {newest.layout.path} makes it: "
-            f"{_some(differing)}"
+            f"{some(differing, _NAMED)}"
         )
     if layout.mcore_data != newest.layout.mcore_data:
         raise MergeError(f"{path}: mcore_data of .metadata is not that of {newest.layout.path}")
@@ -286,8 +286,3 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     nan = left.isnan()
     left, right = left.masked_fill(nan, 0), right.masked_fill(right.isnan() & nan, 0)
     return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -17,6 +17,7 @@ from wsm_megatron.engine.mains import MainsCheck, check_mains
 from wsm_megatron.engine.precision import REMAINDERS
 from wsm_megatron.engine.provenance import read_provenance
 from wsm_megatron.engine.sources import read_common
+from wsm_megatron.errors import some
 
 REPLICATED = "replicated"
 DP_RESHARDABLE = "dp_reshardable"
@@ -171,7 +172,7 @@ def _problems(
             yield f"the common state has no {key!r}: plain --load stops with KeyError"
     yield from _wrong_mains(layout, mains)
     if unbacked := _without_moments(layout):
-        yield f"no moments for {_some(unbacked)}: Megatron will find keys missing"
+        yield f"no moments for {some(unbacked)}: Megatron will find keys missing"
 
 
 def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
@@ -179,7 +180,7 @@ def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
         again = "" if mains.buckets else ", or merge again with --mains-from-model"
         yield (
             f"the main params of {len(mains.wrong)} model tensors are of other weights "
-            f"({_some(mains.wrong)}): one step after a load they replace the model's; launch with "
+            f"({some(mains.wrong)}): one step after a load they replace the model's; launch with "
             f"--no-load-optim{again}"
         )
     if as_floats := [key for key in mains.remainders if key in _models(layout)]:
@@ -227,7 +228,7 @@ def _notes(
             + ("" if mains.wrong or mains.unlike else " (copies that drifted apart?)")
         )
     if mains.without:
-        yield f"no main params for {_some(mains.without)}: loaded from the model, frozen or not"
+        yield f"no main params for {some(mains.without)}: loaded from the model, frozen or not"
     if optimizer is not None and optimizer not in _ANY_SIZES:
         yield (
             f"{optimizer} optimizer state loads into the same TP, PP and EP sizes only (another DP "
@@ -275,7 +276,7 @@ def _differences(layout: Layout, state: Mapping[str, Any], other: Path) -> Itera
         if shapes.get(key) != their_shapes.get(key)
     )
     if differing:
-        yield f"not the model of {other}: {_some(differing)}"
+        yield f"not the model of {other}: {some(differing)}"
 
 
 def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,8 +295,3 @@ def _models(layout: Layout) -> set[str]:
 
 def _model_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return {key: e.shape for key, e in layout.tensors.items() if e.role is Role.MODEL}
-
-
-def _some(keys: Any, most: int = 3) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(list(keys)[:most]) + more

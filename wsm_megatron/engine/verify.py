@@ -74,11 +74,7 @@ def verify(
         ValueError: unfinished, or ``sources`` without provenance or without its sources.
         MergeError: what is wrong, where.
     """
-    recomputed = ("sample" if sources is True else sources) or None
-    if recomputed not in (None, *SOURCES):
-        raise ValueError(f"sources is {recomputed!r}, not one of {', '.join(SOURCES)}")
-    if sources_from is not None and recomputed is None:
-        raise ValueError("--sources-from has no effect without --sources")
+    recomputed = _wanted(sources, sources_from)
     provenance = read_provenance(path) if path.is_dir() else None
     if provenance is None and recomputed is not None:
         read_layout(path)
@@ -110,6 +106,16 @@ def verify(
         )
     finally:
         reader.close()
+
+
+def _wanted(sources: bool | str, sources_from: Path | None) -> str | None:
+    """How much is to be made again: one of :data:`SOURCES`, or None."""
+    wanted = ("sample" if sources is True else sources) or None
+    if wanted not in (None, *SOURCES):
+        raise ValueError(f"sources is {wanted!r}, not one of {', '.join(SOURCES)}")
+    if sources_from is not None and wanted is None:
+        raise ValueError("--sources-from has no effect without --sources")
+    return wanted
 
 
 def _unchecked(provenance: dict[str, Any] | None, files: FilesCheck | None) -> tuple[str, ...]:
