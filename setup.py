@@ -15,16 +15,16 @@ weighted_sum = Extension(
     optional=True,
 )
 reads = Extension(
-    "wsm_megatron.checkpoint._reads",
-    sources=["wsm_megatron/checkpoint/_reads.c"],
+    "wsm_megatron.storage._reads",
+    sources=["wsm_megatron/storage/_reads.c"],
     define_macros=[("Py_LIMITED_API", "0x030A0000"), ("_FILE_OFFSET_BITS", "64")],
     extra_compile_args=["-O2", "-std=gnu11"],
     py_limited_api=True,
     optional=True,
 )
 pickle_scan = Extension(
-    "wsm_megatron.checkpoint._pickle_scan",
-    sources=["wsm_megatron/checkpoint/_pickle_scan.c"],
+    "wsm_megatron.safe_pickle._pickle_scan",
+    sources=["wsm_megatron/safe_pickle/_pickle_scan.c"],
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
     extra_compile_args=["-O2", "-std=gnu11"],
     py_limited_api=True,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
+from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
+from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.writer import Item, Placed, file_name, frame, place
 
 REAL = 64

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
-from wsm_megatron.checkpoint.run import checkpoint_path, write_tracker
+from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.run_directory import checkpoint_path, write_tracker
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
     Item,
@@ -29,6 +28,7 @@ from wsm_megatron.checkpoint.writer import (
     place,
     write_file,
 )
+from wsm_megatron.storage.buffer import Buffer
 
 MARKER = {
     "sharded_backend": "torch_dist",

@@ -29,20 +29,20 @@ from generate import common_state
 from measure import where
 
 from wsm_megatron import MergeConfig
-from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
-from wsm_megatron.checkpoint.run import checkpoint_path
-from wsm_megatron.checkpoint.unpickle import load_metadata
+from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.writer import (
     Item,
     file_name,
     place,
 )
-from wsm_megatron.engine.deal import Dealer
-from wsm_megatron.engine.flat import find_flat_mains
-from wsm_megatron.engine.prepare import prepare_job
-from wsm_megatron.garbage import no_collection
+from wsm_megatron.optimizer.flat_main_params import find_flat_mains
+from wsm_megatron.planning.prepare import prepare_job
+from wsm_megatron.planning.scatter import Dealer
+from wsm_megatron.process.gc_paused import no_collection
+from wsm_megatron.safe_pickle.metadata import load_metadata
 
 LAYERS, HIDDEN, INNER, TP = 64, 8192, 2048, 2
 FILES = 512

@@ -26,7 +26,7 @@ class Unwritten(CheckpointFile):
 
 
 if __name__ == "__main__":
-    from wsm_megatron.engine import rank
+    from wsm_megatron.execution import rank
 
     rank.CheckpointFile = Unwritten  # type: ignore[misc]
     sys.argv[1:1] = ["merge"]

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 SLURM = Path(__file__).parent / "slurm"
+
+settings.register_profile("wsm", deadline=None)  # machines differ: no test may be timed
+settings.load_profile("wsm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.common import dump_common
-from wsm_megatron.checkpoint.metadata_file import write_marker, write_metadata
-from wsm_megatron.checkpoint.run import checkpoint_path, write_tracker
+from wsm_megatron.checkpoint.common_state import dump_common
+from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.run_directory import checkpoint_path, write_tracker
 from wsm_megatron.checkpoint.writer import CheckpointFile, Item, file_name, place
+from wsm_megatron.storage.buffer import Buffer
 
 MARKER = {
     "sharded_backend": "torch_dist",

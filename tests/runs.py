@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from tests.reference import RUNS, load_tensors
-from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.common import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.metadata_file import write_metadata
+from wsm_megatron.checkpoint.metadata_writer import write_metadata
 from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.writer import CheckpointFile, Item, file_name, place
+from wsm_megatron.storage.buffer import Buffer
 
 DENSE = "mcore0.16-dense-dp2-noopt"
 FP32_PARAM = "mcore0.16-dense-tp2-fp32param"

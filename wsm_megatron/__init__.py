@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wsm_megatron.api import MergeReport, merge
     from wsm_megatron.config import MergeConfig
-    from wsm_megatron.decay import coefficients, effective_lr
-    from wsm_megatron.engine.merge import MergeReport, merge
-    from wsm_megatron.engine.verify import VerifyReport, verify
     from wsm_megatron.errors import MergeError
+    from wsm_megatron.inspection.verify import VerifyReport, verify
     from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
+    from wsm_megatron.schedule.decay import coefficients, effective_lr
 
 __version__ = "0.1.0"
 
@@ -32,9 +32,9 @@ __all__ = [
 
 _HOMES = {
     "config": ("MergeConfig",),
-    "decay": ("coefficients", "effective_lr"),
-    "engine.merge": ("MergeReport", "merge"),
-    "engine.verify": ("VerifyReport", "verify"),
+    "schedule.decay": ("coefficients", "effective_lr"),
+    "api": ("MergeReport", "merge"),
+    "inspection.verify": ("VerifyReport", "verify"),
     "errors": ("MergeError",),
     "plugin": ("WSM", "WSMConfig", "install", "uninstall"),
 }

@@ -8,7 +8,7 @@ import signal
 from typing import NoReturn
 
 from wsm_megatron.errors import EXIT_FAILED
-from wsm_megatron.output import finish, open_streams, say, say_defect
+from wsm_megatron.process.streams import finish, open_streams, say, say_defect
 
 
 def run() -> NoReturn:
@@ -22,7 +22,7 @@ def run() -> NoReturn:
         open_streams()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line
         gc.disable()
-        from wsm_megatron.cli import main
+        from wsm_megatron.cli.main import main
 
         gc.freeze()
         gc.enable()

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.decay import DECAYS
-from wsm_megatron.values import local_path
-from wsm_megatron.window import Window
+from wsm_megatron.option_values import local_path
+from wsm_megatron.schedule.decay import DECAYS
+from wsm_megatron.schedule.window import Window
 
 OPTIMIZER_STATE = ("drop", "last", "merge")
 BUFFERS = ("merge", "last")

@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from wsm_megatron.output import open_streams
+from wsm_megatron.process.streams import open_streams
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from tests.mcore import GPTConfig, run_ranks
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.engine.flat import find_flat_mains
-from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.optimizer.flat_main_params import find_flat_mains
+from wsm_megatron.optimizer.main_params import check_mains
 
 ITERATIONS, WEIGHTS = (1, 2, 3), (0.2, 0.3, 0.5)
 FLAT = {

@@ -12,8 +12,8 @@ from tests.mcore import CONFIGS, WRONG_MAINS, GPTConfig, run_ranks
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, MergeReport, merge
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role, main_of
-from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.checkpoint.keys import Role, main_of
+from wsm_megatron.optimizer.main_params import check_mains
 
 ITERATIONS = (2, 3, 4)
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -252,18 +252,20 @@ def _fail_in(config: MergeConfig, stage: str, failing: int) -> str:
     """The message with which this rank's merge fails, having left nothing behind."""
     import torch.distributed as dist
 
-    from wsm_megatron.checkpoint import files, writer
-    from wsm_megatron.engine import merge as engine
-    from wsm_megatron.engine import publish
+    from wsm_megatron.checkpoint import writer
+
+    from wsm_megatron.storage import files
+    from wsm_megatron import api
+    from wsm_megatron.checkpoint import staging_dir
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise MergeError("injected")
 
     owner, name = {
-        "planning": (engine, "prepare_job"),
+        "planning": (api, "prepare_job"),
         "reading": (files.SourceFiles, "read_some"),
         "writing": (writer.CheckpointFile, "_write"),
-        "publishing": (publish.Staging, "commit"),
+        "publishing": (staging_dir.Staging, "commit"),
     }[stage]
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == failing:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from tests.mcore import CONFIGS, GPTConfig, RankError, run_ranks
 from wsm_megatron import verify
-from wsm_megatron.engine.flags import as_data
-from wsm_megatron.engine.resume import check_resume
+from wsm_megatron.planning.launch_flags import as_data
+from wsm_megatron.inspection.megatron_resume import check_resume
 
 
 CONFIG = CONFIGS["dp2-fully_reshardable"]

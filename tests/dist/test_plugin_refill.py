@@ -16,8 +16,8 @@ from tests.dist.test_plugin_driver import Run
 from tests.mcore import WRONG_MAINS, GPTConfig, run_ranks
 from tests.reference import load_tensors, same_bits
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.engine.mains import check_mains
-from wsm_megatron.window import Consumed
+from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.schedule.window import Consumed
 
 ONE_BUCKET = GPTConfig(sharding_type="fully_reshardable", overlap_grad_reduce=True)
 

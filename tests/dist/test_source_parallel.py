@@ -87,9 +87,9 @@ def merge_all(jobs: list[list[MergeConfig]], folder: Path) -> list[MergeReport |
 def _merge_own(jobs: list[list[MergeConfig]]) -> list[MergeReport | str]:
     import torch.distributed as dist
 
-    from wsm_megatron.engine import holders
+    from wsm_megatron.access.node_local import assignment
 
-    holders.TRAVEL_ELEMENTS = 2000  # several messages a chunk
+    assignment.TRAVEL_ELEMENTS = 2000  # several messages a chunk
     outcomes: list[MergeReport | str] = []
     for configs in jobs:
         try:
@@ -396,20 +396,20 @@ def _die_and_go_on(configs: list[MergeConfig]) -> list[Any]:
 
     import torch.distributed as dist
 
-    from wsm_megatron.engine import merge as engine
+    from wsm_megatron import api
     from wsm_megatron.errors import PassingError
 
-    config, original = configs[dist.get_rank()], engine._complete
+    config, original = configs[dist.get_rank()], api._complete
     outcomes: list[Any] = []
 
     def fail(*_: Any) -> None:
         raise PassingError("injected")
 
     for change in (False, True):
-        engine._complete = fail
+        api._complete = fail
         with pytest.raises(PassingError) as caught:
             merge(config)
-        engine._complete = original
+        api._complete = original
         dist.barrier()
         if change and dist.get_rank() == 1:
             os.utime(runs.checkpoint(config.load, 4) / "__0_0.distcp")

@@ -19,8 +19,8 @@ from typing import Any
 
 from tests.reference import RUNS
 from tests.runs import FP32_PARAM
-from wsm_megatron import cli
-from wsm_megatron.checkpoint import journal
+from wsm_megatron.cli import main
+from wsm_megatron.storage import journal
 
 DECAYS = ("mean", "ema")
 PAUSE = 0.004
@@ -58,7 +58,7 @@ def run_slowly(log: Path, argv: list[str]) -> None:
         return write(*arguments)
 
     os.pwrite = write_slowly
-    sys.exit(cli.main(argv))
+    sys.exit(main.main(argv))
 
 
 def merge_alone(server: ForkServerContext, folder: Path) -> Done:

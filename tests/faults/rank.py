@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron import cli, line
-from wsm_megatron.checkpoint import patience, visible
+from wsm_megatron import api
+from wsm_megatron.checkpoint import staging_dir
+from wsm_megatron.checkpoint.staging_dir import Staging
 from wsm_megatron.checkpoint.writer import CheckpointFile
-from wsm_megatron.engine import crew, merge, publish, watch
-from wsm_megatron.engine.publish import Staging
-from wsm_megatron.engine.tile import Tile
+from wsm_megatron.cli import main
+from wsm_megatron.comm import heartbeat
+from wsm_megatron.execution.tiles import Tile
+from wsm_megatron.process import worker_threads
+from wsm_megatron.storage import change_watch, retry, visibility
 
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "stalled write", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
@@ -53,15 +56,15 @@ def run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    line.BEAT, line.LOST_AFTER = 0.2, LOST_AFTER
-    patience.STALLED_AFTER, patience.FIRST_PAUSE = STALLED_AFTER, 0.01
-    cli.GRACE, crew._PATIENCE = 2.0, 0.2
+    heartbeat.BEAT, heartbeat.LOST_AFTER = 0.2, LOST_AFTER
+    retry.STALLED_AFTER, retry.FIRST_PAUSE = STALLED_AFTER, 0.01
+    main.GRACE, worker_threads._PATIENCE = 2.0, 0.2
     global _run
     _run = Path(argv[argv.index("--load") + 1])
-    visible.VISIBLE_WITHIN, watch.LOOK_EVERY = SEEN_WITHIN, 0.1
+    visibility.VISIBLE_WITHIN, change_watch.LOOK_EVERY = SEEN_WITHIN, 0.1
     if case is not None and case.rank == rank:
         _UNSEEN.get((case.fault, case.stage), lambda: _inject(case))()
-    sys.exit(cli.main(argv))
+    sys.exit(main.main(argv))
 
 
 _PLACES: dict[str, tuple[Any, str]] = {
@@ -69,8 +72,11 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "read": (os, "preadv"),
     "reduce": (Tile, "start"),
     "write": (os, "pwrite"),
-    "publish": (merge, "_complete"),
-    "track": (publish, "write_tracker"),  # the checkpoint has its name, the tracker has not moved
+    "publish": (api, "_complete"),
+    "track": (
+        staging_dir,
+        "write_tracker",
+    ),  # the checkpoint has its name, the tracker has not moved
     "sync": (CheckpointFile, "close"),
     "rename": (Staging, "commit"),
 }
@@ -83,7 +89,9 @@ def _inject(case: Case) -> None:
     third = 3 if case.stage in ("plan", "read", "reduce", "write") else 1
     if case.rank != 0 and case.stage in _WAITS:
         phase, ever = _WAITS[case.stage], case.fault in ("EIO", "ENOSPC")
-        _when(line.Line, "take", 1, _FAULTS[case.fault], ever, lambda own, _: own.phase == phase)
+        _when(
+            heartbeat.Line, "take", 1, _FAULTS[case.fault], ever, lambda own, _: own.phase == phase
+        )
         return
     call = _STALLS.get((case.fault, case.stage))
     if call is not None:
@@ -178,21 +186,21 @@ def _hide_directory(looks: float) -> Callable[[], None]:
     """Let the first looks for the staging directory find nothing, as with NFS."""
 
     def hide() -> None:
-        sees, count = visible._sees, 0
+        sees, count = visibility._sees, 0
 
         def late(path: Path) -> bool:
             nonlocal count
             count += 1
             return count > looks and sees(path)
 
-        visible._sees = late
+        visibility._sees = late
 
     return hide
 
 
 def _shorten_file() -> None:
     """Let the first look at another rank's file find only a part of it."""
-    size, seen = visible._size, set()
+    size, seen = visibility._size, set()
 
     def late(path: Path) -> int | None:
         if path in seen:
@@ -200,7 +208,7 @@ def _shorten_file() -> None:
         seen.add(path)
         return 100
 
-    visible._size = late
+    visibility._size = late
 
 
 def _truncate_file() -> None:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tests.fuzz import oracle
 from tests.fuzz.case import WEIGHTS, Case, make_case
 from tests.fuzz.guard import ForbiddenError, Guard, limit, memory_used
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME
 
 Outcome = tuple[str, str]

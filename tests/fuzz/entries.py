@@ -18,8 +18,8 @@ from tests.archives import Member, archive, saved
 from tests.fuzz import stored
 from tests.fuzz.case import Case, kind
 from tests.fuzz.pickles import bomb, hostile
-from wsm_megatron.checkpoint.common import load_common
-from wsm_megatron.checkpoint.inert import references
+from wsm_megatron.checkpoint.common_state import load_common
+from wsm_megatron.safe_pickle.opaque import references
 
 COMMON_KEY = "common_state/shard_0_1"
 

@@ -8,7 +8,7 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.engine.device import choose_device, measure
+from wsm_megatron.execution.device import choose_device, measure
 
 pytestmark = [
     pytest.mark.gpu,

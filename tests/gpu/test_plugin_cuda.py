@@ -7,7 +7,7 @@ import torch
 
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import MemoryStore
-from wsm_megatron.window import Consumed
+from wsm_megatron.schedule.window import Consumed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ import torch
 from tests.megatron_lm.checkout import Outcome, pretrain
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role, main_of
-from wsm_megatron.decay import coefficients
+from wsm_megatron.schedule.decay import coefficients
 
 UNTIED = "--untie-embeddings-and-output-weights"
 SHARDED = f"{UNTIED} --use-distributed-optimizer"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from wsm_megatron.__main__ import run
-from wsm_megatron.checkpoint.journal import Journal
+from wsm_megatron.storage.journal import Journal
 
 PARTS = 3
 _add = Journal.add

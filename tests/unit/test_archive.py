@@ -14,8 +14,8 @@ import torch
 
 from tests.archives import Member, archive, saved
 from tests.reference import RUNS
-from wsm_megatron.checkpoint.archive import check_archive, read_archive
 from wsm_megatron.checkpoint.container import locate
+from wsm_megatron.safe_pickle.archive import check_archive, read_archive
 
 PICKLE = b"\x80\x02}q\x00X\x01\x00\x00\x00aK\x01s."
 STORAGES = {"0": b"12345678", "1": b""}

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsm_megatron.checkpoint.box import Box, span_of
+from wsm_megatron.checkpoint.region import Box, span_of
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 

@@ -11,7 +11,7 @@ import yaml
 
 from tests import runs
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint.common import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common
 
 STEP_DTYPES = {
     "step": torch.int64,

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.checkpoint import direct, files
-from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.cli import main
-from wsm_megatron.engine import budget, device
-from wsm_megatron.engine.budget import default_memory, make_budget
-from wsm_megatron.engine.recipe import Output, Recipe, Rule
+from wsm_megatron.checkpoint.keys import Role
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
+from wsm_megatron.execution import device, memory_budget
+from wsm_megatron.execution.memory_budget import default_memory, make_budget
+from wsm_megatron.planning.tasks import Output, Recipe, Rule
+from wsm_megatron.storage import direct, files
 
 
 def recipe(rule: Rule, inputs: list[torch.dtype], outputs: list[torch.dtype]) -> Recipe:
@@ -133,7 +133,7 @@ def test_a_truncated_file_is_named_with_direct_io(tmp_path):
 
 def test_reading_ahead_stays_inside_the_window(tmp_path, monkeypatch):
     """Chunks of several tiles are announced, piece after piece; advice that is refused is left."""
-    monkeypatch.setattr(budget, "LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(memory_budget, "LEAST_ELEMENTS", 64)
     monkeypatch.setattr(device, "TILE_BYTES", 1024)
     monkeypatch.setattr(files, "is_cached", lambda descriptor, position: False)
     advised = []

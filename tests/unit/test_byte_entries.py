@@ -11,7 +11,7 @@ import pytest
 from tests import runs
 from wsm_megatron.checkpoint.layout import ObjectEntry, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import MergeError
 
 

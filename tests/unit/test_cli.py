@@ -12,7 +12,7 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import __version__, coefficients
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
 
 
@@ -144,7 +144,7 @@ def test_the_offline_merge_needs_no_megatron(tmp_path):
                     raise ImportError(f"{{name}} is blocked")
 
         sys.meta_path.insert(0, Blocker())
-        from wsm_megatron.cli import main
+        from wsm_megatron.cli.main import main
 
         for run in ({runs.FULLY!r}, {runs.MAIN!r}, {runs.MOE!r}):
             out = {str(tmp_path)!r} + "/" + run

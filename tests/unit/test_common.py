@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from wsm_megatron.checkpoint.common import (
+from wsm_megatron.checkpoint.common_state import (
     PROVENANCE_KEY,
     CommonSummary,
     dump_common,
@@ -20,10 +20,10 @@ from wsm_megatron.checkpoint.common import (
     prepare,
     summarize,
 )
-from wsm_megatron.checkpoint.inert import Inert, Reference
-from wsm_megatron.checkpoint.objects import load_object
-from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
+from wsm_megatron.safe_pickle.metadata import load_metadata
+from wsm_megatron.safe_pickle.objects import load_object
+from wsm_megatron.safe_pickle.opaque import Inert, Reference
 
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 PROVENANCE = {"sources": [{"iteration": 2, "tokens": None}], "coefficients": [0.25, 0.75]}

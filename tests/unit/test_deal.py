@@ -10,10 +10,10 @@ from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.engine.deal import Dealer, outline
-from wsm_megatron.engine.job import Job
-from wsm_megatron.engine.prepare import prepare_job
-from wsm_megatron.engine.recipe import Rule
+from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.prepare import prepare_job
+from wsm_megatron.planning.scatter import Dealer, outline
+from wsm_megatron.planning.tasks import Rule
 
 
 @pytest.fixture(params=[(runs.FULLY, "last"), (runs.FLAT, "merge"), (runs.MOE, "drop")])

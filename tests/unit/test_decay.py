@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsm_megatron.decay import (
+from wsm_megatron.schedule.decay import (
     DECAYS,
     Curve,
     check_weights,

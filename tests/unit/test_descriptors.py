@@ -18,10 +18,10 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint import descriptors, files
-from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.descriptors import Pool, check_room, room_left
-from wsm_megatron.checkpoint.files import Read, SourceFiles, read_all
+from wsm_megatron.storage import descriptors, files
+from wsm_megatron.storage.buffer import Buffer
+from wsm_megatron.storage.descriptors import Pool, check_room, room_left
+from wsm_megatron.storage.files import Read, SourceFiles, read_all
 
 SIZE = 5000
 
@@ -167,7 +167,8 @@ def test_a_merge_with_few_descriptors_has_the_same_bits(
         import resource
         from pathlib import Path
         from wsm_megatron import MergeConfig, merge
-        from wsm_megatron.checkpoint import direct, files
+        from wsm_megatron.storage import direct
+        from wsm_megatron.storage import files
         direct.DirectFiles.flags = files.SourceFiles.flags  # on any file system
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         run, out = Path({str(RUNS / runs.MOE)!r}), Path({str(tmp_path / "few")!r})

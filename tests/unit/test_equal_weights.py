@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tests.flat_run import bucket_key, starts_of, write_checkpoint
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.cli import main as wsm
-from wsm_megatron.engine.buckets import BEGINNING
-from wsm_megatron.engine.flat import find_flat_mains
-from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.cli.main import main as wsm
+from wsm_megatron.optimizer.flat_buckets import BEGINNING
+from wsm_megatron.optimizer.flat_main_params import find_flat_mains
+from wsm_megatron.optimizer.main_params import check_mains
 
 WEIGHTS = (0.3, 0.7)
 BUCKET = bucket_key()

@@ -18,11 +18,12 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, MergeError, __version__, events, merge
-from wsm_megatron.checkpoint import patience
-from wsm_megatron.cli import main
+from wsm_megatron import MergeConfig, MergeError, __version__, merge
+from wsm_megatron.cli.main import main
+from wsm_megatron.comm import event_log
+from wsm_megatron.comm.event_log import EventLog, Meter
 from wsm_megatron.errors import EXIT_USAGE
-from wsm_megatron.events import EventLog, Meter
+from wsm_megatron.storage import retry
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_how_a_job_runs_is_not_part_of_the_merge(config: MergeConfig, tmp_path: 
 
 
 def test_a_read_that_is_tried_again(config: MergeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
     read, failed = os.preadv, threading.Event()
 
     def flaky(*arguments: Any) -> int:
@@ -165,7 +166,7 @@ def answers() -> Iterator[threading.Event]:
 def test_a_log_that_hangs_holds_nothing_up(
     config: MergeConfig, monkeypatch: pytest.MonkeyPatch, answers: threading.Event
 ) -> None:
-    monkeypatch.setattr(events, "_CLOSE_WITHIN", 0.1)
+    monkeypatch.setattr(event_log, "_CLOSE_WITHIN", 0.1)
     on(monkeypatch, Broken(answers))
     assert merge(config).output.exists()
     assert not answers.is_set()
@@ -181,7 +182,7 @@ def test_a_later_job_goes_on_after_a_line_cut_short(config: MergeConfig) -> None
 
 
 def test_progress_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "PROGRESS_EVERY", 0.01)
+    monkeypatch.setattr(event_log, "PROGRESS_EVERY", 0.01)
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
     log.progress = lambda: {"bytes_done": 5}
@@ -198,7 +199,7 @@ def test_progress_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the last minute: what an earlier merge had finished counts as done, not as fast."""
     now, done = 100.0, 0
-    monkeypatch.setattr(events.time, "monotonic", lambda: now)
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: now)
     meter = Meter(1000, lambda: done)
     assert meter.read()["seconds_left"] is None
     for _ in range(12):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsm_megatron.checkpoint import files as module
-from wsm_megatron.checkpoint import patience
-from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.direct import DirectFiles
-from wsm_megatron.checkpoint.files import Read, SourceFiles, read_all
-from wsm_megatron.checkpoint.patience import check_storage
 from wsm_megatron.errors import MergeError, StorageError
+from wsm_megatron.storage import files as module
+from wsm_megatron.storage import retry
+from wsm_megatron.storage.buffer import Buffer
+from wsm_megatron.storage.direct import DirectFiles
+from wsm_megatron.storage.files import Read, SourceFiles, read_all
+from wsm_megatron.storage.retry import check_storage
 
 SIZE = 100_000
 
@@ -104,7 +104,7 @@ def test_a_read_that_hangs_is_named(
         goes_on.wait(60)
         return 0
 
-    monkeypatch.setattr(patience, "STALLED_AFTER", -1.0)
+    monkeypatch.setattr(retry, "STALLED_AFTER", -1.0)
     monkeypatch.setattr(module._reads, "fill", hang)
     thread = threading.Thread(target=read_all, args=[reads_of(sources)])
     thread.start()

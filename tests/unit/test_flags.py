@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from wsm_megatron.engine.flags import (
+from wsm_megatron.planning.launch_flags import (
     CONTINUE,
     DECAY,
     EVALUATE,

@@ -10,14 +10,14 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.cli import main as wsm
-from wsm_megatron.engine.buckets import FlatMain
-from wsm_megatron.engine.flat import FlatMains, find_flat_mains
-from wsm_megatron.engine.mains import check_mains
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.cli.main import main as wsm
 from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.optimizer.flat_buckets import FlatMain
+from wsm_megatron.optimizer.flat_main_params import FlatMains, find_flat_mains
+from wsm_megatron.optimizer.main_params import check_mains
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 BUCKET = (
@@ -89,7 +89,7 @@ def test_every_chunk_of_the_model_is_found(run):
 
 
 def test_chunks_are_split(tmp_path, monkeypatch):
-    from wsm_megatron.engine import plan
+    from wsm_megatron.planning import plan
 
     monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 500)
     output = run_merge(RUNS / runs.FLAT, tmp_path / "out", threads=2)

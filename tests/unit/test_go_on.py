@@ -17,15 +17,15 @@ import torch
 
 from tests import runs
 from wsm_megatron import MergeConfig, MergeError, MergeReport, merge
-from wsm_megatron.checkpoint.journal import _line as journal_line
-from wsm_megatron.checkpoint.journal import _read as read_journal
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.checkpoint.staging_dir import journals
 from wsm_megatron.checkpoint.writer import ChunkWriter
-from wsm_megatron.engine.key import placement, staging_key
-from wsm_megatron.engine.prepare import prepare_job
-from wsm_megatron.engine.publish import journals
 from wsm_megatron.errors import StoppedError
+from wsm_megatron.planning.prepare import prepare_job
+from wsm_megatron.planning.staging_key import placement, staging_key
+from wsm_megatron.storage.journal import _line as journal_line
+from wsm_megatron.storage.journal import _read as read_journal
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"
 NAME = "iter_0000008"
@@ -116,7 +116,7 @@ def test_nothing_finished_leaves_nothing(
         raise STOPPED
 
     monkeypatch.setattr(ChunkWriter, "append", stop)
-    monkeypatch.setattr("wsm_megatron.engine.rank.CheckpointFile.write_bytes", stop)
+    monkeypatch.setattr("wsm_megatron.execution.rank.CheckpointFile.write_bytes", stop)
     with pytest.raises(StoppedError):
         merge(config)
     assert list(config.save.iterdir()) == []
@@ -292,9 +292,9 @@ def test_the_key_is_the_same_in_every_process(tmp_path: Path, parallel: str) -> 
 KEY_OF = """
 import sys
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.distributed import Ranks
-from wsm_megatron.engine.key import placement, staging_key
-from wsm_megatron.engine.merge import prepare
+from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.planning.staging_key import placement, staging_key
+from wsm_megatron.api import prepare
 
 run, save, parallel = sys.argv[1:]
 config = MergeConfig(
@@ -317,7 +317,7 @@ def test_stopped_while_it_is_published(
         raise STOPPED
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsm_megatron.engine.merge.write_provenance", stop)
+        patch.setattr("wsm_megatron.api.write_provenance", stop)
         with pytest.raises(StoppedError):
             merge(config)
     report = assert_goes_on(config, expected, whole=False)

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsm_megatron import MergeError
-from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.access.node_local.assignment import Held, Holders, Step, steps_of
+from wsm_megatron.access.node_local.schedule import arriving, ending, leaving, tickets_of
+from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
-from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.engine.flat import FlatMain
-from wsm_megatron.engine.holders import Held, Holders, Step, steps_of
-from wsm_megatron.engine.recipe import Merge, Output, Recipe, Rule, Task
-from wsm_megatron.engine.turns import arriving, ending, leaving, tickets_of
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.optimizer.flat_main_params import FlatMain
+from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task
 
 KEY, ROWS = "weight", 24
 RANKS = 4
@@ -226,7 +226,7 @@ def test_a_main_param_and_its_model_tensor_are_copied_by_one_rank() -> None:
 
 
 def test_messages_are_bounded_over_all_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsm_megatron.engine.holders.TRAVEL_ELEMENTS", 64)
+    monkeypatch.setattr("wsm_megatron.access.node_local.assignment.TRAVEL_ELEMENTS", 64)
     layouts, seeing = [layout(0, 1), layout(1, 1)], [{"weight0": (0,)}, {"weight0": (1,)}]
     for merges in (1, 4):
         helds = list(Holders(layouts, seeing, [1], RANKS, merges).hold([task()]))

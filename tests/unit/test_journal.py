@@ -16,9 +16,9 @@ from isal.isal_zlib import crc32
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint import journal
-from wsm_megatron.checkpoint.journal import Journal, Part
 from wsm_megatron.errors import StorageError
+from wsm_megatron.storage import journal
+from wsm_megatron.storage.journal import Journal, Part
 
 
 def path_of(file: Path) -> Path:

@@ -15,9 +15,9 @@ from tests import runs
 from tests.ports import reserved_ports
 from tests.reference import RUNS
 from tests.unit.test_slurm import STEP
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
+from wsm_megatron.comm.launcher import launched_as, local_rank
 from wsm_megatron.errors import EXIT_USAGE
-from wsm_megatron.launcher import launched_as, local_rank
 
 MERGE = [sys.executable, "-m", "wsm_megatron", "merge"]
 MERGE += ["--load", str(RUNS / runs.DENSE), "--save"]

@@ -14,21 +14,22 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from wsm_megatron import MergeError, line
-from wsm_megatron.checkpoint import visible
-from wsm_megatron.cli import _Log
-from wsm_megatron.distributed import Ranks
-from wsm_megatron.engine.crew import in_background
-from wsm_megatron.engine.steps import check_shared
+from wsm_megatron import MergeError
+from wsm_megatron.access.node_local.stages import check_shared
+from wsm_megatron.cli.main import _Log
+from wsm_megatron.comm import heartbeat
+from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.comm.heartbeat import Line
 from wsm_megatron.errors import StoppedError, exit_code
-from wsm_megatron.line import Line
-from wsm_megatron.signals import ENDING, Stop
+from wsm_megatron.process.signals import ENDING, Stop
+from wsm_megatron.process.worker_threads import in_background
+from wsm_megatron.storage import visibility
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line, "BEAT", 0.05)
-    monkeypatch.setattr(line, "LOST_AFTER", 3.0)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "LOST_AFTER", 3.0)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_gather_and_from_first(ranks: list[Ranks]) -> None:
 def test_values_larger_than_the_store_takes(
     ranks: list[Ranks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(line, "_PART_BYTES", 1000)
+    monkeypatch.setattr(heartbeat, "_PART_BYTES", 1000)
     values = [bytes([rank]) * 12345 for rank in range(3)]
     assert on_all(ranks, lambda one: one.gather(values[one.rank])) == [values] * 3
 
@@ -144,7 +145,7 @@ def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
 def test_a_target_that_not_all_ranks_see_is_refused(
     ranks: list[Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(visible, "VISIBLE_WITHIN", 0.1)
+    monkeypatch.setattr(visibility, "VISIBLE_WITHIN", 0.1)
     for name in ("shared", "local"):
         (tmp_path / name).mkdir()
 
@@ -196,7 +197,7 @@ def test_a_rank_that_tells_too_much_is_not_heard_out(
 def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(line, "_STOP_WITHIN", 10**6)
+    monkeypatch.setattr(heartbeat, "_STOP_WITHIN", 10**6)
     store = dist.HashStore()
     first, second = (Line(store, rank, 4) for rank in (0, 1))
     told: list[list[int]] = []
@@ -222,7 +223,7 @@ def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_sto
 
 
 def test_a_rank_that_dies_before_all_have_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line, "LOST_AFTER", 0.5)
+    monkeypatch.setattr(heartbeat, "LOST_AFTER", 0.5)
     store = dist.HashStore()
     first, second = (Line(store, rank, 3) for rank in (0, 1))
     second._leaving.set()

@@ -15,9 +15,9 @@ import pytest
 from tests import runs
 from tests.reference import RUNS, load_tensors
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
+from wsm_megatron.comm.local_ranks import run_forked
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
-from wsm_megatron.local import run_forked
 
 WSM = [sys.executable, "-m", "wsm_megatron"]
 
@@ -106,7 +106,7 @@ def test_signals_reach_the_ranks() -> None:
 def test_a_rank_whose_parent_has_died_does_not_start(tmp_path: Path) -> None:
     code = (
         "import os, signal, torch.distributed as dist\n"
-        "from wsm_megatron.local import run_forked\n"
+        "from wsm_megatron.comm.local_ranks import run_forked\n"
         "dist.TCPStore = lambda *_, **__: os._exit(9)\n"
         f"run_forked(2, lambda: open({str(tmp_path / 'ran')!r}, 'w').write('x'))\n"
     )

@@ -23,11 +23,11 @@ import pytest
 from tests.reference import RUNS
 from tests.runs import DENSE
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.engine import lock
-from wsm_megatron.engine.key import merge_digest
-from wsm_megatron.engine.lock import Lock
-from wsm_megatron.engine.prepare import prepare_job
 from wsm_megatron.errors import StoppedError
+from wsm_megatron.planning.prepare import prepare_job
+from wsm_megatron.planning.staging_key import merge_digest
+from wsm_megatron.storage import lock
+from wsm_megatron.storage.lock import Lock
 
 LOCK = ".iter_0000008.wsm.lock"
 ANOTHER = "0123456789abcdef"
@@ -168,7 +168,7 @@ def test_a_merge_that_lost_its_lock_stops_and_touches_nothing(
         hold(tmp_path / LOCK)
         left.append(names(tmp_path))
 
-    monkeypatch.setattr("wsm_megatron.engine.merge._complete", complete)
+    monkeypatch.setattr("wsm_megatron.api._complete", complete)
     with pytest.raises(MergeError, match="another merge has taken over this target"):
         merge(config)
     assert left == [names(tmp_path)] and "iter_0000008" not in left[0]

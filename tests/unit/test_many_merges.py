@@ -12,10 +12,10 @@ from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from tests.unit.test_go_on import stop_merge
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint import files
-from wsm_megatron.checkpoint.files import SourceFiles
 from wsm_megatron.checkpoint.layout import COMMON_KEY, read_layout
-from wsm_megatron.engine.prepare import prepare_job
+from wsm_megatron.planning.prepare import prepare_job
+from wsm_megatron.storage import files
+from wsm_megatron.storage.files import SourceFiles
 
 
 def config(tmp_path, run=runs.FULLY, **options):

@@ -12,10 +12,10 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, coefficients, merge
-from wsm_megatron.checkpoint.common import load_common
+from wsm_megatron.checkpoint.common_state import load_common
+from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role, main_of
-from wsm_megatron.engine.sources import read_common
+from wsm_megatron.planning.sources import read_common
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 
@@ -188,7 +188,7 @@ def test_order_of_chunks_on_disk_does_not_matter(tmp_path):
 
 
 def test_chunks_larger_than_the_limit_are_split(tmp_path, monkeypatch):
-    from wsm_megatron.engine import plan
+    from wsm_megatron.planning import plan
 
     monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 500)
     report = run_merge(runs.FP32_PARAM, tmp_path / "out", optimizer_state="last", threads=3)

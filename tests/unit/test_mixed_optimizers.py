@@ -11,11 +11,11 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint.box import Box
+from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role, main_of
-from wsm_megatron.engine.mains import check_mains
-from wsm_megatron.engine.provenance import read_provenance
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.planning.provenance import read_provenance
 
 WEIGHTS = (0.2, 0.3, 0.5)
 

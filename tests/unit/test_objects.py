@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from tests import archives
-from wsm_megatron.checkpoint.inert import Inert, Reference, is_known, references
-from wsm_megatron.checkpoint.objects import dump_object, load_object
-from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
+from wsm_megatron.safe_pickle.metadata import load_metadata
+from wsm_megatron.safe_pickle.objects import dump_object, load_object
+from wsm_megatron.safe_pickle.opaque import Inert, Reference, is_known, references
 
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 COMMON_ENTRY = "common_state/shard_0_1"
@@ -88,7 +88,7 @@ class Blocker:
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocker())
-from wsm_megatron.checkpoint.objects import dump_object, load_object
+from wsm_megatron.safe_pickle.objects import dump_object, load_object
 for path in sys.argv[2:]:
     state = load_object(Path(path).read_bytes(), path)
     (Path(sys.argv[1]) / f"{Path(path).parts[-3]}.pt").write_bytes(dump_object(state))
@@ -303,7 +303,7 @@ import sys
 from pathlib import Path
 for name in sys.argv[2].split(","):
     sys.intern(name)
-from wsm_megatron.checkpoint.common import dump_common, load_common, prepare
+from wsm_megatron.checkpoint.common_state import dump_common, load_common, prepare
 state = load_common(Path(sys.argv[1]).read_bytes(), "common.pt")
 provenance = {"a": [1, {"b": 2.5}], "lr_decay_style": "constant"}
 state = prepare(state, iteration=9, drop_optimizer=False, provenance=provenance)

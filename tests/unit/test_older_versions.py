@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.engine.inspect import inspect_checkpoint
+from wsm_megatron.inspection.inspect import inspect_checkpoint
 
 OLDER = Path(__file__).parents[1] / "data" / "older"
 CORE_0_14, CORE_0_15 = "mcore0.14-dense-dp2", "mcore0.15-dense-dp2-fully_reshardable"

@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import cli
+from wsm_megatron.cli import main
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
 
 WSM = f"{sys.executable} -m wsm_megatron"
@@ -36,7 +36,7 @@ def test_a_merge_that_cannot_say_so_is_done(tmp_path: Path, how: str) -> None:
     done = shell(f"{WSM} merge --load {run} --save {tmp_path}/out --json -v {how}")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert cli.main(["verify", f"{tmp_path}/out/iter_0000008", "--sources"]) == 0
+    assert main.main(["verify", f"{tmp_path}/out/iter_0000008", "--sources"]) == 0
 
 
 @pytest.mark.parametrize("how", [CLOSED, f"--local-ranks 2 {FULL}"])
@@ -71,7 +71,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
-        "from wsm_megatron.output import open_streams\n"
+        "from wsm_megatron.process.streams import open_streams\n"
         "open_streams()\n"
         f"with open({str(tmp_path / 'file')!r}, 'w') as file:\n"
         "    for number in (1, 2):\n"
@@ -100,6 +100,6 @@ def test_an_interrupt_is_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "verify", interrupted)
-    assert cli.main(["verify", "somewhere"]) == 130
+    monkeypatch.setattr(main, "verify", interrupted)
+    assert main.main(["verify", "somewhere"]) == 130
     assert capsys.readouterr().err == "wsm verify: stopped by SIGINT\n"

@@ -14,9 +14,9 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.checkpoint.run import TRACKER_FILE
-from wsm_megatron.engine import space
-from wsm_megatron.engine.outputs import check_outputs
+from wsm_megatron.checkpoint.run_directory import TRACKER_FILE
+from wsm_megatron.planning.output_paths import check_outputs
+from wsm_megatron.storage import space
 
 
 def everything(root: Path) -> dict[str, tuple[int, bytes | None]]:

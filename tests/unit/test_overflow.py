@@ -10,8 +10,8 @@ from tests.reference import load_tensors, same_bits
 from tests.unit.test_flat import BUCKET, FC2, LAYER
 from tests.unit.test_staging import staged_merge
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.checkpoint.roles import main_of
-from wsm_megatron.engine.tile import round_main
+from wsm_megatron.checkpoint.keys import main_of
+from wsm_megatron.execution.tiles import round_main
 from wsm_megatron.kernels import reference
 
 KEY = "decoder.final_layernorm.weight"

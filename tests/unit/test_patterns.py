@@ -11,12 +11,12 @@ from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from tests.unit.test_flat import BUCKET, in_bucket
 from wsm_megatron import MergeConfig, MergeError, merge, verify
+from wsm_megatron.checkpoint.keys import model_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import model_of
-from wsm_megatron.engine.flat import FlatMain, FlatMains, find_flat_mains
-from wsm_megatron.engine.mains import check_mains
-from wsm_megatron.engine.patterns import pattern_for
-from wsm_megatron.engine.plan import make_plan
+from wsm_megatron.optimizer.flat_main_params import FlatMain, FlatMains, find_flat_mains
+from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.planning.patterns import pattern_for
+from wsm_megatron.planning.plan import make_plan
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 MODEL = "embedding.word_embeddings.weight"

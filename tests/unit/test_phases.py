@@ -10,11 +10,12 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, merge, report
-from wsm_megatron.engine import phases
-from wsm_megatron.engine.outcome import MergedCheckpoint, MergeReport
-from wsm_megatron.engine.phases import PHASES, Phases, RankReport
-from wsm_megatron.engine.sources import Decay
+from wsm_megatron import MergeConfig, merge
+from wsm_megatron.cli import text
+from wsm_megatron.execution import timing
+from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
+from wsm_megatron.execution.timing import PHASES, Phases, RankReport
+from wsm_megatron.planning.sources import Decay
 
 
 class Clock:
@@ -30,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(phases, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     return clock
 
 
@@ -100,7 +101,7 @@ def table(number: int) -> list[str]:
     merged = MergedCheckpoint(
         Path("out/iter_8"), (1, 2), Decay((1, 2), "iterations", (0.5, 0.5)), resume
     )
-    lines = list(report.merged(MergeReport((merged,), 1, 1, 1.0, ranks)))
+    lines = list(text.merged(MergeReport((merged,), 1, 1, 1.0, ranks)))
     start = next(k for k, line in enumerate(lines) if line.split()[:1] == ["rank"])
     end = next(k for k, line in enumerate(lines) if line.startswith("merged checkpoint"))
     return lines[start - 1 : end]

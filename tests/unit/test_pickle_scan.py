@@ -19,8 +19,8 @@ import pytest
 from tests import archives
 from tests.reference import RUNS
 from tests.unit.test_objects import common_bytes, pickle_of
-from wsm_megatron.checkpoint import pickle_scan
-from wsm_megatron.checkpoint.pickle_scan import scan_in_python
+from wsm_megatron.safe_pickle import scan as pickle_scan
+from wsm_megatron.safe_pickle.scan import scan_in_python
 
 Scan = Callable[[bytes, int, int, int], str | None]
 SCANS: list[Any] = [pytest.param(scan_in_python, id="python")]
@@ -174,8 +174,8 @@ BOMBS = {
 LOAD = """
 import resource, sys
 from pathlib import Path
-from wsm_megatron.checkpoint.objects import load_object
-from wsm_megatron.checkpoint.unpickle import load_metadata
+from wsm_megatron.safe_pickle.objects import load_object
+from wsm_megatron.safe_pickle.metadata import load_metadata
 from wsm_megatron.errors import MergeError
 for path in map(Path, sys.argv[1:]):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wsm_megatron.plugin.memory import available_memory
+from wsm_megatron.process.memory import available_memory
 
 FREE = 1000 * 1024
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from wsm_megatron.decay import coefficients
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.restart import leads_to
 from wsm_megatron.plugin.ring import Ring, window_size
-from wsm_megatron.window import Consumed
+from wsm_megatron.schedule.decay import coefficients
+from wsm_megatron.schedule.window import Consumed
 
 
 def filled(options: dict[str, Any], iterations: list[int], tokens_each: int = 100) -> Ring:

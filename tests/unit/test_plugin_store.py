@@ -11,7 +11,7 @@ import torch
 from wsm_megatron.plugin import store as store_module
 from wsm_megatron.plugin.shards import Shard, slice_bounds
 from wsm_megatron.plugin.store import DiskStore, Found, MemoryStore, Store, free_bytes
-from wsm_megatron.window import Consumed
+from wsm_megatron.schedule.window import Consumed
 
 LAYOUT = {"world": 1, "rank": 0}
 

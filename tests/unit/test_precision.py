@@ -10,13 +10,13 @@ import torch
 from tests import runs
 from tests.flat_run import bucket_key, write_checkpoint
 from tests.reference import load_tensors
-from wsm_megatron.checkpoint.common import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role, main_of
-from wsm_megatron.cli import main
-from wsm_megatron.engine.mains import check_mains
-from wsm_megatron.engine.precision import are_remainders, quantised_by
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_FAILED, EXIT_USAGE
+from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.precision import are_remainders, quantised_by
 
 
 def set_args(path: Path, **values) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from wsm_megatron import progress
-from wsm_megatron.progress import progress_bar
+from wsm_megatron.cli import progress
+from wsm_megatron.cli.progress import progress_bar
 
 
 class Clock:

@@ -15,18 +15,19 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.checkpoint.run import TRACKER_FILE, write_tracker
-from wsm_megatron.engine import lock, publish
-from wsm_megatron.engine.publish import advance_tracker
+from wsm_megatron.checkpoint import staging_dir
+from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, write_tracker
+from wsm_megatron.checkpoint.staging_dir import advance_tracker
 from wsm_megatron.errors import StoppedError
-from wsm_megatron.signals import ending_later
+from wsm_megatron.process.signals import ending_later
+from wsm_megatron.storage import lock
 
 WHOLE = {"iter_0000008", TRACKER_FILE}
 STEPS = {
-    "sync": (publish, "sync_directory"),
+    "sync": (staging_dir, "sync_directory"),
     "rename": (os, "rename"),
-    "tracker": (publish, "write_tracker"),
-    "journals": (publish, "remove"),
+    "tracker": (staging_dir, "write_tracker"),
+    "journals": (staging_dir, "remove"),
 }
 """What is called while a complete directory gets its name."""
 
@@ -104,7 +105,7 @@ class Killed(BaseException):
 
 def killed(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     def kill() -> None:
-        for owner, name in ((publish.Staging, "keep"), (lock.Lock, "release")):
+        for owner, name in ((staging_dir.Staging, "keep"), (lock.Lock, "release")):
             patch.setattr(owner, name, lambda *_: None)
         raise Killed
 
@@ -137,7 +138,7 @@ def test_a_failure_behind_the_name_removes_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "write_tracker", fail)
+        patch.setattr(staging_dir, "write_tracker", fail)
         with pytest.raises(MergeError, match=f"{TRACKER_FILE}: cannot write: No space left"):
             merge(config)
     assert "iter_0000008" in {path.name for path in (config.save / "mean").iterdir()}

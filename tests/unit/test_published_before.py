@@ -10,8 +10,8 @@ import pytest
 from tests.reference import RUNS, load_tensors, same_bits
 from tests.runs import DENSE, FULLY
 from wsm_megatron import MergeConfig, merge
+from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role
 
 
 def test_the_same_merge_again_does_nothing(tmp_path: Path) -> None:

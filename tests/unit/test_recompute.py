@@ -14,18 +14,18 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.common import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.keys import Role, may_be_padding
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role, may_be_padding
-from wsm_megatron.cli import main
-from wsm_megatron.engine.provenance import (
+from wsm_megatron.cli.main import main
+from wsm_megatron.errors import EXIT_USAGE
+from wsm_megatron.planning.provenance import (
     described,
     read_provenance,
     seal,
     write_provenance,
 )
-from wsm_megatron.engine.sources import read_common
-from wsm_megatron.errors import EXIT_USAGE
+from wsm_megatron.planning.sources import read_common
 from wsm_megatron.plugin.emit import checksums
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"

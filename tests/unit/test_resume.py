@@ -12,15 +12,15 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint.common import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import Role
-from wsm_megatron.cli import main
-from wsm_megatron.engine.flags import as_data
-from wsm_megatron.engine.mains import check_mains
-from wsm_megatron.engine.provenance import read_provenance
-from wsm_megatron.engine.resume import check_resume
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_USAGE
+from wsm_megatron.inspection.megatron_resume import check_resume
+from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.planning.launch_flags import as_data
+from wsm_megatron.planning.provenance import read_provenance
 
 LAYOUTS = {
     runs.DENSE: None,

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests.reference import RUNS
-from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.roles import (
+from wsm_megatron.checkpoint.keys import (
     Role,
     is_flat_bucket,
     main_of,
@@ -13,6 +12,7 @@ from wsm_megatron.checkpoint.roles import (
     object_role,
     tensor_role,
 )
+from wsm_megatron.checkpoint.layout import read_layout
 
 FLAT = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32)"
 

@@ -12,9 +12,14 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron.checkpoint import run as run_module
-from wsm_megatron.checkpoint.run import TRACKER_FILE, read_tracker, scan_run, tracked_iteration
-from wsm_megatron.cli import main
+from wsm_megatron.checkpoint import run_directory
+from wsm_megatron.checkpoint.run_directory import (
+    TRACKER_FILE,
+    read_tracker,
+    scan_run,
+    tracked_iteration,
+)
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
 
 
@@ -154,14 +159,14 @@ def test_a_link_to_a_checkpoint_is_one(run, tmp_path):
 
 
 def test_a_folder_that_cannot_be_looked_into_is_told(run, wsm, monkeypatch):
-    real = run_module.is_complete
+    real = run_directory.is_complete
 
     def refuse(path: Path) -> bool:
         if path.name == "iter_0000006":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(run_module, "is_complete", refuse)
+    monkeypatch.setattr(run_directory, "is_complete", refuse)
     status, output = plan(wsm, run)
     assert status == 0 and "iter_0000006 is not readable (Permission denied)" in output
     status, output = plan(wsm, run, "--to", "6")

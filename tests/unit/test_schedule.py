@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
-from wsm_megatron.checkpoint.common import summarize
-from wsm_megatron.checkpoint.schedule import CONSTANT, DECAY, WARM_UP, LearningRate, learning_rate
-from wsm_megatron.engine.learning_rate import lr_problem
+from wsm_megatron.checkpoint.common_state import summarize
+from wsm_megatron.checkpoint.lr_schedule import (
+    CONSTANT,
+    DECAY,
+    WARM_UP,
+    LearningRate,
+    learning_rate,
+)
+from wsm_megatron.planning.learning_rate import lr_problem
 
 STEPS = (0, 1, 99, 100, 101, 400, 799, 800, 801, 900, 999, 1000, 1001, 5000)
 ARGS: dict[str, Any] = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from wsm_megatron.checkpoint.common import CommonSummary
-from wsm_megatron.checkpoint.run import RunDirectory
-from wsm_megatron.checkpoint.schedule import CONSTANT, DECAY, LearningRate
-from wsm_megatron.engine.selection import Selector
-from wsm_megatron.engine.sight import Seen, View
-from wsm_megatron.window import Checkpoint, Window, positions
+from wsm_megatron.access.node_local.inventory import Seen, View
+from wsm_megatron.checkpoint.common_state import CommonSummary
+from wsm_megatron.checkpoint.lr_schedule import CONSTANT, DECAY, LearningRate
+from wsm_megatron.checkpoint.run_directory import RunDirectory
+from wsm_megatron.planning.selection import Selector
+from wsm_megatron.schedule.window import Checkpoint, Window, positions
 
 RUN = Path("/run")
 

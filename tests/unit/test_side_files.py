@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.cli import main
-from wsm_megatron.engine import merge as merging
-from wsm_megatron.engine.prepare import prepare_job
-from wsm_megatron.engine.side_files import find_side_files
-from wsm_megatron.engine.sight import look
+from wsm_megatron import MergeConfig, MergeError, api, merge, verify
+from wsm_megatron.access.node_local.inventory import look
+from wsm_megatron.checkpoint.side_files import find_side_files
+from wsm_megatron.cli.main import main
+from wsm_megatron.planning.prepare import prepare_job
 
 SHARDS = [f"__{rank}_{thread}.distcp" for rank in (0, 1) for thread in (0, 1)]
 OWN = {".metadata", "metadata.json", "common.pt", "wsm_merge.json", "__0_0.distcp"}
@@ -106,7 +105,7 @@ def test_metadata_is_copied_and_the_rest_is_named_in_one_warning(
 def test_a_file_is_copied_whatever_its_size_says_of_tokenizers_only(
     run: Path, newest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsm_megatron.engine.side_files.MOST_BYTES", 10)
+    monkeypatch.setattr("wsm_megatron.checkpoint.side_files.MOST_BYTES", 10)
     put(newest, "tokenizer/large_enough.json", "large_enough.json", "a.json")
     found = find_side_files(newest, SHARDS)
     assert {file.name for file in found.copied} == {"a.json", "tokenizer/large_enough.json"}
@@ -216,13 +215,13 @@ def test_a_file_that_changes_meanwhile_is_not_published(
     run: Path, newest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(newest, "tokenizer/vocab.json")
-    share = merging.run_share
+    share = api.run_share
 
     def grow(*arguments: object) -> object:
         (newest / "tokenizer" / "vocab.json").write_text("longer than it was before")
         return share(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(merging, "run_share", grow)
+    monkeypatch.setattr(api, "run_share", grow)
     with pytest.raises(MergeError, match=r"vocab\.json changed while"):
         merged(run)
     assert not list((run.parent / "out").glob("iter_*"))

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from wsm_megatron import slurm
-from wsm_megatron.slurm import Task, first_host, task_of_step
+from wsm_megatron.comm import slurm
+from wsm_megatron.comm.slurm import Task, first_host, task_of_step
 
 STEP = {
     "SLURM_JOB_ID": "7",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.engine import device, rank, staging
-from wsm_megatron.engine.device import Device, Rates, choose_device, measure
+from wsm_megatron.execution import device, gpu_tiles, rank
+from wsm_megatron.execution.device import Device, Rates, choose_device, measure
 
 STAND_IN = Device(torch.device("cpu"), "a CPU in place of a device", staged=True)
 
@@ -25,7 +25,7 @@ def staged_merge(monkeypatch, **options):
     with monkeypatch.context() as patch:
         patch.setattr(rank, "choose_device", lambda *_: STAND_IN)
         patch.setattr(device, "STAGED_BYTES", 2**14)
-        patch.setattr("wsm_megatron.engine.budget.LEAST_ELEMENTS", 64)
+        patch.setattr("wsm_megatron.execution.memory_budget.LEAST_ELEMENTS", 64)
         return merge(MergeConfig(**options))
 
 
@@ -34,8 +34,10 @@ def staged_merge(monkeypatch, **options):
 def test_staged_merges_have_the_same_bits(tmp_path, monkeypatch, run, options):
     options = {"load": RUNS / run, "threads": 2, **options}
     started = []
-    start = staging.StagedTile.start
-    monkeypatch.setattr(staging.StagedTile, "start", lambda tile: (started.append(1), start(tile)))
+    start = gpu_tiles.StagedTile.start
+    monkeypatch.setattr(
+        gpu_tiles.StagedTile, "start", lambda tile: (started.append(1), start(tile))
+    )
     staged = staged_merge(monkeypatch, save=tmp_path / "staged", **options)
     assert started
     expected = merge(MergeConfig(save=tmp_path / "expected", **options))

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from tests import runs
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.box import Box
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.tiling import tiling_fault
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_FAILED
 
 KEY = "embedding.word_embeddings.weight"

@@ -8,8 +8,8 @@ import torch
 from tests import runs
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, merge
-from wsm_megatron.engine.adapters import adapter_pairs
-from wsm_megatron.engine.integers import _by_parent, _partners
+from wsm_megatron.planning.adapters import adapter_pairs
+from wsm_megatron.planning.integers import _by_parent, _partners
 
 INTEGERS = "embedding.word_embeddings.weight"
 SCALES = "output_layer.weight"

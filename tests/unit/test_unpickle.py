@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from wsm_megatron.checkpoint import metadata as standins
-from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
+from wsm_megatron.safe_pickle import metadata_classes
+from wsm_megatron.safe_pickle.metadata import load_metadata
 
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 
@@ -56,14 +56,14 @@ def stand_in(value: Any) -> Any:
         return {stand_in(key): stand_in(held) for key, held in value.items()}
     if isinstance(value, list):
         return [stand_in(held) for held in value]
-    made = getattr(standins, type(value).__name__.lstrip("_"), None)
+    made = getattr(metadata_classes, type(value).__name__.lstrip("_"), None)
     if made is None:
         return value
     names = [one.name for one in fields(made) if hasattr(value, one.name)]
     return made(**{name: stand_in(getattr(value, name)) for name in names})
 
 
-def check_same(loaded: standins.Metadata, expected: Metadata) -> None:
+def check_same(loaded: metadata_classes.Metadata, expected: Metadata) -> None:
     assert loaded == stand_in(expected)
     for entry, torchs in zip(
         loaded.state_dict_metadata.values(), expected.state_dict_metadata.values(), strict=True
@@ -97,7 +97,9 @@ def test_transforms_of_the_storage_are_kept(tmp_path: Path) -> None:
     expected.storage_data[MetadataIndex("object")].transform_descriptors = ["zstd"]
     loaded = load_metadata(write(tmp_path / ".metadata", expected))
     assert loaded.storage_data is not None
-    assert loaded.storage_data[standins.MetadataIndex("object")].transform_descriptors == ["zstd"]
+    assert loaded.storage_data[metadata_classes.MetadataIndex("object")].transform_descriptors == [
+        "zstd"
+    ]
 
 
 @pytest.mark.parametrize("name", ["Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"])
@@ -108,12 +110,12 @@ def test_no_attribute_of_a_class_is_set(tmp_path: Path, name: str) -> None:
     attack = b"\x80\x04c" + module + b"\n" + name.encode() + b"\n" + state
     with pytest.raises(MergeError, match="damaged"):
         load_metadata(write(tmp_path / ".metadata", attack))
-    hash(standins.MetadataIndex("weight"))
+    hash(metadata_classes.MetadataIndex("weight"))
 
 
 def test_a_stand_in_is_not_pickled() -> None:
     with pytest.raises(TypeError, match="MetadataIndex stands in for torch's"):
-        pickle.dumps(standins.MetadataIndex("weight"))
+        pickle.dumps(metadata_classes.MetadataIndex("weight"))
 
 
 class Call:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig
-from wsm_megatron.cli import main
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
-from wsm_megatron.values import count, local_path, number, several, size
+from wsm_megatron.option_values import count, local_path, number, several, size
 
 
 @pytest.mark.parametrize(

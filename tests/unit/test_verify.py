@@ -12,9 +12,9 @@ from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.cli import main
-from wsm_megatron.engine.provenance import described, read_provenance, write_provenance
+from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.planning.provenance import described, read_provenance, write_provenance
 from wsm_megatron.plugin.emit import checksums
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"

@@ -14,7 +14,7 @@ import pytest
 
 from tests import runs
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.engine.provenance import read_provenance, seal
+from wsm_megatron.planning.provenance import read_provenance, seal
 
 FLIPS = 400
 """Over all files of a merge; two of them in each file at least."""

@@ -13,9 +13,9 @@ import pytest
 
 from tests import runs
 from wsm_megatron import MergeError
-from wsm_megatron.engine import watch
-from wsm_megatron.engine.sources import Source, open_source
-from wsm_megatron.engine.watch import SourceWatch
+from wsm_megatron.planning.sources import Source, open_source
+from wsm_megatron.storage import change_watch
+from wsm_megatron.storage.change_watch import SourceWatch
 
 
 @pytest.fixture
@@ -71,16 +71,16 @@ def test_a_file_that_came_and_went_is_no_change(run: Path, sources: list[Source]
 def test_a_look_costs_little(sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
     watching = SourceWatch(sources * 50)
     asked: list[Path] = []
-    stat = watch._stat
-    monkeypatch.setattr(watch, "_stat", lambda path: asked.append(path) or stat(path))
+    stat = change_watch._stat
+    monkeypatch.setattr(change_watch, "_stat", lambda path: asked.append(path) or stat(path))
     watching._look()
-    assert len(asked) == 2 * watch.SOURCES_A_LOOK
+    assert len(asked) == 2 * change_watch.SOURCES_A_LOOK
 
 
 def test_the_thread_says_what_it_has_seen(
     run: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(change_watch, "LOOK_EVERY", 0.01)
     with SourceWatch(sources) as watching:
         watching.check()
         (runs.checkpoint(run, 2) / "metadata.json").unlink()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsm_megatron.decay import coefficients
-from wsm_megatron.window import (
+from wsm_megatron.schedule.decay import coefficients
+from wsm_megatron.schedule.window import (
     Checkpoint,
     Consumed,
     Window,

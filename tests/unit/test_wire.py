@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wsm_megatron import line
-from wsm_megatron.distributed import Ranks
-from wsm_megatron.engine.wire import Wire, open_wire
+from wsm_megatron.access.node_local.transport import Wire, open_wire
+from wsm_megatron.comm import heartbeat
+from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.comm.heartbeat import Line
 from wsm_megatron.errors import LostError, MergeError
-from wsm_megatron.line import Line
 
 
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Wire]]:
-    monkeypatch.setattr(line, "BEAT", 0.05)
-    monkeypatch.setattr(line, "LOST_AFTER", 3.0)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "LOST_AFTER", 3.0)
     store = dist.HashStore()
     lines = [Line(store, rank, 2) for rank in range(2)]
     ranks = [Ranks(rank, 2, one, store) for rank, one in enumerate(lines)]

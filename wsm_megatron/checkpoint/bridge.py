@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import yaml
 
-from wsm_megatron.checkpoint.objects import dump_object, load_object
 from wsm_megatron.errors import MergeError
+from wsm_megatron.safe_pickle.objects import dump_object, load_object
 
 TRAIN_STATE_FILE = "train_state.pt"
 LATEST_FILE = "latest_train_state.pt"

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from wsm_megatron.checkpoint.archive import read_archive
-from wsm_megatron.checkpoint.pickle_scan import check_pickle
+from wsm_megatron.safe_pickle.archive import read_archive
+from wsm_megatron.safe_pickle.scan import check_pickle
 
 _ALIGNMENT = 64
 _STORAGE_DTYPES = {

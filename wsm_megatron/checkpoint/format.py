@@ -15,8 +15,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wsm_megatron.checkpoint.common import attributes, with_attributes
-from wsm_megatron.checkpoint.inert import Reference, references
+from wsm_megatron.checkpoint.common_state import attributes, with_attributes
+from wsm_megatron.safe_pickle.opaque import Reference, references
 
 logger = logging.getLogger(__name__)
 

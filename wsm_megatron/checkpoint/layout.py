@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wsm_megatron.checkpoint.json_file import read_json
-from wsm_megatron.checkpoint.kinds import kind_of, kind_of_format
-from wsm_megatron.checkpoint.metadata import Metadata, TensorStorageMetadata
-from wsm_megatron.checkpoint.roles import Role, object_role, tensor_role
+from wsm_megatron.checkpoint.foreign_formats import kind_of, kind_of_format
+from wsm_megatron.checkpoint.keys import Role, object_role, tensor_role
 from wsm_megatron.checkpoint.tiling import tiling_fault
-from wsm_megatron.checkpoint.unpickle import load_metadata
 from wsm_megatron.errors import MergeError
+from wsm_megatron.safe_pickle.metadata import load_metadata
+from wsm_megatron.safe_pickle.metadata_classes import Metadata, TensorStorageMetadata
+from wsm_megatron.storage.json_file import read_json
 
 METADATA_FILE = ".metadata"
 MARKER_FILE = "metadata.json"

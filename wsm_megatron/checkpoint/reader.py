@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32, crc32_combine
 
-from wsm_megatron.checkpoint.archive import check_archive
-from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.buffer import Buffer
-from wsm_megatron.checkpoint.chunks import ChunkIndex
+from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.container import Record, locate
-from wsm_megatron.checkpoint.cover import Cover, Piece, Segment
-from wsm_megatron.checkpoint.direct import DirectFiles
-from wsm_megatron.checkpoint.files import Read, SourceFiles
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry, check_size
-from wsm_megatron.checkpoint.patience import RETRIES, patiently
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region_reader import Cover, Piece, Segment
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
+from wsm_megatron.safe_pickle.archive import check_archive
+from wsm_megatron.storage.buffer import Buffer
+from wsm_megatron.storage.direct import DirectFiles
+from wsm_megatron.storage.files import Read, SourceFiles
+from wsm_megatron.storage.retry import RETRIES, patiently
 
 _FILE_PIECE = 4 * 2**20
 _ENDS = 2**11

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from isal.isal_zlib import crc32, crc32_combine
 
-from wsm_megatron.checkpoint.box import Box
-from wsm_megatron.checkpoint.buffer import Buffer
 from wsm_megatron.checkpoint.container import Frame
-from wsm_megatron.checkpoint.journal import Journal, Part
-from wsm_megatron.checkpoint.patience import watched
+from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.errors import MergeError, StorageError
+from wsm_megatron.storage.buffer import Buffer
+from wsm_megatron.storage.journal import Journal, Part
+from wsm_megatron.storage.retry import watched
 
 logger = logging.getLogger(__name__)
 

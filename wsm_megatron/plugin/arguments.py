@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.option_values import local_path
 from wsm_megatron.plugin.config import WSMConfig, flag_of, read_yaml
-from wsm_megatron.values import local_path
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.decay import DECAYS, coefficients
+from wsm_megatron.schedule.decay import DECAYS, coefficients
 
 STORES = ("memory", "disk")
 OPTIMIZER_STATES = ("last", "merge", "drop")

@@ -13,20 +13,20 @@ from types import ModuleType
 from typing import Any
 
 from wsm_megatron.checkpoint.layout import is_complete
-from wsm_megatron.checkpoint.run import checkpoint_path
+from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.plugin import arguments
-from wsm_megatron.plugin.agree import gathered, is_first_rank, on_any_rank
+from wsm_megatron.plugin.collectives import gathered, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.emit import emit, recover
 from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
 from wsm_megatron.plugin.padding import checked_slices
+from wsm_megatron.plugin.patched_attrs import replaced
 from wsm_megatron.plugin.refill import Loader
-from wsm_megatron.plugin.replaced import replaced
 from wsm_megatron.plugin.ring import MergeRecipe, window_size
 from wsm_megatron.plugin.room import reserve_room
 from wsm_megatron.plugin.wsm import WSM
-from wsm_megatron.window import Consumed
+from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from wsm_megatron.checkpoint.layout import METADATA_FILE, is_complete
 from wsm_megatron.checkpoint.reader import size_and_crc
-from wsm_megatron.checkpoint.run import (
+from wsm_megatron.checkpoint.run_directory import (
     checkpoint_path,
     list_checkpoints,
     read_tracker,
@@ -21,12 +21,12 @@ from wsm_megatron.checkpoint.run import (
     write_tracker,
 )
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.engine.flags import describe_resume
-from wsm_megatron.engine.provenance import describe, write_provenance
-from wsm_megatron.engine.sources import Decay
-from wsm_megatron.plugin.agree import gathered, is_first_rank, raise_together, rank_and_size
+from wsm_megatron.planning.launch_flags import describe_resume
+from wsm_megatron.planning.provenance import describe, write_provenance
+from wsm_megatron.planning.sources import Decay
+from wsm_megatron.plugin.collectives import gathered, is_first_rank, raise_together, rank_and_size
+from wsm_megatron.plugin.patched_attrs import replaced
 from wsm_megatron.plugin.readback import check_written
-from wsm_megatron.plugin.replaced import replaced
 from wsm_megatron.plugin.ring import MergeRecipe
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.plugin.replaced import replaced
+from wsm_megatron.plugin.patched_attrs import replaced
 
 
 class Recorder:

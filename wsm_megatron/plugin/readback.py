@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry, read_layout
-from wsm_megatron.checkpoint.roles import main_of
-from wsm_megatron.engine.mains import check_mains
 from wsm_megatron.errors import MergeError
-from wsm_megatron.plugin.agree import gathered, raise_together, rank_and_size
+from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.plugin.collectives import gathered, raise_together, rank_and_size
 
 
 def check_written(directory: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
-from wsm_megatron.checkpoint.run import list_checkpoints
+from wsm_megatron.checkpoint.run_directory import list_checkpoints
 from wsm_megatron.errors import MergeError
-from wsm_megatron.plugin.agree import from_first_rank, gathered, is_first_rank
-from wsm_megatron.plugin.replaced import replaced
+from wsm_megatron.plugin.collectives import from_first_rank, gathered, is_first_rank
+from wsm_megatron.plugin.patched_attrs import replaced
 from wsm_megatron.plugin.shards import unlike_weights
-from wsm_megatron.window import Consumed
+from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
 

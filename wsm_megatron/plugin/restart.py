@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from wsm_megatron.plugin.agree import gathered, is_first_rank, on_all_ranks
+from wsm_megatron.plugin.collectives import gathered, is_first_rank, on_all_ranks
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import Found, Store
-from wsm_megatron.window import Consumed
+from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wsm_megatron.decay import coefficients, effective_lr
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.window import Checkpoint, Consumed, count_tokens, positions, why_iterations
+from wsm_megatron.schedule.decay import coefficients, effective_lr
+from wsm_megatron.schedule.window import (
+    Checkpoint,
+    Consumed,
+    count_tokens,
+    positions,
+    why_iterations,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

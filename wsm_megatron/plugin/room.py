@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from wsm_megatron.plugin.agree import is_first_rank, raise_together
+from wsm_megatron.plugin.collectives import is_first_rank, raise_together
 from wsm_megatron.plugin.store import free_bytes
 from wsm_megatron.plugin.wsm import WSM
 

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from wsm_megatron.plugin.copying import ShardCopier
-from wsm_megatron.plugin.memory import available_memory
 from wsm_megatron.plugin.shards import Shard
-from wsm_megatron.window import Consumed
+from wsm_megatron.process.memory import available_memory
+from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
 

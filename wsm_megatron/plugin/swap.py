@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from wsm_megatron.kernels import weighted_sum
-from wsm_megatron.plugin.agree import raise_together
+from wsm_megatron.plugin.collectives import raise_together
 from wsm_megatron.plugin.ring import MergeRecipe
 from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
 from wsm_megatron.plugin.store import Store

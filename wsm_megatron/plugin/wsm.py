@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
-from wsm_megatron.plugin.agree import failures, is_first_rank
+from wsm_megatron.plugin.collectives import failures, is_first_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.restart import is_live, leads_to, take_stock
 from wsm_megatron.plugin.ring import MergeRecipe, Ring
 from wsm_megatron.plugin.shards import collect, parts
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
 from wsm_megatron.plugin.swap import swap_nbytes, swapped
-from wsm_megatron.window import Checkpoint, Consumed
+from wsm_megatron.schedule.window import Checkpoint, Consumed
 
 logger = logging.getLogger(__name__)
 

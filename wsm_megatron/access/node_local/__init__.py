@@ -1,0 +1,1 @@
+"""Merges of checkpoints that lie on node-local storage."""

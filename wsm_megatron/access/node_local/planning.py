@@ -1,0 +1,188 @@
+"""Planning a merge whose ranks see different parts of the run, as on node-local storage.
+
+Metadata that rank 0 does not see is read by a rank that does; rank 0 plans for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wsm_megatron.access.node_local.assignment import Holders
+from wsm_megatron.access.node_local.inventory import View, look
+from wsm_megatron.access.node_local.shares import Spread
+from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary
+from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
+from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.optimizer.flat_buckets import Contents, Search, contents, flat_buckets, search
+from wsm_megatron.optimizer.flat_main_params import FlatMains, settle
+from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
+from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.plan import check_whole
+from wsm_megatron.planning.prepare import Wanted, all_of, plan_job, wanted_merges
+from wsm_megatron.planning.selection import Selector
+from wsm_megatron.planning.sources import Source, open_source, read_common, read_summary
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank tells of a source whose metadata it sees."""
+
+    source: Source
+    common: tuple[bytes, str]
+    flat: Search | None
+
+
+def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
+    """:func:`.prepare_job` from what all ranks see together. Collective.
+
+    Returns:
+        the job, with the sources where this rank sees them.
+
+    Raises:
+        ValueError: the options do not fit the run. MergeError: a checkpoint is damaged, or no rank
+            sees files that are needed.
+    """
+    with ranks.together("looking at the sources"):
+        seen = look(config.load), read_tracker(config.load)
+    sights, trackers = zip(*ranks.gather(seen), strict=True)
+    view = View(config.load, sights, trackers)
+    wanted = _select(config, view, ranks)
+    with ranks.together("opening the sources"):
+        iterations = [checkpoint.iteration for checkpoint in all_of(wanted)]
+        reports = {
+            i: _report(config, view, ranks.rank, i, i == iterations[-1])
+            for i in iterations
+            if view.reporter(i) == ranks.rank
+        }
+    told = {i: report for some in ranks.collect(reports) for i, report in some.items()}
+    flat = _flat_mains(view, reports, iterations, ranks)
+    job = ranks.from_first(lambda: _plan(config, view, wanted, told, flat, ranks.size), "planning")
+    assert job.spread is not None
+    sources = job.spread.seen_from(ranks.rank, config.load, job.sources)
+    job = replace(job, config=replace(job.config, load=config.load), sources=sources)
+    if copied_integers(job):
+        with ranks.together("comparing integer tensors"):
+            own = checksums(job, ranks.rank)
+        of_ranks = ranks.gather(own)
+        ranks.from_first(lambda: compare_checksums(job, of_ranks), "planning")
+    return job
+
+
+def _select(config: MergeConfig, view: View, ranks: Ranks) -> Wanted:
+    """The merges that are wanted. Ranks tell rank 0 what the checkpoints say that they see: of the
+    range that is merged, or of all where a window is in tokens. Collective."""
+    run = ranks.from_first(view.run, "planning")
+    told: dict[int, CommonSummary] = {}
+    selector = Selector(run, lambda i: told.get(i, UNKNOWN), config.allow_lr_decay)
+
+    def choose() -> Sequence[tuple[MergeConfig, tuple[int, ...]]]:
+        return wanted_merges(config, lambda window: selector.choose(window, config.sliding_every))
+
+    def place() -> Wanted:
+        return [(one, selector.place(chosen)) for one, chosen in choose()]
+
+    asked = list(run.finished)
+    if config.window_tokens is None:
+        wanted = ranks.from_first(choose, "planning")
+        chosen = {i for _, c in wanted for i in c}
+        asked = [i for i in asked if min(chosen) <= i <= max(chosen)]
+        asked = [i for i in asked if i in chosen or view.is_reported(i)]
+    told.update(_summaries(config, view, ranks, asked))
+    return ranks.from_first(place, "planning")
+
+
+def _summaries(
+    config: MergeConfig, view: View, ranks: Ranks, iterations: Sequence[int]
+) -> dict[int, CommonSummary]:
+    """What checkpoints say of themselves, each read by one rank. Collective."""
+    with ranks.together("opening the sources"):
+        known = {
+            i: read_summary(checkpoint_path(config.load, i))
+            for i in iterations
+            if view.reporter(i) == ranks.rank
+        }
+    return {i: said for some in ranks.gather(known) for i, said in some.items()}
+
+
+def _report(config: MergeConfig, view: View, rank: int, iteration: int, newest: bool) -> _Report:
+    source = open_source(config.load, iteration, whole=False)
+    common = read_common(source.path, source.layout)
+    flat = _search(view, rank, source) if newest and config.keeps_optimizer else None
+    return _Report(source, common, flat)
+
+
+def _search(view: View, rank: int, source: Source) -> Search | None:
+    """Main params in flat buckets are found by content, which one rank must see."""
+    if not flat_buckets(source.layout):
+        return None
+    _check_seen(view, rank, source)
+    return search(source.layout)
+
+
+def _flat_mains(
+    view: View, reports: Mapping[int, _Report], iterations: Sequence[int], ranks: Ranks
+) -> FlatMains | None:
+    """Where main params lie, on rank 0: equal chunks are told apart by what all ranks see.
+
+    Collective.
+    """
+    own = reports.get(iterations[-1])
+    searches = ranks.gather(None if own is None else own.flat)
+    found = next((one for one in searches if one is not None), None)
+    if found is None:
+        return None
+    told: dict[int, tuple[Path, Contents]] = {}
+    with ranks.together("comparing main params"):
+        for i, report in reports.items() if found.unsure else ():
+            if found.lies_in(report.source.layout):
+                _check_seen(view, ranks.rank, report.source)
+                told[i] = report.source.path, contents(report.source.layout, found.unsure)
+    by_source = {i: one for some in ranks.collect(told) for i, one in some.items()}
+    with ranks.together("planning"):
+        newest_first = [by_source[i] for i in sorted(by_source, reverse=True)]
+        return settle(found, newest_first) if ranks.rank == 0 else None
+
+
+def _check_seen(view: View, rank: int, source: Source) -> None:
+    if not view.sees_all(rank, source.layout, source.iteration):
+        raise ValueError(
+            f"{source.path} keeps its main params in flat buckets (dp_reshardable), which one rank "
+            "has to search: no rank sees all files of it. Copy them to one node, or use "
+            "--optimizer-state drop"
+        )
+
+
+def _plan(
+    config: MergeConfig,
+    view: View,
+    wanted: Wanted,
+    told: Mapping[int, _Report],
+    flat: FlatMains | None,
+    ranks: int,
+) -> Job:
+    iterations = sorted(told)
+    sources = tuple(told[i].source for i in iterations)
+    for source in sources:
+        view.check(source.layout, source.iteration)
+    job = plan_job(config, wanted, sources, flat, lambda source: told[source.iteration].common)
+    layouts = [source.layout for source in sources]
+    seeing = [view.ranks(i) for i in iterations]
+    newest = {product.newest for product in job.products}
+    holders = Holders(layouts, seeing, newest, ranks, len(job.products))
+    held = tuple(holders.hold(job.plan.tasks))
+    objects: list[dict[str, int]] = [{} for _ in sources]
+    for product in job.products:
+        j = product.newest
+        objects[j] |= {k: holders.object(j, k) for k in product.objects if k not in objects[j]}
+    spread = Spread(
+        held,
+        tuple(objects),
+        tuple(view.reporter(i) for i in iterations),
+        tuple(tuple(view.fingerprint(rank, i) for rank in range(ranks)) for i in iterations),
+    )
+    plan = replace(job.plan, tasks=tuple(one.task for one in held))
+    check_whole(plan.tasks)
+    return replace(job, plan=plan, spread=spread)

@@ -1,0 +1,1 @@
+"""The ``wsm`` command: options in, text out. May import everything but ``plugin``."""

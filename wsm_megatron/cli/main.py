@@ -1,0 +1,383 @@
+"""``wsm merge | plan | coefficients | inspect | verify | resume-check``: parse, build, call."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wsm_megatron.api import merge, prepare
+from wsm_megatron.cli import text
+from wsm_megatron.cli.progress import progress_bar
+from wsm_megatron.comm.communicator import job_ranks
+from wsm_megatron.comm.local_ranks import run_forked
+from wsm_megatron.config import MergeConfig, flag
+from wsm_megatron.errors import (
+    EXIT_DOES_NOT_RESUME,
+    EXIT_FAILED,
+    MergeError,
+    StoppedError,
+    exit_code,
+)
+from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
+from wsm_megatron.inspection.megatron_resume import check_resume
+from wsm_megatron.inspection.verify import SOURCES, verify
+from wsm_megatron.option_values import count, local_path, number, several, size
+from wsm_megatron.planning.selection import select_checkpoints
+from wsm_megatron.planning.sources import Decay, decay_over
+from wsm_megatron.process.signals import Stop, ending_signals
+from wsm_megatron.process.streams import say, show
+from wsm_megatron.schedule.window import Checkpoint
+from wsm_megatron.storage.retry import check_storage
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GRACE = 10.0
+"""Seconds that a merge has to end by itself once storage hangs."""
+
+_GROUPS = {"run": "run", "which": "which checkpoints", "how": "how they are merged", "job": "job"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``wsm``; returns the exit status."""
+    logging.basicConfig(
+        format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_Log()]
+    )
+    arguments = _parser().parse_args(_with_negative_values(sys.argv[1:] if argv is None else argv))
+    logging.getLogger("wsm_megatron").setLevel(
+        logging.INFO if arguments.verbose else logging.WARNING
+    )
+    return _status(arguments, arguments.run)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a command has to say once it is done.
+
+    Attributes:
+        data: for ``--json``.
+        status: the exit status.
+        shown: whether showing it is all that the command is for.
+    """
+
+    lines: Iterable[str] = ()
+    data: Callable[[], dict[str, Any]] = dict
+    status: int = 0
+    shown: bool = False
+
+
+_Command = Callable[[argparse.Namespace], "_Answer"]
+
+
+class _Log(logging.StreamHandler):
+    """Standard error. A signal that comes up while a line is written is none of its failures."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if isinstance(error, StoppedError):
+            raise error
+        super().handleError(record)
+
+
+def _status(arguments: argparse.Namespace, run: _Command) -> int:
+    """The exit status of a command, its answer or its error printed."""
+    name = f"wsm {arguments.command}"
+    try:
+        answer = run(arguments)
+        lines = list(answer.lines)
+        if lines and arguments.json:
+            lines.append(json.dumps(answer.data()))
+        failure = show(lines)
+    except (ValueError, MergeError) as error:
+        say(f"{name}: {error}")
+        return exit_code(error)
+    except KeyboardInterrupt:
+        say(f"{name}: stopped by SIGINT")
+        return 128 + signal.SIGINT
+    if failure is not None:
+        done = "" if answer.shown else "it is done, but "
+        say(f"{name}: {done}standard output cannot be written: {failure.strerror}")
+    return answer.status or (EXIT_FAILED if failure is not None and answer.shown else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wsm", description="Merge Megatron checkpoints: the effect of LR decay, without it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = _add_merge(commands, "merge", _merge, "merge checkpoints of a run into one")
+    command.add_argument(
+        "--local-ranks",
+        type=_count,
+        metavar="N",
+        help="start N ranks on this machine, without torchrun or srun: one for each GPU, or for "
+        "every 16 cores (default: this process alone)",
+    )
+    _add_merge(commands, "plan", _plan, "say everything that merge would do; write nothing")
+    _add_coefficients(commands)
+    command = _add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
+    command.add_argument("directory", type=_path)
+    command.add_argument("--entries", action="store_true", help="list every entry")
+    command = _add(commands, "verify", _verify, "check a checkpoint on disk, every byte")
+    command.add_argument("directory", type=_path, nargs="?")
+    command.add_argument(
+        "--sources",
+        nargs="?",
+        const="sample",
+        metavar="all|sample",
+        help="make the merge again from its sources and compare it bit for bit: some elements of "
+        "every tensor, or all",
+    )
+    command.add_argument(
+        "--sources-from",
+        type=_path,
+        metavar="RUN",
+        help="the run directory where the sources are now (default: where they were merged from)",
+    )
+    command.add_argument("--allow-nonfinite", action="store_true", help="let NaN and Inf pass")
+    command = _add(commands, "resume-check", _resume_check, "say whether and how Megatron resumes")
+    command.add_argument("directory", type=_path, help="a checkpoint, or a root with a tracker")
+    command.add_argument(
+        "--against", type=_path, help="a run or checkpoint whose launch line is to resume from it"
+    )
+    return parser
+
+
+def _add(commands: Any, name: str, run: _Command, help: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=help)
+    command.add_argument("--json", action="store_true", help="last line of output: a JSON object")
+    command.add_argument("-v", "--verbose", action="store_true", help="log what is done")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_merge(commands: Any, name: str, run: _Command, help: str) -> argparse.ArgumentParser:
+    command = _add(commands, name, run, help)
+    groups = {key: command.add_argument_group(title) for key, title in _GROUPS.items()}
+    for option in fields(MergeConfig):
+        _add_option(groups[option.metadata["group"]], option)
+    return command
+
+
+def _add_option(parser: Any, option: Field) -> None:
+    """One option of the config as a flag; its type follows the field's annotation."""
+    more: dict[str, Any] = {"help": option.metadata["help"], "dest": option.name}
+    required = option.default is MISSING
+    if option.default is False:
+        more["action"] = "store_true"
+    elif option.default == ():
+        more.update(action="append", metavar="PATTERN")
+    else:
+        kind = option.metadata.get("parse", str(option.type).removesuffix(" | None"))
+        more["type"] = _TYPES[kind]
+        more["choices"] = option.metadata.get("choices")
+        more["metavar"] = option.metadata.get("metavar")
+        if option.default not in (MISSING, None):
+            more["help"] += f" (default: {option.default})"
+    parser.add_argument(
+        flag(option.name),
+        default=argparse.SUPPRESS if not required else None,
+        required=required,
+        **more,
+    )
+
+
+def _add_coefficients(commands: Any) -> None:
+    command = _add(commands, "coefficients", _coefficients, "coefficients of a decay")
+    where = command.add_mutually_exclusive_group(required=True)
+    where.add_argument("--num", type=_count, help="N checkpoints, evenly spaced")
+    where.add_argument("--positions", type=_counts, help="positions: 1000,2000,4000")
+    where.add_argument("--load", type=_path, help="a run directory")
+    window = command.add_argument_group("which checkpoints of --load")
+    how = command.add_argument_group("how")
+    for option in fields(MergeConfig):
+        if option.metadata["group"] == "which":
+            _add_option(window, option)
+        elif option.name in ("decay", "min_decay", "weights", "allow_unnormalized"):
+            _add_option(how, option)
+
+
+def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """For argparse, which shows the message of its own exception only."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+_path, _count, _counts = _typed(local_path), _typed(count), _typed(several(count))
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "Path": _path,
+    "int": _count,
+    "float": _typed(number),
+    "str": str,
+    "tuple[int, ...]": _counts,
+    "tuple[float, ...]": _typed(several(number)),
+    "bytes": _typed(size),
+}
+
+
+def _with_negative_values(arguments: Sequence[str]) -> list[str]:
+    """``--weights -0.5,1.5`` as ``--weights=-0.5,1.5``: argparse sees an option there."""
+    joined: list[str] = []
+    for argument in arguments:
+        before = joined[-1] if joined else ""
+        if re.match(r"-[0-9.]", argument) and before.startswith("--") and "=" not in before:
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
+    given = {
+        option.name: getattr(arguments, option.name)
+        for option in fields(MergeConfig)
+        if hasattr(arguments, option.name)
+    }
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return MergeConfig(**{**given, **more})
+
+
+def _merge(arguments: argparse.Namespace) -> _Answer:
+    if arguments.local_ranks is None:
+        return _merge_on_rank(arguments)
+    rank = partial(_status, arguments, _merge_on_rank)
+    return _Answer(status=run_forked(arguments.local_ranks, rank))
+
+
+def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
+    config = _config(arguments)
+    stop = Stop()
+    with (
+        ending_signals(stop),
+        _exit_when_storage_hangs(),
+        job_ranks() as ranks,
+        ranks.watching(stop.check),
+    ):
+        done = merge(config, progress_bar)
+        if ranks.rank != 0:
+            return _Answer()
+    return _Answer(text.merged(done), done.as_data)
+
+
+@contextmanager
+def _exit_when_storage_hangs() -> Iterator[None]:
+    """End the process where the block cannot: its own thread hangs in a read."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(GRACE):
+            try:
+                check_storage()
+            except MergeError as error:
+                if not over.wait(GRACE):  # where only a worker hangs, the merge ends by itself
+                    _say_last(f"{error}; nothing was published")
+                    os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _say_last(message: str) -> None:
+    """Before the process ends without anything else."""
+    logger.error(message, extra={"event": "failed", "fields": {"exit_code": EXIT_FAILED}})
+    for handler in logging.getLogger("wsm_megatron").handlers:
+        handler.flush()
+
+
+def _plan(arguments: argparse.Namespace) -> _Answer:
+    with job_ranks() as ranks:
+        job = prepare(_config(arguments), ranks)
+        if ranks.rank != 0:
+            return _Answer()
+    return _Answer(text.planned(job), lambda: text.plan_data(job), shown=True)
+
+
+def _coefficients(arguments: argparse.Namespace) -> _Answer:
+    decay = _decay(arguments)
+    of_run = text.unit_data(decay) if arguments.load is not None else {}
+    data = {**text.decay_data(decay), **of_run}
+    return _Answer(text.decay_table(decay), lambda: data, shown=True)
+
+
+def _decay(arguments: argparse.Namespace) -> Decay:
+    root = arguments.load or Path("run")
+    config = _config(arguments, load=root, save=root / "wsm")
+    if arguments.load is None:
+        if chosen := [
+            f.name for f in fields(MergeConfig) if _is_window(f) and hasattr(arguments, f.name)
+        ]:
+            raise ValueError(f"{flag(chosen[0])} selects checkpoints of a run: give --load")
+        checkpoints = _numbered(arguments)
+    else:
+        (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
+    if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
+        raise ValueError("coefficients shows one decay over one window at a time")
+    return decay_over(
+        checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
+    )
+
+
+def _is_window(option: Field) -> bool:
+    return option.metadata["group"] == "which"
+
+
+def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
+    if arguments.num is not None and arguments.num < 2:
+        raise ValueError(f"--num {arguments.num}: a merge needs at least two checkpoints")
+    numbers = arguments.positions or tuple(range(1, arguments.num + 1))
+    if list(numbers) != sorted(set(numbers)):
+        raise ValueError("--positions must increase")
+    return tuple(Checkpoint(number) for number in numbers)
+
+
+def _inspect(arguments: argparse.Namespace) -> _Answer:
+    path = arguments.directory
+    if is_checkpoint(path):
+        contents = inspect_checkpoint(path)
+        lines = text.checkpoint(contents, arguments.entries)
+        return _Answer(lines, lambda: text.checkpoint_data(contents), shown=True)
+    run = inspect_run(path)
+    return _Answer(text.run(run), lambda: text.run_data(run), shown=True)
+
+
+def _verify(arguments: argparse.Namespace) -> _Answer:
+    directory, sources = arguments.directory, arguments.sources
+    if directory is None and sources not in (None, *SOURCES):  # `--sources DIRECTORY`
+        directory, sources = Path(sources), "sample"
+    if directory is None:
+        raise ValueError("name the checkpoint, an iter_XXXXXXX directory")
+    done = verify(
+        directory,
+        sources=sources or False,
+        sources_from=arguments.sources_from,
+        allow_nonfinite=arguments.allow_nonfinite,
+    )
+    return _Answer(text.verified(done), lambda: {**asdict(done), "path": str(done.path)})
+
+
+def _resume_check(arguments: argparse.Namespace) -> _Answer:
+    found = check_resume(arguments.directory, arguments.against)
+    status = 0 if found.resumes else EXIT_DOES_NOT_RESUME
+    return _Answer(text.resume(found), lambda: text.resume_data(found), status)

@@ -1,0 +1,1 @@
+"""Ranks: how they start, find each other, talk, notice that one is lost. Knows no merge."""

@@ -1,1 +1,0 @@
-"""The merge itself: plan, run, publish, verify."""

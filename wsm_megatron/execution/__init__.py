@@ -1,0 +1,1 @@
+"""Tasks in, files out: one rank's part of a merge."""

@@ -1,0 +1,92 @@
+"""How much memory a rank's share may take, and how it is spent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wsm_megatron.planning.tasks import Recipe, Rule
+
+MOST = 512 * 2**20
+"""Bytes taken by default where the machine has them eight times over."""
+TILE_BYTES = 3 * 2**20
+"""Bytes of all sources together in one tile: about what a core's caches hold, measured."""
+STAGED_BYTES = 16 * 2**20
+"""The same on a GPU: enough to keep it busy longer than it takes to start it."""
+LEAST_ELEMENTS = 2**14
+"""Fewest in a tile: fewer cost more in calls than in bytes."""
+AHEAD = 4 * 2**20
+"""Bytes of each source that are read ahead for each thread, where memory allows."""
+_LEAST_AHEAD = 256 * 2**10
+"""Less than this the kernel reads ahead by itself."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes in flight on one rank: tiles, and what is read ahead of them.
+
+    Attributes:
+        threads: as many as asked for, or as their smallest tiles allow.
+        tile_bytes: most for one tile, over all sources and merges.
+        wanted_bytes: of all sources in one tile.
+        ahead: bytes of each source that are read ahead for each thread; 0: as the kernel decides.
+    """
+
+    threads: int
+    tile_bytes: int
+    wanted_bytes: int
+    ahead: int
+    sources: int
+    merges: int
+
+    def tile_elements(self, recipe: Recipe) -> int:
+        """Elements of a tile of a recipe."""
+        if recipe.rule is Rule.COPY:
+            return min(TILE_BYTES, self.tile_bytes) // max(recipe.cost(1, 0), recipe.cost(0, 1))
+        wanted = self.wanted_bytes // recipe.cost(self.sources, 0)
+        within = self.tile_bytes // recipe.cost(self.sources, self.merges)
+        return max(1, min(max(wanted, LEAST_ELEMENTS), within))
+
+
+def default_memory() -> int:
+    """An eighth of the memory that is free on this machine, 512 MiB at most."""
+    return min(MOST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+
+
+def make_budget(
+    memory: int,
+    threads: int,
+    sources: int,
+    merges: int,
+    recipes: Iterable[Recipe],
+    *,
+    blocks: int = 1,
+    depth: int = 1,
+    wanted_bytes: int = TILE_BYTES,
+) -> Budget:
+    """Divide memory among threads.
+
+    Args:
+        memory: bytes. threads: at most.
+        blocks: how many pieces of ``ahead`` bytes a thread keeps of each source.
+        depth: tiles of a thread that are under way at once.
+        wanted_bytes: of all sources in one tile, where memory allows.
+
+    Raises:
+        ValueError: not even one thread's smallest tiles fit.
+    """
+    costs = [r.cost(sources, merges) for r in recipes if r.rule is not Rule.COPY]
+    least = depth * LEAST_ELEMENTS * max(costs, default=0)
+    if memory < least:
+        raise ValueError(
+            f"--memory {memory} is too little: the smallest tiles of {sources} sources and "
+            f"{merges} merges take {least} bytes a thread; merge fewer at a time"
+        )
+    threads = min(threads, memory // max(least, 1))
+    each = memory // threads
+    ahead = min(AHEAD, max(0, each - 2 * max(least, depth * wanted_bytes)) // (sources * blocks))
+    if ahead < _LEAST_AHEAD:
+        ahead = 0
+    tile_bytes = (each - ahead * sources * blocks) // depth
+    return Budget(threads, tile_bytes, wanted_bytes, ahead, sources, merges)

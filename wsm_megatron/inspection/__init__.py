@@ -1,0 +1,1 @@
+"""What is in a checkpoint, whether it is sound, and how Megatron resumes from it."""

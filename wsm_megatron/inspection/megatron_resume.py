@@ -1,0 +1,297 @@
+"""Whether and how Megatron resumes from a checkpoint, told without a GPU and without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsm_megatron.checkpoint.common_state import attributes, integer_in, load_common, summarize
+from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
+from wsm_megatron.checkpoint.layout import Layout, read_layout
+from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
+from wsm_megatron.errors import some
+from wsm_megatron.inspection.inspect import is_checkpoint
+from wsm_megatron.optimizer.main_params import MainsCheck, check_mains
+from wsm_megatron.optimizer.precision import REMAINDERS
+from wsm_megatron.planning.launch_flags import Launch, launches, position_of
+from wsm_megatron.planning.provenance import read_provenance
+from wsm_megatron.planning.sources import read_common
+
+REPLICATED = "replicated"
+DP_RESHARDABLE = "dp_reshardable"
+FULLY_RESHARDABLE = "fully_reshardable"
+_ANY_SIZES = (REPLICATED, FULLY_RESHARDABLE, "fully_sharded_model_space")
+"""Layouts that Megatron loads into other TP and PP sizes (``checkpoint_fully_reshardable_formats``;
+without the distributed optimizer there is no such limit)."""
+
+_SIZES = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "expert_model_parallel_size": "EP",
+}
+
+
+@dataclass(frozen=True)
+class ResumeReport:
+    """What Megatron's ``load_checkpoint`` will find in a checkpoint.
+
+    Attributes:
+        optimizer: layout of the optimizer state; None where there is none.
+        sizes: TP, PP and EP of the checkpoint, where its args say.
+        any_sizes: the optimizer state loads into other TP and PP sizes.
+        container: where the common state lies: ``common.pt`` or ``common_state`` entry.
+        readers: Megatron versions that read this container.
+        problems: why plain ``--load`` does not resume; empty when it does.
+        notes: what to know.
+        launches: flags for each goal.
+    """
+
+    path: Path
+    iteration: int | None
+    tokens: int | None
+    merged: bool
+    optimizer: str | None
+    moments: int
+    mains: MainsCheck
+    scheduler: dict[str, Any] | None
+    rng: int
+    sizes: dict[str, int]
+    any_sizes: bool
+    container: str
+    readers: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    launches: tuple[Launch, ...]
+
+    @property
+    def resumes(self) -> bool:
+        """Plain ``--load`` continues from these weights."""
+        return not self.problems
+
+
+def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
+    """Check a checkpoint, or the one that a root's tracker names.
+
+    Args:
+        against: the run (its newest checkpoint) or checkpoint whose launch line would resume from
+            ``path``: differences are reported.
+
+    Raises:
+        ValueError: not a finished torch_dist checkpoint. MergeError: a damaged one.
+    """
+    path = _checkpoint(path)
+    layout = read_layout(path)
+    state = load_common(*read_common(path, layout))
+    summary, optimizer = summarize(state), optimizer_layout(layout, state)
+    mains = check_mains(layout, attributes(state.get("args")))
+    problems = [*_problems(layout, state, optimizer, mains)]
+    notes = [*_notes(layout, state, optimizer, mains)]
+    usable = optimizer is not None and not problems
+    if against is not None:
+        problems += _differences(layout, state, _checkpoint(against))
+    return ResumeReport(
+        path=path,
+        iteration=summary.iteration,
+        tokens=summary.tokens,
+        merged=read_provenance(path) is not None,
+        optimizer=optimizer,
+        moments=sum(entry.role is Role.MOMENT for entry in layout.tensors.values()),
+        mains=mains,
+        scheduler=state.get("opt_param_scheduler"),
+        rng=sum(entry.role is Role.RNG for entry in layout.objects.values()),
+        sizes=_sizes(state),
+        any_sizes=optimizer is None or optimizer in _ANY_SIZES,
+        container="common.pt" if layout.common_entry is None else "common_state entry",
+        readers=_readers(layout),
+        problems=tuple(problems),
+        notes=tuple(notes),
+        launches=launches(optimizer=usable, position=position_of(state)),
+    )
+
+
+def optimizer_layout(layout: Layout, state: Mapping[str, Any]) -> str | None:
+    """How a checkpoint's optimizer state is sharded; None where it has none.
+
+    ``content_metadata`` names it (``distrib_optim_sharding_type``) with the distributed optimizer;
+    before Megatron-core 0.13 and without that optimizer the keys tell.
+    """
+    mains = [
+        key
+        for key, entry in layout.tensors.items()
+        if entry.role is Role.MAIN or stores_remainders(key, entry.dtype)
+    ]
+    if not mains:
+        return None
+    named = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if named:
+        return str(named)
+    if any(map(is_flat_bucket, mains)):
+        return DP_RESHARDABLE
+    return REPLICATED if any(".fp32_param." in key for key in mains) else FULLY_RESHARDABLE
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint at ``path``, or the one Megatron would load from that root."""
+    if is_checkpoint(path):
+        return path
+    run = scan_run(path)
+    if run.tracked is not None:
+        return run.checkpoint(run.tracked)
+    if not run.finished and run.tracker is None:
+        raise ValueError(f"{path}: no finished checkpoint in this directory")
+    if run.tracker is not None:
+        raise ValueError(
+            f"{path / TRACKER_FILE} {why_untracked(run.tracker)}; name the checkpoint that is meant"
+        )
+    raise ValueError(
+        f"{path}: no tracker (latest_checkpointed_iteration.txt), so Megatron would load nothing "
+        f"from here and start at iteration 0; name a checkpoint, such as "
+        f"{run.checkpoint(run.finished[-1])}"
+    )
+
+
+def _problems(
+    layout: Layout, state: Mapping[str, Any], optimizer: str | None, mains: MainsCheck
+) -> Iterator[str]:
+    args = attributes(state.get("args"))
+    if optimizer is None:
+        yield (
+            "no optimizer state: plain --load stops with KeyError 'optimizer'; pass "
+            "--no-load-optim, and mind the LR scheduler"
+        )
+        return
+    if args.get("no_save_optim") is True:
+        yield (
+            "args say no_save_optim although there is optimizer state: Megatron will not load it, "
+            "and stops with KeyError 'optimizer'"
+        )
+    for key in ("optimizer", "opt_param_scheduler"):
+        if key not in state and not (key == "opt_param_scheduler" and "lr_scheduler" in state):
+            yield f"the common state has no {key!r}: plain --load stops with KeyError"
+    yield from _wrong_mains(layout, mains)
+    if unbacked := _without_moments(layout):
+        yield f"no moments for {some(unbacked)}: Megatron will find keys missing"
+
+
+def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
+    if mains.wrong:
+        again = "" if mains.buckets else ", or merge again with --mains-from-model"
+        yield (
+            f"the main params of {len(mains.wrong)} model tensors are of other weights "
+            f"({some(mains.wrong)}): one step after a load they replace the model's; launch with "
+            f"--no-load-optim{again}"
+        )
+    if as_floats := [key for key in mains.remainders if key in _models(layout)]:
+        yield (
+            f"in place of the main params of {len(as_floats)} model tensors lie {REMAINDERS}. "
+            "fully_reshardable saves them as float32, which Transformer Engine does not take back; "
+            "launch with --no-load-optim"
+        )
+
+
+def _without_moments(layout: Layout) -> list[str]:
+    missing = []
+    for key, entry in layout.tensors.items():
+        if entry.role is not Role.MAIN:
+            continue
+        for name in ("exp_avg", "exp_avg_sq"):
+            if _moment_key(key, name) not in layout.tensors:
+                missing.append(_moment_key(key, name))
+    return missing
+
+
+def _moment_key(main: str, name: str) -> str:
+    """Key of a moment, which differs from its main param's in one part."""
+    model = main_of(main)
+    if model is None:
+        return main.removesuffix("param") + name
+    prefix = main.removesuffix(model).removesuffix(".")
+    return f"{prefix.rpartition('.')[0]}.{name}.{model}"
+
+
+def _notes(
+    layout: Layout, state: Mapping[str, Any], optimizer: str | None, mains: MainsCheck
+) -> Iterator[str]:
+    args = attributes(state.get("args"))
+    if mains.unlike:
+        yield (
+            f"saved with {mains.quantised}: the main params of {len(mains.unlike)} model tensors "
+            "are more precise than these by design, and whether they belong to them cannot be told"
+        )
+    if mains.remainders and not mains.present:
+        yield f"in place of main params lie {REMAINDERS}, which fit any weights"
+    if mains.unknown:
+        yield (
+            f"{mains.unknown} elements of the flat buckets round to no model tensor"
+            + ("" if mains.wrong or mains.unlike else " (copies that drifted apart?)")
+        )
+    if mains.without:
+        yield f"no main params for {some(mains.without)}: loaded from the model, frozen or not"
+    if optimizer is not None and optimizer not in _ANY_SIZES:
+        yield (
+            f"{optimizer} optimizer state loads into the same TP, PP and EP sizes only (another DP "
+            "size is fine)"
+        )
+    if optimizer is not None:
+        needs = "without" if optimizer == REPLICATED else "with"
+        yield f"the launch must be {needs} --use-distributed-optimizer, as the checkpoint was saved"
+    if optimizer in _ANY_SIZES and integer_in(args, "num_experts"):
+        yield (
+            "the optimizer of EP1 is one, of larger EP sizes two (dense, experts): megatron-core "
+            "does not load one as the other"
+        )
+    rng = any(entry.role is Role.RNG for entry in layout.objects.values())
+    if args.get("no_save_rng") is True or not rng:
+        yield "no RNG states: dropout starts from --seed again (the data's order does not)"
+    if "args" not in state:
+        yield "no args: Megatron-LM will not know consumed samples (saved by another loop?)"
+
+
+def _readers(layout: Layout) -> str:
+    """``common.pt`` is read by all (main: ``load_common_state_dict``), the entry from 0.19 on."""
+    return "core 0.14 and later" if layout.common_entry is None else "core 0.19 and later"
+
+
+def _differences(layout: Layout, state: Mapping[str, Any], other: Path) -> Iterator[str]:
+    """What keeps another checkpoint's launch line from resuming from this one."""
+    theirs = read_layout(other)
+    their_state = load_common(*read_common(other, theirs))
+    for name, here, there in (
+        (
+            "optimizer layout",
+            optimizer_layout(layout, state),
+            optimizer_layout(theirs, their_state),
+        ),
+        ("LR scheduler", _settings(state), _settings(their_state)),
+        ("parallel sizes", _sizes(state), _sizes(their_state)),
+    ):
+        if here != there and here and there:
+            yield f"{name} {here} differs from {other}: {there}"
+    shapes, their_shapes = _model_shapes(layout), _model_shapes(theirs)
+    differing = sorted(
+        key
+        for key in shapes.keys() | their_shapes.keys()
+        if shapes.get(key) != their_shapes.get(key)
+    )
+    if differing:
+        yield f"not the model of {other}: {some(differing)}"
+
+
+def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    scheduler = state.get("opt_param_scheduler") or {}
+    return {key: value for key, value in scheduler.items() if key != "num_steps"}
+
+
+def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
+    args = attributes(state.get("args"))
+    return {short: args[name] for name, short in _SIZES.items() if name in args}
+
+
+def _models(layout: Layout) -> set[str]:
+    return {key for key, entry in layout.tensors.items() if entry.role is Role.MODEL}
+
+
+def _model_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    return {key: e.shape for key, e in layout.tensors.items() if e.role is Role.MODEL}

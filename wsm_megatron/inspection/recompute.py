@@ -1,0 +1,288 @@
+"""A merged checkpoint made again from its sources by a reference of its own, and compared."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32
+
+from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.format import marker_for
+from wsm_megatron.checkpoint.keys import may_be_padding
+from wsm_megatron.checkpoint.layout import COMMON_KEY, METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.run_directory import checkpoint_path
+from wsm_megatron.checkpoint.state_diff import differences
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import MergeError, some
+from wsm_megatron.execution.rank import default_threads
+from wsm_megatron.kernels import reference
+from wsm_megatron.optimizer.flat_main_params import find_flat_mains
+from wsm_megatron.planning.plan import MergePlan, make_plan
+from wsm_megatron.planning.prepare import common_of_merge
+from wsm_megatron.planning.provenance import described
+from wsm_megatron.planning.sources import read_common
+from wsm_megatron.planning.tasks import Rule, Task
+from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.storage.buffer import Buffer
+from wsm_megatron.storage.retry import check_storage
+
+SAMPLE_ELEMENTS = 4096
+_TILE_ELEMENTS = 2**20
+_NAMED = 5
+"""Names in a message."""
+
+
+def recompute(
+    merged: CheckpointReader,
+    provenance: dict[str, Any],
+    *,
+    everything: bool = False,
+    run: Path | None = None,
+    seed: int = 0,
+) -> int:
+    """Make a merged checkpoint again from its sources, and compare.
+
+    Its entries, its byte entries and its common state are compared whole; of its tensors every
+    element, or some boxes of each. Of a checkpoint that was merged inside a run the tensors are
+    compared: byte entries, common state and padding Megatron wrote from memory.
+
+    Args:
+        everything: every element, rather than :data:`SAMPLE_ELEMENTS` of every tensor.
+        run: where the sources are now, by default where they were.
+        seed: of the choice of samples.
+
+    Returns:
+        the number of elements compared.
+
+    Raises:
+        ValueError: a source is not there, or not what was merged.
+        MergeError: what is not the merge of its sources; a source is damaged.
+    """
+    path = merged.layout.path
+    sources = [CheckpointReader(read_layout(p)) for p in _places(path, provenance, run)]
+    try:
+        config = _config_of(path, provenance)
+        layouts = [source.layout for source in sources]
+        flat = find_flat_mains(layouts[-1], layouts[:-1]) if config.keeps_optimizer else None
+        plan = make_plan(layouts, config, flat)
+        _check_tensors(merged.layout, plan)
+        tasks: Sequence[Task] = plan.tasks
+        if all("metadata_crc32" in source for source in provenance["sources"]):
+            _check_rest(merged, sources[-1], config, provenance)
+        else:  # merged inside a run: what Megatron wrote was in memory, padding too
+            tasks = [task for task in tasks if not _is_padding(task)]
+        comparison = _Comparison(merged, sources, provenance["coefficients"])
+        boxes = _all_boxes(tasks) if everything else _some_boxes(tasks, seed)
+        work_through(boxes, comparison.compare, default_threads(), threading.Event(), check_storage)
+        return comparison.elements
+    finally:
+        for source in sources:
+            source.close()
+
+
+def _places(merged: Path, provenance: dict[str, Any], run: Path | None) -> list[Path]:
+    """The sources' directories."""
+    sources = provenance["sources"]
+    unsaved = [str(source["iteration"]) for source in sources if "path" not in source]
+    if unsaved and run is None:
+        raise ValueError(
+            f"{merged}: iterations {', '.join(unsaved)} were kept in memory by the run and not "
+            "saved as checkpoints, so the merge cannot be made again; without --sources verify "
+            "checks all that was written. Where they are saved elsewhere, name that run directory "
+            "with --sources-from"
+        )
+    places = [_place(source, run) for source in sources]
+    for place, source in zip(places, sources, strict=True):
+        if not place.is_dir():
+            raise ValueError(
+                f"{place}: the source is gone; name the directory that its run has now with "
+                "--sources-from, or verify without --sources"
+            )
+        known = source.get("metadata_crc32")
+        if known is not None and f"{crc32(read_file(place / METADATA_FILE)):08x}" != known:
+            raise ValueError(
+                f"{place} is not the checkpoint that was merged: its .metadata is another one "
+                "(saved again since?); verify without --sources"
+            )
+    return places
+
+
+def _place(source: dict[str, Any], run: Path | None) -> Path:
+    if run is None:
+        return Path(source["path"])
+    name = Path(source["path"]).name if "path" in source else ""
+    return run / name if name else checkpoint_path(run, source["iteration"])
+
+
+def _config_of(merged: Path, provenance: dict[str, Any]) -> MergeConfig:
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in provenance["options"].items()
+    }
+    known = {option.name for option in fields(MergeConfig)}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(
+            f"{merged}: merged by another version, with options not known here: "
+            f"{', '.join(unknown)}; verify with that version, or without --sources"
+        )
+    return MergeConfig(load=Path("sources"), save=Path("merged"), **options)
+
+
+def _check_tensors(merged: Layout, plan: MergePlan) -> None:
+    """The merge has the planned tensors, and what is compared covers them."""
+    expected = {o.key: (o.dtype, o.shape) for r in plan.recipes for o in r.outputs}
+    found = {key: (entry.dtype, entry.shape) for key, entry in merged.tensors.items()}
+    _compare_names(merged.path, expected.keys(), found.keys())
+    for key, kind in expected.items():
+        if found[key] != kind:
+            raise MergeError(f"{merged.path}: {key} is {found[key]}; its sources make it {kind}")
+    covered: Counter[str] = Counter()
+    for task in plan.tasks:
+        covered.update({output.key: task.box.numel for output in task.recipe.outputs})
+    for key, (_, shape) in expected.items():
+        if covered[key] != prod(shape):
+            raise MergeError(
+                f"{merged.path}: the sources make {covered[key]} of the {prod(shape)} elements of "
+                f"{key}"
+            )
+
+
+def _compare_names(path: Path, expected: Iterable[str], found: Iterable[str]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        parts = (("lacks", missing), ("has in addition", extra))
+        said = " and ".join(f"{what} {some(names, _NAMED)}" for what, names in parts if names)
+        raise MergeError(f"{path} is not the merge of its sources: it {said}")
+
+
+def _check_rest(
+    merged: CheckpointReader,
+    newest: CheckpointReader,
+    config: MergeConfig,
+    provenance: dict[str, Any],
+) -> None:
+    """Byte entries, common state and ``metadata.json`` are what the newest source makes them."""
+    layout, path = merged.layout, merged.layout.path
+    before = load_common(*read_common(newest.layout.path, newest.layout))
+    expected = common_of_merge(
+        newest.layout, before, config, provenance["iteration"], described(provenance)
+    )
+    common = (COMMON_KEY,) if expected.in_distcp else ()
+    _compare_names(path, (*expected.objects, *common), layout.objects)
+    for key in expected.objects:
+        source = newest.layout.objects[key]
+        if merged.read_object(layout.objects[key]) != newest.read_object(source):
+            raise MergeError(f"{path}: {key} is not that of {newest.layout.path}")
+    written = dump_common(expected.state, in_distcp=expected.in_distcp)
+    state = load_common(*read_common(path, layout))
+    if differing := list(differences(state, load_common(written, "the expected common state"))):
+        raise MergeError(
+            f"{path}: the common state is not what {newest.layout.path} makes it: "
+            f"{some(differing, _NAMED)}"
+        )
+    if layout.mcore_data != newest.layout.mcore_data:
+        raise MergeError(f"{path}: mcore_data of .metadata is not that of {newest.layout.path}")
+    if layout.marker != marker_for(newest.layout.marker, expected.in_distcp):
+        raise MergeError(f"{path}: metadata.json is not what {newest.layout.path} makes it")
+
+
+def _is_padding(task: Task) -> bool:
+    box = task.box
+    return len(box.offsets) == 1 and all(
+        may_be_padding(output.key, box.offsets[0], box.sizes[0]) for output in task.recipe.outputs
+    )
+
+
+Part = tuple[Task, Box]
+
+
+def _all_boxes(tasks: Iterable[Task]) -> Iterator[Part]:
+    return ((task, box) for task in tasks for box in task.box.split(_TILE_ELEMENTS))
+
+
+def _some_boxes(tasks: Iterable[Task], seed: int) -> Iterator[Part]:
+    chance = random.Random(seed)
+    by_key: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_key.setdefault(task.recipe.key, []).append(task)
+    for of_key in by_key.values():
+        task = chance.choice(of_key)
+        yield task, chance.choice(list(task.box.split(SAMPLE_ELEMENTS)))
+
+
+class _Comparison:
+    """Boxes of a merged checkpoint and of its sources' merge. Safe to share between threads."""
+
+    def __init__(
+        self,
+        merged: CheckpointReader,
+        sources: Sequence[CheckpointReader],
+        coefficients: Sequence[float],
+    ):
+        self._merged, self._sources, self._coefficients = merged, sources, coefficients
+        self._lock = threading.Lock()
+        self.elements = 0
+
+    def compare(self, part: Part) -> None:
+        task, box = part
+        expected = self._expected(task, box)
+        for output, values in zip(task.recipe.outputs, expected, strict=True):
+            stored = self._merged.read(output.key, task.part(output.key, box))
+            if not _same(stored, values):
+                self._blame_sources(task, box)
+                raise MergeError(
+                    f"{self._merged.layout.path}: {output.key} at {box.offsets} is not the merge "
+                    "of its sources"
+                )
+        with self._lock:
+            self.elements += box.numel * len(expected)
+
+    def _expected(self, task: Task, box: Box) -> list[torch.Tensor]:
+        recipe = task.recipe
+        if recipe.rule is Rule.COPY:
+            keys = map(recipe.copied_from, recipe.outputs)
+            return [
+                self._sources[-1].read(key, task.part(key, box)).to(output.dtype)
+                for key, output in zip(keys, recipe.outputs, strict=True)
+            ]
+        key = recipe.inputs[0]
+        box = task.part(key, box)
+        total: torch.Tensor | None = None
+        for coefficient, source in zip(self._coefficients, self._sources, strict=True):
+            product = source.read(key, box).double() * coefficient
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        first = reference.round_once(total, recipe.outputs[0].dtype)
+        return [first, *(first.to(output.dtype) for output in recipe.outputs[1:])]
+
+    def _blame_sources(self, task: Task, box: Box) -> None:
+        """Raise ``MergeError`` where a source is not what it was, by its own CRC-32."""
+        key = task.recipe.inputs[0]
+        region = task.part(key, box)
+        for source in self._sources[-1:] if task.recipe.rule is Rule.COPY else self._sources:
+            elements = torch.empty(region.numel, dtype=source.layout.tensors[key].dtype)
+            cover = source.cover(key, region)
+            cover.read(region, Buffer(elements))
+            cover.settle()
+            source.verify()
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """The same bits, but for those inside a NaN."""
+    if torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
+        return True
+    if not left.is_floating_point():
+        return False
+    nan = left.isnan()
+    left, right = left.masked_fill(nan, 0), right.masked_fill(right.isnan() & nan, 0)
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))

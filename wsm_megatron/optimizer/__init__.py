@@ -1,0 +1,1 @@
+"""Main params and moments: where a checkpoint keeps them, and whether they are the model's."""

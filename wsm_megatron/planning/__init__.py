@@ -1,0 +1,1 @@
+"""Metadata in, tasks out. Reads no tensor that is merged."""

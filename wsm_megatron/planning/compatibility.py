@@ -1,0 +1,252 @@
+"""Do the sources fit each other and the options: the checks before a plan is made. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+
+from wsm_megatron.checkpoint.keys import (
+    MERGEABLE,
+    Role,
+    is_flat_bucket,
+    main_of,
+    stores_remainders,
+)
+from wsm_megatron.checkpoint.layout import Layout
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import some
+from wsm_megatron.optimizer.precision import REMAINDERS
+from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
+from wsm_megatron.planning.tasks import Recipe, Rule
+
+
+def check_unknown(layout: Layout, choice: Choice) -> None:
+    """Raise ``ValueError`` where there is no rule for an entry."""
+    known = choice.left_out | choice.copied
+    unknown = sorted(
+        key
+        for key, entry in layout.entries.items()
+        if entry.role is Role.UNKNOWN and key not in known
+    )
+    if unknown:
+        raise ValueError(
+            f"{layout.path}: no rule for {some(unknown)}; let it through with --copy PATTERN "
+            "(from the newest source) or leave it out with --drop PATTERN"
+        )
+
+
+def check_same_model(layouts: Sequence[Layout], config: MergeConfig) -> None:
+    """Raise ``ValueError`` unless all sources have the same model tensors and buffers."""
+    keys = [_model_keys(layout, config) for layout in layouts]
+    shared = set.intersection(*keys)
+    differing = sorted(set.union(*keys) - shared)
+    if not differing:
+        return
+    for key in differing:
+        if all(key in layout.tensors for layout in layouts):
+            check_alike(layouts, key)  # of another kind because of its dtype
+    holds = [differing[0] in some_keys for some_keys in keys]
+    alike = [key for key in differing if [key in some_keys for some_keys in keys] == holds]
+    pattern = pattern_for(alike, shared)
+    ways = [f"leave it out with --drop '{pattern}'"]
+    if holds[-1]:
+        ways.append(f"take the newest one's with --copy '{pattern}'")
+    raise ValueError(
+        f"{layouts[holds.index(False)].path} and {layouts[holds.index(True)].path} are not of one "
+        f"model: {some(alike)} is in {_names(layouts, holds, True)} only, not in "
+        f"{_names(layouts, holds, False)}; {', or '.join([*ways, *_windows(layouts, holds)])}"
+    )
+
+
+def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
+    return {
+        key
+        for key, entry in layout.tensors.items()
+        if entry.role in (Role.MODEL, Role.BUFFER)
+        and not matches(key, config.drop)
+        and not matches(key, config.copy)
+    }
+
+
+def check_remainders(layout: Layout) -> None:
+    """Raise ``ValueError`` where optimizer state holds remainders instead of main params."""
+    for key, entry in layout.tensors.items():
+        if stores_remainders(key, entry.dtype):
+            raise ValueError(
+                f"{layout.path}: {key} is int16: {REMAINDERS}; they are not merged yet. Use "
+                "--optimizer-state drop, which merges the bf16 weights and loses those bits"
+            )
+
+
+def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConfig) -> None:
+    """Raise ``ValueError`` where optimizer state that is to be kept cannot be."""
+    newest = layouts[-1]
+    needed = _keys_of(Role.MAIN, newest, config)
+    if not needed:
+        raise ValueError(
+            f"{newest.path}: no optimizer state to keep (saved with --no-save-optim?); use "
+            "--optimizer-state drop"
+        )
+    if config.mains_from_model and any(map(is_flat_bucket, needed)):
+        raise ValueError(
+            f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
+            "each; --mains-from-model cannot rebuild them; use --optimizer-state drop"
+        )
+    _check_shapes(newest, needed)
+    _check_dtypes(newest, needed, choice)
+    for layout in layouts[:-1]:
+        _check_same_optimizer(layout, newest, config)
+
+
+def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
+    """Keyed main params have their model tensor's shape; older layouts flatten them."""
+    for key in mains:
+        model = newest.tensors.get(main_of(key) or "")
+        if model is not None and model.shape != newest.tensors[key].shape:
+            raise ValueError(
+                f"{newest.path}: {key} is {newest.tensors[key].shape}, its model tensor "
+                f"{model.shape}: flattened optimizer state (fully_sharded_model_space, core up to "
+                "0.14); use --optimizer-state drop"
+            )
+
+
+def _check_dtypes(newest: Layout, mains: Iterable[str], choice: Choice) -> None:
+    """A model tensor that no rounding makes from its main param goes with it as it is."""
+    for key in mains:
+        model = newest.tensors.get(main_of(key) or "")
+        if model is None or model.dtype in MERGEABLE:
+            continue
+        if model.key not in choice.copied | choice.left_out:
+            raise ValueError(
+                f"{newest.path}: {model.key} is {model.dtype} and cannot be made from its merged "
+                f"main param {key}; take both as they are in the newest source with --copy "
+                f"'{model.key}', or use --optimizer-state drop"
+            )
+
+
+def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -> None:
+    """What is merged of the optimizer state is there; keyed main params can do without."""
+    mains = _merged_keys(Role.MAIN, newest, config)
+    if any(map(is_flat_bucket, mains)) and mains != _merged_keys(Role.MAIN, layout, config):
+        raise ValueError(
+            f"{newest.path} keeps its main params in flat buckets (dp_reshardable), {layout.path} "
+            "does not keep the same ones: they can neither be merged nor be rebuilt from the "
+            "merged model; use --optimizer-state drop, or end the window (--to) at one saved "
+            "with --dist-ckpt-optim-fully-reshardable or without the distributed optimizer"
+        )
+    if config.optimizer_state != "merge":
+        return
+    moments = _merged_keys(Role.MOMENT, newest, config)
+    if differing := sorted(moments ^ _merged_keys(Role.MOMENT, layout, config)):
+        raise ValueError(
+            f"{layout.path} and {newest.path} keep their moments differently: only one has "
+            f"{some(differing)}; use --optimizer-state last (moments of {newest.path}) or drop"
+        )
+
+
+def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
+    """Main params come from the merged model: asked for, or not all sources have the newest's.
+
+    Raises:
+        ValueError: one has them in a dtype that no merge is made of.
+    """
+    if not config.keeps_optimizer:
+        return False
+    if config.mains_from_model:
+        return True
+    mains = [_merged_keys(Role.MAIN, layout, config) for layout in layouts]
+    for layout, keys in zip(layouts, mains, strict=True):
+        for key in sorted(mains[-1] - keys):
+            if (entry := layout.tensors.get(key)) is not None:
+                raise ValueError(
+                    f"{layout.path}: the main param {key} is {_short(entry.dtype)}, but "
+                    f"{_short(layouts[-1].tensors[key].dtype)} in {layouts[-1].path}: damaged, or "
+                    "of another optimizer; leave this checkpoint out, or have main params rebuilt "
+                    "from the merged model with --mains-from-model"
+                )
+    return any(keys != mains[-1] for keys in mains)
+
+
+def _keys_of(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
+    """Keys of a role that are not left out."""
+    keys = {key for key, entry in layout.tensors.items() if entry.role is role}
+    return keys - taken(layout, config.drop)
+
+
+def _merged_keys(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
+    """Those that are not copied by a pattern either."""
+    return _keys_of(role, layout, config) - taken(layout, config.copy)
+
+
+def check_inputs(layouts: Sequence[Layout], recipes: Iterable[Recipe]) -> None:
+    """Every source has every input that is summed, in the newest one's shape and dtype."""
+    for recipe in recipes:
+        for key in recipe.inputs if recipe.rule is not Rule.COPY else ():
+            check_alike(layouts, key)
+
+
+def check_alike(layouts: Sequence[Layout], key: str) -> None:
+    """Raise ``ValueError`` unless a tensor has one shape and one dtype in all sources."""
+    entries = [layout.tensors.get(key) for layout in layouts]
+    newest = entries[-1]
+    assert newest is not None
+    for layout, entry in zip(layouts, entries, strict=True):
+        if entry is None:
+            raise ValueError(
+                f"{layout.path}: no {key}, which {layouts[-1].path} has; leave it out with "
+                f"--drop '{key}'"
+            )
+        if entry.shape != newest.shape:
+            shapes = [one.shape for one in entries if one is not None]
+            raise ValueError(
+                f"{layout.path}: {key} is {entry.shape}, but {newest.shape} in "
+                f"{layouts[-1].path}: not one model{_or_windows(layouts, shapes)}. A vocabulary is "
+                "padded to a multiple of --make-vocab-size-divisible-by x TP: load the others in "
+                "Megatron with the newest one's sizes and save them again"
+            )
+        if entry.dtype != newest.dtype:
+            dtypes = [one.dtype for one in entries if one is not None]
+            raise ValueError(
+                f"{layout.path}: {key} is {_short(entry.dtype)}, but {_short(newest.dtype)} in "
+                f"{layouts[-1].path}; sources must be of one dtype, --dtype is the merge's"
+                f"{_or_windows(layouts, dtypes)}. Load the others in Megatron with the newest "
+                "one's precision and save them again; for this tensor alone, take the newest one's "
+                f"with --copy '{key}'"
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _or_windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> str:
+    return "".join(f"; {way}" for way in _windows(layouts, kinds))
+
+
+def _windows(layouts: Sequence[Layout], kinds: Sequence[Hashable]) -> list[str]:
+    """Options that choose sources of one kind, where there are two or more of it."""
+    ways = []
+    for kind in dict.fromkeys(reversed(kinds)):
+        places = [j for j, one in enumerate(kinds) if one == kind]
+        if len(places) < 2:
+            continue
+        first, last = (_iteration(layouts[j]) for j in (places[0], places[-1]))
+        if places[-1] - places[0] + 1 > len(places):
+            chosen = f"--iterations {','.join(_iteration(layouts[j]) for j in places)}"
+        elif places[-1] == len(kinds) - 1:
+            chosen = f"--from {first}"
+        elif places[0] == 0:
+            chosen = f"--to {last}"
+        else:
+            chosen = f"--from {first} --to {last}"
+        ways.append(f"merge those that are alike ({chosen})")
+    return ways
+
+
+def _names(layouts: Sequence[Layout], kinds: Sequence[bool], kind: bool) -> str:
+    return some([one.path.name for one, its in zip(layouts, kinds, strict=True) if its is kind])
+
+
+def _iteration(layout: Layout) -> str:
+    return layout.path.name.removeprefix("iter_").lstrip("0") or "0"

@@ -1,0 +1,246 @@
+"""Layouts and coefficients become a plan: every tensor's rule, every chunk to write. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from wsm_megatron.checkpoint.keys import (
+    MERGEABLE,
+    Role,
+    is_flat_bucket,
+    main_of,
+    mains_beside,
+)
+from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
+from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.tiling import tiling_fault
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import MergeError
+from wsm_megatron.optimizer.flat_main_params import FlatMain, FlatMains
+from wsm_megatron.planning.compatibility import (
+    check_inputs,
+    check_optimizer,
+    check_remainders,
+    check_same_model,
+    check_unknown,
+    rebuilds_mains,
+)
+from wsm_megatron.planning.patterns import Choice, check_flat, check_patterns, choose
+from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task, costs
+
+CHUNK_ELEMENTS = 16 * 2**20
+"""Largest chunk written: a larger one of a source becomes several, so that memory, the unit of
+balance and what a failure costs stay bounded. Loaders reshard, so chunk sizes are free."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge does, apart from coefficients: recipes, and tasks in the order of the files."""
+
+    recipes: tuple[Recipe, ...]
+    tasks: tuple[Task, ...]
+    left_out: tuple[str, ...]
+    rebuilds_mains: bool = False
+    """Main params are the merged model's, not merged themselves."""
+
+    def bytes_to_write(self) -> int:
+        """Bytes of the tensors of one merged checkpoint."""
+        return sum(task.box.numel * task.recipe.cost(0, 1) for task in self.tasks)
+
+    def shares(self, ranks: int, merges: Sequence[Merge]) -> tuple[tuple[Task, ...], ...]:
+        """Every rank's tasks: consecutive in the files, equal in bytes within one task."""
+        of_tasks = costs(self.tasks, merges)
+        total, done = max(sum(of_tasks), 1), 0
+        shares: list[list[Task]] = [[] for _ in range(ranks)]
+        for task, cost in zip(self.tasks, of_tasks, strict=True):
+            shares[min(ranks - 1, (done + cost // 2) * ranks // total)].append(task)
+            done += cost
+        return tuple(map(tuple, shares))
+
+
+def make_plan(
+    layouts: Sequence[Layout], config: MergeConfig, flat: FlatMains | None = None
+) -> MergePlan:
+    """Plan a merge of checkpoints, oldest first.
+
+    Args:
+        flat: the newest one's main params in flat buckets; without, such buckets and the model are
+            merged apart from each other.
+
+    Raises:
+        ValueError: the checkpoints are not of one model, an entry is unknown, an option does not
+            fit them, or the optimizer state that was asked for is not there. Names the checkpoint
+            and the key.
+        MergeError: what would be written is not every tensor, whole.
+    """
+    newest, flat = layouts[-1], flat or FlatMains()
+    if config.keeps_optimizer:
+        check_remainders(newest)
+    check_patterns(layouts, config)
+    choice = choose(newest, config)
+    check_unknown(newest, choice)
+    check_same_model(layouts, config)
+    if config.keeps_optimizer:
+        check_optimizer(layouts, choice, config)
+        check_flat(newest, choice, flat)
+    rebuilds = rebuilds_mains(layouts, config)
+    recipes = _recipes(newest, replace(config, mains_from_model=rebuilds), choice)
+    if all(recipe.rule is Rule.COPY for recipe in recipes):
+        raise ValueError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
+    check_inputs(layouts, recipes)
+    placed = [
+        ((location.file, location.offset, task.box.offsets), task)
+        for recipe in recipes
+        for location, task in _tasks(recipe, newest, choice, flat)
+    ]
+    check_whole(task for _, task in placed)
+    placed.sort(key=lambda pair: pair[0])
+    tasks = [task for _, task in placed]
+    used = dict.fromkeys(task.recipe for task in tasks)
+    return MergePlan(tuple(used), tuple(tasks), tuple(sorted(choice.left_out)), rebuilds)
+
+
+def check_whole(tasks: Iterable[Task]) -> None:
+    """Raise ``MergeError`` unless what tasks write tiles every tensor that they write of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    written: dict[str, list[Box]] = {}
+    for task in tasks:
+        for output in task.recipe.outputs:
+            shapes[output.key] = output.shape
+            written.setdefault(output.key, []).append(task.part(output.key, task.box))
+    for key, boxes in written.items():
+        if fault := tiling_fault(shapes[key], tuple(sorted(boxes))):
+            raise MergeError(
+                f"{key} {shapes[key]} would not be whole in the merge: {fault}; nothing is "
+                "written. Please report this, with the output of wsm plan"
+            )
+
+
+def kept_objects(layout: Layout, config: MergeConfig) -> tuple[str, ...]:
+    """Byte entries that a merged checkpoint takes over from its newest source, as they are."""
+    choice = choose(layout, config)
+    check_unknown(layout, choice)
+    return tuple(
+        key
+        for key, entry in layout.objects.items()
+        if key not in choice.left_out and entry.role is not Role.COMMON
+    )
+
+
+def _recipes(newest: Layout, config: MergeConfig, choice: Choice) -> list[Recipe]:
+    kept = {key: entry for key, entry in newest.tensors.items() if key not in choice.left_out}
+    mains = {
+        model: key
+        for key, entry in kept.items()
+        if entry.role is Role.MAIN and (model := main_of(key)) in kept
+    }
+    recipes = []
+    for key, entry in kept.items():
+        if entry.role is Role.MAIN and main_of(key) in kept:
+            continue  # comes with its model tensor
+        copied = _is_copied(entry, config, choice)
+        if key not in mains:
+            recipes.append(_single(entry, copied, config))
+        elif entry.dtype in MERGEABLE:
+            recipes.append(_pair(kept[mains[key]], entry, copied, config))
+        else:  # no rounding makes it from its main param: both are copied
+            recipes += [_single(entry, True, config), _single(kept[mains[key]], True, config)]
+    return recipes
+
+
+def _pair(main: TensorEntry, model: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
+    dtype = model.dtype if copied else _model_dtype(model, config)
+    outputs = _output(main, main.dtype), _output(model, dtype)
+    if config.mains_from_model:
+        rule = Rule.COPY if copied else Rule.SUM_MODEL
+        return Recipe(rule, Role.MODEL, (model.key,), outputs, (model.dtype,))
+    rule = Rule.COPY if copied else Rule.SUM_MAIN
+    inputs, dtypes = (main.key, model.key), (main.dtype, model.dtype)
+    return Recipe(rule, Role.MODEL, inputs, outputs, dtypes)
+
+
+def _single(entry: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
+    rule, dtype = (Rule.COPY, entry.dtype) if copied else (Rule.SUM, _model_dtype(entry, config))
+    return Recipe(rule, entry.role, (entry.key,), (_output(entry, dtype),), (entry.dtype,))
+
+
+def _is_copied(entry: TensorEntry, config: MergeConfig, choice: Choice) -> bool:
+    return (
+        entry.key in choice.copied
+        or entry.role is Role.COPY
+        or (entry.role is Role.BUFFER and config.buffers == "last")
+        or (entry.role is Role.MOMENT and config.optimizer_state == "last")
+    )
+
+
+def _model_dtype(entry: TensorEntry, config: MergeConfig) -> torch.dtype:
+    return _DTYPES.get(config.dtype, entry.dtype) if entry.role is Role.MODEL else entry.dtype
+
+
+def _output(entry: TensorEntry, dtype: torch.dtype) -> Output:
+    return Output(entry.key, dtype, entry.shape)
+
+
+def _tasks(
+    recipe: Recipe, newest: Layout, choice: Choice, flat: FlatMains
+) -> Iterator[tuple[Location, Task]]:
+    """Tasks of one recipe, by chunk of the newest source, and where each chunk lies."""
+    entry = newest.tensors[recipe.inputs[-1]]
+    if recipe.role is Role.MOMENT:
+        flat = _copied_moments(recipe, choice, flat)
+    for chunk in entry.chunks:
+        whole = Box(chunk.offsets, chunk.sizes)
+        main = flat.places.get((entry.key, whole)) if len(recipe.outputs) == 1 else None
+        if main is not None:
+            pair = _flat_pair(recipe, newest.tensors[main.bucket])
+            tasks: Iterable[Task] = [Task(pair, whole, main)]
+        elif is_flat_bucket(entry.key):
+            tasks = _bucket_tasks(recipe, whole, flat)
+        else:
+            tasks = [Task(recipe, whole)]
+        for task in tasks:
+            for part in task.split(CHUNK_ELEMENTS):
+                yield chunk.location, part
+
+
+def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMains) -> Iterator[Task]:
+    """What of a flat bucket's chunk is done for itself; main params go with their model."""
+    for part in flat.rest(recipe.key, whole):
+        yield Task(recipe, part)
+    if recipe.role is Role.MOMENT:
+        copy = replace(recipe, rule=Rule.COPY)
+        for (_, box), place in flat.places.items():
+            common = Box((place.start,), (box.numel,)).intersect(whole)
+            if common is not None:
+                yield Task(copy, common)
+
+
+def _copied_moments(recipe: Recipe, choice: Choice, flat: FlatMains) -> FlatMains:
+    """Where in a flat bucket that is merged the moments of copied model tensors lie."""
+    if recipe.rule is Rule.COPY or not choice.copied:
+        return FlatMains()
+    mains = mains_beside(recipe.key)
+    return FlatMains(
+        {
+            chunk: FlatMain(recipe.key, place.start)
+            for chunk, place in flat.places.items()
+            if place.bucket == mains and chunk[0] in choice.copied
+        }
+    )
+
+
+def _flat_pair(recipe: Recipe, bucket: TensorEntry) -> Recipe:
+    """A model tensor with its main param, which lies in a flat bucket: rounded from it, or both
+    copied."""
+    return Recipe(
+        Rule.COPY if recipe.rule is Rule.COPY else Rule.SUM_MAIN,
+        recipe.role,
+        (bucket.key, *recipe.inputs),
+        (_output(bucket, bucket.dtype), *recipe.outputs),
+        (bucket.dtype, *recipe.input_dtypes),
+    )

@@ -1,0 +1,161 @@
+"""Where a merged checkpoint comes from: ``wsm_merge.json``, and the same in its common state."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32
+
+import wsm_megatron
+from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
+from wsm_megatron.checkpoint.reader import read_file
+from wsm_megatron.checkpoint.writer import write_file
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import MergeError
+from wsm_megatron.planning.sources import Decay, Source
+from wsm_megatron.schedule.window import Checkpoint
+from wsm_megatron.storage.json_file import parse_json
+
+FORMAT = 2
+"""From 2 on every file of the checkpoint is listed, and the last field is a CRC-32 of the rest."""
+_UNSEALED = 1
+_SEAL = "crc32"
+_PARTS = {"iteration": int, "sources": list, "coefficients": list, "options": dict, "files": dict}
+
+
+def describe(
+    sources: Sequence[dict[str, Any]], decay: Decay, config: MergeConfig, iteration: int
+) -> dict[str, Any]:
+    """Plain JSON types; no time and no host, so that equal merges say the same.
+
+    Args:
+        sources: at least ``iteration`` and ``tokens`` of each, oldest first.
+        config: the merge, or the one that a merge inside a run is equal to.
+    """
+    return {
+        "format": FORMAT,
+        "iteration": iteration,
+        "sources": list(sources),
+        "positions": list(decay.positions),
+        "unit": decay.unit,
+        "coefficients": list(decay.coefficients),
+        "effective_lr": list(decay.effective_lr),
+        "options": _options(config),
+        "versions": {
+            "wsm_megatron": wsm_megatron.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def describe_source(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
+    """One source of an offline merge, and where it lies in the merge's window."""
+    return {
+        "path": str(source.path.resolve()),
+        "iteration": source.iteration,
+        "tokens": checkpoint.tokens,
+        "metadata_crc32": f"{source.metadata_crc:08x}",
+    }
+
+
+def write_provenance(
+    directory: Path, provenance: dict[str, Any], files: dict[str, tuple[int, int]]
+) -> None:
+    """Write ``wsm_merge.json``: the description, and all files of the checkpoint.
+
+    Args:
+        files: size and CRC-32 by path within the directory, of every file but this one.
+    """
+    listed = {
+        name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())
+    }
+    write_file(directory / PROVENANCE_FILE, seal({**provenance, "files": listed}))
+
+
+def seal(contents: dict[str, Any]) -> bytes:
+    """``wsm_merge.json`` with these contents, and a last field by which any damage shows."""
+    crc = crc32(_text(contents))
+    return _text({**contents, _SEAL: f"{crc:08x}"})
+
+
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """A merged checkpoint's provenance; None for an ordinary checkpoint.
+
+    Every byte is checked, except in format 1, which had nothing to check it by.
+
+    Raises:
+        MergeError: the file is damaged.
+    """
+    path = directory / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    data = read_file(path)
+    try:
+        contents = parse_json(data)
+    except ValueError as error:
+        raise MergeError(f"{path}: damaged: {error}") from error
+    if not isinstance(contents, dict) or contents.get("format") not in (_UNSEALED, FORMAT):
+        raise MergeError(f"{path}: damaged, or written by another version of wsm_megatron")
+    sealed = contents.pop(_SEAL, None) is not None
+    if sealed != is_sealed(contents) or (sealed and seal(contents) != data):
+        raise MergeError(f"{path}: damaged: it is not what the merge wrote, by its own CRC-32")
+    _check_parts(path, contents)
+    return contents
+
+
+def is_sealed(provenance: dict[str, Any]) -> bool:
+    """Whether it lists every file of its checkpoint, and was itself checked when it was read."""
+    return provenance["format"] != _UNSEALED
+
+
+def described(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`describe` gave, which the common state repeats: all but the files."""
+    return {name: value for name, value in provenance.items() if name != "files"}
+
+
+def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
+    """Whether a directory holds the merge described, whole by the sizes of its files."""
+    found = read_provenance(directory)
+    if found is None or not is_complete(directory):
+        return False
+    same_merge = json.loads(_text(provenance)) | {"format": found["format"]} == described(found)
+    return same_merge and all(
+        (directory / name).is_file() and (directory / name).stat().st_size == listed["bytes"]
+        for name, listed in found["files"].items()
+    )
+
+
+def _text(contents: dict[str, Any]) -> bytes:
+    return (json.dumps(contents, indent=2) + "\n").encode()
+
+
+def _check_parts(path: Path, contents: dict[str, Any]) -> None:
+    """What the rest of the package relies on is there."""
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(contents.get(name), kind)]
+    if not wrong:
+        files, sources = contents["files"].values(), contents["sources"]
+        if not all(isinstance(f, dict) and {"bytes", "crc32"} <= f.keys() for f in files):
+            wrong.append("files")
+        if not all(isinstance(s, dict) and isinstance(s.get("iteration"), int) for s in sources):
+            wrong.append("sources")
+    if wrong:
+        raise MergeError(f"{path}: damaged: {', '.join(wrong)} missing or of another kind")
+
+
+def _options(config: MergeConfig) -> dict[str, Any]:
+    """What is merged and how; not how the job runs, which leaves no trace in the result."""
+    values = {
+        option.name: getattr(config, option.name)
+        for option in fields(config)
+        if option.metadata["group"] in ("which", "how")
+    }
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }

@@ -1,0 +1,124 @@
+"""The targets of a job: which of its products are there already, and the locks of the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from wsm_megatron.checkpoint.staging_dir import advance_tracker, leftovers, lock_path, remove
+from wsm_megatron.errors import MergeError
+from wsm_megatron.planning.job import Job, Product
+from wsm_megatron.planning.provenance import holds_merge
+from wsm_megatron.planning.staging_key import merge_digest
+from wsm_megatron.storage.lock import Lock
+from wsm_megatron.storage.retry import watched
+from wsm_megatron.storage.space import allocated, check_space
+
+logger = logging.getLogger(__name__)
+
+
+class Claims:
+    """Locks of targets: of several merges with one target, one makes it. For rank 0.
+
+    A context manager, which releases at its end what it has taken.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[Path, Lock] = {}
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for lock in self._locks.values():
+            lock.release()
+
+    def take(self, job: Job, check: Callable[[], None]) -> list[int]:
+        """Lock the targets of all products that are not published yet; their numbers.
+
+        Where another process makes the very same, this waits for it, and what that one has
+        published is none of those any more.
+
+        Args:
+            check: called while this waits; what it raises ends the wait.
+
+        Raises:
+            ValueError: a target exists and holds something else.
+            MergeError: another merge of a target is running, or there is not enough space for all.
+        """
+        products = job.products
+        there = {k for k, product in enumerate(products) if _is_there(product)}
+        self._check_space(job, [k for k in range(len(products)) if k not in there])
+        # In one order, whatever the job's: no two jobs wait for each other.
+        for k in sorted(range(len(products)), key=lambda k: str(products[k].path.resolve())):
+            if k in there and not _is_untidy(products[k]):
+                continue
+            if self._take(job, products[k], check):
+                there.discard(k)
+            else:
+                there.add(k)
+        return [k for k in range(len(products)) if k not in there]
+
+    def lock(self, product: Product) -> Lock:
+        """The lock of a product's target, which this holds."""
+        return self._locks[product.path]
+
+    def check(self) -> None:
+        """Raise ``MergeError`` once one of the locks was seen to be another's. Does not wait."""
+        for lock in tuple(self._locks.values()):
+            lock.check(look=False)
+
+    def _take(self, job: Job, product: Product, check: Callable[[], None]) -> bool:
+        """Lock a target. False where another process has published it by then, and all that one has
+        left is removed.
+        """
+        lock = Lock(lock_path(product.path), merge_digest(job, product))
+        self._locks[product.path] = lock  # released by whatever interrupts what follows
+        try:
+            with watched(lambda: f"{product.root}: creating"):
+                product.root.mkdir(parents=True, exist_ok=True)
+            lock.acquire(check)
+        except OSError as error:
+            raise MergeError(f"{product.path}: cannot create: {error.strerror}") from error
+        if not _is_there(product):
+            return True
+        remove(leftovers(product.path))
+        lock.release()
+        del self._locks[product.path]
+        return False
+
+    def _check_space(self, job: Job, missing: list[int]) -> None:
+        nbytes = job.stored_bytes()
+        needed = {job.products[k].path: nbytes[k] for k in missing}
+        check_space(needed, {path: sum(map(allocated, leftovers(path))) for path in needed})
+
+
+def _is_there(product: Product) -> bool:
+    """Whether a product is published; where the merge that did it was killed, the tracker follows.
+
+    Raises:
+        ValueError: something else has its name.
+    """
+    if not os.path.lexists(product.path):
+        return False
+    if not holds_merge(product.path, product.provenance):
+        raise ValueError(
+            f"{product.path} exists and is left alone; give another --save or --output-iteration, "
+            "or remove it"
+        )
+    logger.warning("%s holds this very merge already", product.path)
+    advance_tracker(product.root, product.iteration)
+    return True
+
+
+def _is_untidy(product: Product) -> bool:
+    """Whether the merge that published a product was killed over it, or is not done yet."""
+    return bool(leftovers(product.path)) or lock_path(product.path).exists()

@@ -1,0 +1,1 @@
+"""This process: signals, standard streams, memory, worker threads, garbage collection."""

@@ -1,0 +1,1 @@
+"""Pickles and zip archives read without importing or calling what they name."""

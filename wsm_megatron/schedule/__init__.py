@@ -1,0 +1,1 @@
+"""Decay curves, windows and the coefficients that follow. Pure."""

@@ -1,0 +1,1 @@
+"""Files that fail, hang, lag or change. Knows no format."""
