@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from tests import runs
 from tests.reference import RUNS, load_tensors
-from wsm_megatron import api
+from wsm_megatron.access import shared
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
@@ -373,14 +373,14 @@ def test_no_permission(tmp_path, monkeypatch, merge_fails):
 
 def test_a_source_that_changes_during_the_merge(tmp_path, monkeypatch, merge_fails):
     run = damaged(tmp_path)
-    original = api.run_share
+    original = shared.run_rank
 
     def touch_and_run(*arguments):
         result = original(*arguments)
         os.utime(runs.checkpoint(run, 4) / "__0_0.distcp")
         return result
 
-    monkeypatch.setattr(api, "run_share", touch_and_run)
+    monkeypatch.setattr(shared, "run_rank", touch_and_run)
     message = merge_fails(run, status=EXIT_FAILED)
     assert "changed while it was read" in message and "iter_0000004" in message
 

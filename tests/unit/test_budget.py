@@ -17,7 +17,7 @@ from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
 from wsm_megatron.execution import device, memory_budget
 from wsm_megatron.execution.memory_budget import default_memory, make_budget
-from wsm_megatron.planning.tasks import Output, Recipe, Rule
+from wsm_megatron.planning.tasks import Output, Recipe, Rule, Scope
 from wsm_megatron.storage import direct, files
 
 
@@ -56,8 +56,9 @@ def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, bl
         assert memory < depth * smallest
         return
     assert 1 <= found.threads <= threads
+    scope = Scope(tuple(range(sources)), tuple(range(merges)))
     for one in RECIPES:
-        numel = found.tile_elements(one)
+        numel = found.tile_elements(one, scope)
         assert numel >= 1
         tile = numel * (4 if one.rule is Rule.COPY else one.cost(sources, merges))
         ahead = found.ahead * sources * blocks

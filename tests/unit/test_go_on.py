@@ -294,7 +294,8 @@ import sys
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.planning.staging_key import placement, staging_key
-from wsm_megatron.api import prepare
+from wsm_megatron.access.node_local.access import NodeLocal
+from wsm_megatron.access.shared import Shared
 
 run, save, parallel = sys.argv[1:]
 config = MergeConfig(
@@ -304,8 +305,9 @@ config = MergeConfig(
     decay="mean,ema",
     source_parallel=bool(parallel),
 )
-job = prepare(config, Ranks())
-parts = job.parts(1 if parallel else 3)
+access = (NodeLocal if parallel else Shared)(config, Ranks())
+job = access.prepare()
+parts = access.distribute(job).parts if parallel else job.parts(3)
 print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.products)))
 """
 

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from wsm_megatron import MergeError
-from wsm_megatron.access.node_local.stages import check_shared
+from wsm_megatron.access.node_local.access import check_shared
 from wsm_megatron.cli.main import _Log
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks

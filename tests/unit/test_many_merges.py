@@ -159,7 +159,7 @@ def test_a_resumed_merge_reads_once_what_was_left(tmp_path, monkeypatch, chunks,
     done = Watched(wanted)
     read, written = counted(done.report, MOMENTS)
     assert done.read_once() == done.report.bytes_read
-    assert (done.report.bytes_read < read) == (chunks > 10)
+    assert done.report.bytes_read < read
     assert done.moved == done.total == read + written
     assert_each_equals_its_own_merge(done.report, tmp_path, optimizer_state="last")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from wsm_megatron import MergeConfig, MergeError, api, merge, verify
+from wsm_megatron import MergeConfig, MergeError, merge, verify
+from wsm_megatron.access import shared
 from wsm_megatron.access.node_local.inventory import look
 from wsm_megatron.checkpoint.side_files import find_side_files
 from wsm_megatron.cli.main import main
@@ -215,13 +216,13 @@ def test_a_file_that_changes_meanwhile_is_not_published(
     run: Path, newest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(newest, "tokenizer/vocab.json")
-    share = api.run_share
+    run_rank = shared.run_rank
 
     def grow(*arguments: object) -> object:
         (newest / "tokenizer" / "vocab.json").write_text("longer than it was before")
-        return share(*arguments)  # type: ignore[arg-type]
+        return run_rank(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(api, "run_share", grow)
+    monkeypatch.setattr(shared, "run_rank", grow)
     with pytest.raises(MergeError, match=r"vocab\.json changed while"):
         merged(run)
     assert not list((run.parent / "out").glob("iter_*"))

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wsm_megatron.api import merge, prepare
+from wsm_megatron.api import merge, plan
 from wsm_megatron.cli import text
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.comm.communicator import job_ranks
@@ -307,11 +307,11 @@ def _say_last(message: str) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> _Answer:
-    with job_ranks() as ranks:
-        job = prepare(_config(arguments), ranks)
-        if ranks.rank != 0:
-            return _Answer()
-    return _Answer(text.planned(job), lambda: text.plan_data(job), shown=True)
+    planned = plan(_config(arguments))
+    if planned is None:
+        return _Answer()
+    job, moved = planned
+    return _Answer(text.planned(job, moved), lambda: text.plan_data(job, moved), shown=True)
 
 
 def _coefficients(arguments: argparse.Namespace) -> _Answer:

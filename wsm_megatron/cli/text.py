@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
+from wsm_megatron.access.protocol import Estimate
 from wsm_megatron.checkpoint.common_state import CommonSummary
 from wsm_megatron.execution.result import MergeReport
 from wsm_megatron.execution.timing import PHASES, RankReport
@@ -42,7 +43,7 @@ def merged(done: MergeReport) -> Iterator[str]:
     yield from launch_lines(done.resume["launch"], str(done.output.parent))
 
 
-def planned(job: Job) -> Iterator[str]:
+def planned(job: Job, moved: Estimate) -> Iterator[str]:
     for product in job.products:
         yield f"would write {product.path}"
         yield from _source_lines(job.iterations(product), product.decay)
@@ -53,13 +54,12 @@ def planned(job: Job) -> Iterator[str]:
         yield f"  copied beside        {file.name}"
     for key in job.plan.left_out:
         yield f"  left out             {key}"
-    if job.spread is not None:
-        yield f"sums of {size(job.bytes_to_send())} would go from rank to rank"
-    read, written = size(job.bytes_to_read()), size(job.bytes_to_write())
-    yield f"would read {read}, write {written}; nothing was written"
+    if job.config.source_parallel:
+        yield f"sums of {size(moved.sent)} would go from rank to rank"
+    yield f"would read {size(moved.read)}, write {size(moved.written)}; nothing was written"
 
 
-def plan_data(job: Job) -> dict[str, Any]:
+def plan_data(job: Job, moved: Estimate) -> dict[str, Any]:
     product = job.products[-1]
     return {
         "output": str(product.path),
@@ -67,9 +67,9 @@ def plan_data(job: Job) -> dict[str, Any]:
         "iterations": list(job.iterations(product)),
         **decay_data(product.decay),
         **unit_data(product.decay),
-        "bytes_to_read": job.bytes_to_read(),
-        "bytes_to_write": job.bytes_to_write(),
-        "bytes_to_send": job.bytes_to_send(),
+        "bytes_to_read": moved.read,
+        "bytes_to_write": moved.written,
+        "bytes_to_send": moved.sent,
         "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},
         "objects": list(product.objects),
         "left_out": list(job.plan.left_out),

@@ -1,4 +1,4 @@
-"""What the tasks and steps of one rank work with: where they read and write, who is told."""
+"""What the stages of one rank work with: where they read and write, who is told."""
 
 from __future__ import annotations
 
@@ -58,15 +58,16 @@ class Context:
         """The same for worker threads, of whose seconds the mean counts."""
         return replace(self, phases=self.phases.crew(threads))
 
-    def covers(self, task: Task, j: int, inputs: int | None = None) -> list[Cover]:
-        """What a task reads of source ``j``: a cover for each of its (first) inputs."""
+    def covers(self, task: Task, j: int, inputs: int) -> list[Cover]:
+        """What a task reads of source ``j``: a cover for each of its first ``inputs``."""
         keys = task.recipe.inputs[:inputs]
         return [self.readers[j].cover(key, task.part(key, task.box)) for key in keys]
 
     def leave_out(self, task: Task, sources: Iterable[int]) -> None:
         """Do not read what an earlier merge has read for a finished task."""
+        keys = task.recipe.inputs
         for j in sources:
-            for key, cover in zip(task.recipe.inputs, self.covers(task, j), strict=True):
+            for key, cover in zip(keys, self.covers(task, j, len(keys)), strict=True):
                 cover.leave_out(task.part(key, task.box))
 
 

@@ -22,14 +22,21 @@ class Copier:
             self._targets.setdefault(merge.newest, []).append(target)
 
     def copy(self, task: Task, j: int, memory: Memory, elements: int) -> None:
-        """Copy a task's chunk of source ``j``, at most ``elements`` at a time.
+        """Copy a task's chunk of source ``j``, at most ``elements`` at a time, unless an earlier
+        merge has.
 
         Raises:
             MergeError: values are not finite, or a main param is of other weights than its model.
         """
         context, phases, targets = self._context, self._context.phases, self._targets[j]
+        with phases("resuming"):
+            finished = all(target.has(task) for target in targets)
+        if finished:
+            context.leave_out(task, [j])
+            context.progress(task.box.numel * task.recipe.cost(1, len(targets)))
+            return
         with phases("reading"):
-            covers = context.covers(task, j)
+            covers = context.covers(task, j, len(task.recipe.inputs))
         writers = [target.chunks(task) for target in targets]
         for part in task.box.split(elements):
             if self._stop.is_set():

@@ -47,10 +47,10 @@ class Device:
         """Bytes of all sources in one tile."""
         return STAGED_BYTES if self.staged else TILE_BYTES
 
-    def workspace(self, sources: int, merges: Sequence[Merge]) -> Workspace:
+    def workspace(self, merges: Sequence[Merge]) -> Workspace:
         if self.staged:
-            return StagedWorkspace(sources, merges, self.torch_device)
-        return Workspace(sources, merges)
+            return StagedWorkspace(merges, self.torch_device)
+        return Workspace(merges)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Rates:
         return device > _GAIN * cpu, reason
 
 
+def host_device(reason: str) -> Device:
+    """The CPU of this rank."""
+    return Device(torch.device("cpu"), reason)
+
+
 def choose_device(
     wanted: str, sources: int, merges: int, nbytes: int, threads: int, local_rank: int = 0
 ) -> Device:
@@ -101,20 +106,19 @@ def choose_device(
     Raises:
         ValueError: ``cuda`` is wanted and there is none.
     """
-    cpu = torch.device("cpu")
     if wanted == "cpu":
-        return Device(cpu, "--device cpu")
+        return host_device("--device cpu")
     if wanted == "auto" and nbytes < WORTH:
-        return Device(cpu, f"less than {WORTH / 1e9:.0f} GB to read: too little to start CUDA for")
+        return host_device(f"less than {WORTH / 1e9:.0f} GB to read: too little to start CUDA for")
     if not torch.cuda.is_available():
         if wanted == "cuda":
             raise ValueError("--device cuda: torch sees no CUDA device here")
-        return Device(cpu, "no CUDA device")
+        return host_device("no CUDA device")
     cuda = torch.device("cuda", local_rank % torch.cuda.device_count())
     if wanted == "cuda":
         return Device(cuda, "--device cuda", staged=True)
     worth, reason = measure(cuda, sources, merges).choose(threads)
-    return Device(cuda, reason, staged=True) if worth else Device(cpu, reason)
+    return Device(cuda, reason, staged=True) if worth else host_device(reason)
 
 
 def measure(device: torch.device, sources: int, merges: int) -> Rates:

@@ -18,8 +18,9 @@ from wsm_megatron.execution.tiles import (
     Workspace,
     carve,
     room_for,
+    tile_dtypes,
 )
-from wsm_megatron.planning.tasks import Merge, Recipe
+from wsm_megatron.planning.tasks import Merge, Recipe, Scope
 
 Move = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,17 +64,16 @@ class _Slot(Workspace):
 
     def __init__(
         self,
-        sources: int,
         merges: Sequence[Merge],
         device: torch.device,
         stream: torch.cuda.Stream | None,
     ):
-        super().__init__(sources, merges)
+        super().__init__(merges)
         self._device, self._stream = device, stream
         self._there = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def _make(self, recipe: Recipe, numel: int) -> Tile:
-        inputs, outputs = self._dtypes(recipe)
+    def _make(self, recipe: Recipe, scope: Scope, numel: int) -> Tile:
+        inputs, outputs = tile_dtypes(recipe, scope)
         split = room_for(inputs, numel)
         end = split + room_for(outputs, numel)
         self._grow(end)
@@ -83,7 +83,7 @@ class _Slot(Workspace):
         )
         return StagedTile(
             to_read,
-            Summation(*to_sum, recipe, self._merges),
+            Summation(*to_sum, recipe, scope, self._merges),
             ((there[:split], host[:split]), (host[split:], there[split:])),
             self._stream,
         )
@@ -105,11 +105,11 @@ class StagedWorkspace(Workspace):
 
     depth = 2
 
-    def __init__(self, sources: int, merges: Sequence[Merge], device: torch.device):
-        super().__init__(sources, merges)
+    def __init__(self, merges: Sequence[Merge], device: torch.device):
+        super().__init__(merges)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._slots = [_Slot(sources, merges, device, stream) for _ in range(self.depth)]
+        self._slots = [_Slot(merges, device, stream) for _ in range(self.depth)]
 
-    def tile(self, recipe: Recipe, numel: int) -> Tile:
+    def tile(self, recipe: Recipe, scope: Scope, numel: int) -> Tile:
         self._slots.append(self._slots.pop(0))
-        return self._slots[-1].tile(recipe, numel)
+        return self._slots[-1].tile(recipe, scope, numel)

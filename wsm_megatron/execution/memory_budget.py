@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wsm_megatron.planning.tasks import Recipe, Rule
+from wsm_megatron.planning.tasks import Recipe, Rule, Scope
 
 MOST = 512 * 2**20
 """Bytes taken by default where the machine has them eight times over."""
@@ -18,6 +18,7 @@ LEAST_ELEMENTS = 2**14
 """Fewest in a tile: fewer cost more in calls than in bytes."""
 AHEAD = 4 * 2**20
 """Bytes of each source that are read ahead for each thread, where memory allows."""
+_SUM_BYTES = 8
 _LEAST_AHEAD = 256 * 2**10
 """Less than this the kernel reads ahead by itself."""
 
@@ -37,15 +38,14 @@ class Budget:
     tile_bytes: int
     wanted_bytes: int
     ahead: int
-    sources: int
-    merges: int
 
-    def tile_elements(self, recipe: Recipe) -> int:
+    def tile_elements(self, recipe: Recipe, scope: Scope) -> int:
         """Elements of a tile of a recipe."""
         if recipe.rule is Rule.COPY:
             return min(TILE_BYTES, self.tile_bytes) // max(recipe.cost(1, 0), recipe.cost(0, 1))
-        wanted = self.wanted_bytes // recipe.cost(self.sources, 0)
-        within = self.tile_bytes // recipe.cost(self.sources, self.merges)
+        read = scope.bytes_read(recipe) + _SUM_BYTES * len(scope.arriving)
+        written = scope.bytes_written(recipe) + _SUM_BYTES * len(scope.leaving)
+        wanted, within = self.wanted_bytes // read, self.tile_bytes // (read + written)
         return max(1, min(max(wanted, LEAST_ELEMENTS), within))
 
 
@@ -89,4 +89,4 @@ def make_budget(
     if ahead < _LEAST_AHEAD:
         ahead = 0
     tile_bytes = (each - ahead * sources * blocks) // depth
-    return Budget(threads, tile_bytes, wanted_bytes, ahead, sources, merges)
+    return Budget(threads, tile_bytes, wanted_bytes, ahead)

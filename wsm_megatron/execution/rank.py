@@ -9,12 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsm_megatron.access.node_local.pipeline import Digests
-from wsm_megatron.access.node_local.stages import STEP_BYTES, copy_beside, run_steps
-from wsm_megatron.access.node_local.transport import Wire
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.side_files import Files
 from wsm_megatron.checkpoint.staging_dir import journals
@@ -24,12 +21,12 @@ from wsm_megatron.comm.launcher import local_rank
 from wsm_megatron.errors import StorageError
 from wsm_megatron.execution.byte_entries import copy_objects, write_common
 from wsm_megatron.execution.context import Context, Progress, Target
-from wsm_megatron.execution.device import Device, choose_device
-from wsm_megatron.execution.executor import Share
+from wsm_megatron.execution.device import Device, choose_device, host_device
+from wsm_megatron.execution.executor import Executor, Peers
 from wsm_megatron.execution.memory_budget import Budget, default_memory, make_budget
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.planning.job import Job, Part, places
-from wsm_megatron.planning.tasks import Rule, Task, bytes_read
+from wsm_megatron.planning.tasks import Rule, Stage, Task, bytes_read, whole_stages
 from wsm_megatron.process.worker_threads import work_through
 from wsm_megatron.storage.descriptors import check_room
 from wsm_megatron.storage.direct import STREAMS
@@ -47,56 +44,71 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class RankResult:
-    """What a rank hands to rank 0: its file for each product, and its unfinished checksums."""
+    """What a rank hands to rank 0: its files for each product, and its unfinished checksums."""
 
     files: list[Files]
     ledgers: list[Ledger]
-    digests: Digests
     report: RankReport
 
 
 @dataclass(frozen=True)
-class _Means:
-    """Where a rank sums, with how much memory and how many threads.
+class RankWork:
+    """One rank at work: what it reads, writes and sums with.
 
     Attributes:
-        step_threads: how many do what it does with other ranks.
+        memory: bytes that it may take.
     """
 
+    ranks: Ranks
+    context: Context
     device: Device
     budget: Budget
-    step_threads: int
+    memory: int
+
+    def execute(self, stages: Sequence[Stage]) -> None:
+        """Run stages that are this rank's alone."""
+        Executor(self.context, self.budget, self.device).run(stages, self.ranks.check)
+
+    def execute_with(self, peers: Peers, stages: Sequence[Stage], stage_bytes: int) -> None:
+        """Run stages that other ranks take part in, on the CPU.
+
+        Args:
+            stage_bytes: memory that each takes.
+        """
+        threads = max(1, min(self.budget.threads, self.memory // stage_bytes))
+        budget = replace(self.budget, threads=threads)
+        device = host_device("sums that travel are made on the CPU")
+        Executor(self.context, budget, device, peers).run(stages, self.ranks.check)
 
 
-def run_share(
+def run_rank(
     job: Job,
     ranks: Ranks,
     part: Part,
     directories: list[Path],
-    wire: Wire | None,
     progress: ProgressFactory | None,
     phases: Phases,
+    before: Callable[[RankWork], None] = lambda _: None,
 ) -> RankResult:
     """Do this rank's part for every product; its files are on disk when it returns.
 
     Args:
         directories: of the products, not yet published.
-        wire: to other ranks, where sums go from one to another.
         progress: as for :func:`.merge`.
+        before: what it does with other ranks, before what it does by itself.
     """
     check_room(2 * len(directories))  # a file and its journal for each
     started = time.perf_counter()
-    means = _means(job, part.tasks)
     with ExitStack() as stack:
-        readers = _open_readers(job, means.budget, stack)
-        moved = stack.enter_context(_counting(job, ranks, part, progress))
-        targets = _open_targets(job, ranks, part, directories, phases)
-        files = [target.file for target in targets]
-        config = job.config
-        context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases)
+        work = _open(job, ranks, part, directories, progress, phases, stack)
+        files = [target.file for target in work.context.targets]
         try:
-            digests = _work(job, ranks, part, wire, context, means)
-            beside = copy_beside(job, ranks.rank, directories)
+            copy_objects(job, part, work.context)
+            if ranks.rank == 0:
+                write_common(job, work.context)
+            before(work)
+            work.execute(whole_stages(part.tasks, job.merges))
+            beside = _copy_beside(job, part, directories)
         except BaseException:
             _abandon(files)
             raise
@@ -107,17 +119,23 @@ def run_share(
             {file.path.name: closed[file], **copied}
             for file, copied in zip(files, beside, strict=True)
         ],
-        ledgers=[reader.ledger for reader in readers],
-        digests=digests,
-        report=_report(ranks.rank, context, means, time.perf_counter() - started),
+        ledgers=[reader.ledger for reader in work.context.readers],
+        report=_report(work, time.perf_counter() - started),
     )
 
 
-def _means(job: Job, tasks: Sequence[Task]) -> _Means:
-    """Choose device and threads."""
+def _open(
+    job: Job,
+    ranks: Ranks,
+    part: Part,
+    directories: list[Path],
+    progress: ProgressFactory | None,
+    phases: Phases,
+    stack: ExitStack,
+) -> RankWork:
     config = job.config
     memory, threads = config.memory or default_memory(), config.threads or default_threads()
-    device = _device(job, tasks, threads)
+    device = _device(job, part.tasks, threads)
     budget = make_budget(
         memory,
         threads,
@@ -128,7 +146,11 @@ def _means(job: Job, tasks: Sequence[Task]) -> _Means:
         depth=device.depth,
         wanted_bytes=device.wanted_bytes,
     )
-    return _Means(device, budget, max(1, min(budget.threads, memory // STEP_BYTES)))
+    readers = _open_readers(job, budget, stack)
+    moved = stack.enter_context(_counting(ranks, part, progress))
+    targets = _open_targets(job, ranks, part, directories, phases)
+    context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases)
+    return RankWork(ranks, context, device, budget, memory)
 
 
 def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
@@ -152,14 +174,12 @@ def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[Checkpoint
 
 
 @contextmanager
-def _counting(
-    job: Job, ranks: Ranks, part: Part, progress: ProgressFactory | None
-) -> Iterator[Progress]:
+def _counting(ranks: Ranks, part: Part, progress: ProgressFactory | None) -> Iterator[Progress]:
     """Tell rank 0, and whoever watches this rank, what it has read and written."""
     if progress is None:
         yield ranks.count
         return
-    with progress(ranks.rank, job.cost_of(ranks.rank, part)) as bar:
+    with progress(ranks.rank, part.nbytes) as bar:
 
         def moved(nbytes: int) -> None:
             ranks.count(nbytes)
@@ -183,26 +203,21 @@ def _open_targets(
     return targets
 
 
-def _work(
-    job: Job, ranks: Ranks, part: Part, wire: Wire | None, context: Context, means: _Means
-) -> Digests:
-    """Objects, then what is done with other ranks, then what this one does by itself."""
-    copy_objects(job, part, context)
-    if ranks.rank == 0:
-        write_common(job, context)
-    digests = Digests()
-    if job.spread is not None:
-        digests = run_steps(job, ranks, wire, context, means.step_threads)
-    Share(context, means.budget, means.device).run(part.tasks, ranks.check)
-    return digests
+def _copy_beside(job: Job, part: Part, directories: list[Path]) -> list[Files]:
+    """Copy the side files of the products that this rank does it for; the copies, by product."""
+    return [
+        job.copy_beside(product, directory) if k in part.side_files else {}
+        for k, (product, directory) in enumerate(zip(job.products, directories, strict=True))
+    ]
 
 
-def _report(rank: int, context: Context, means: _Means, seconds: float) -> RankReport:
+def _report(work: RankWork, seconds: float) -> RankReport:
+    context = work.context
     return RankReport(
-        rank=rank,
+        rank=work.ranks.rank,
         host=socket.gethostname(),
-        device=str(means.device.torch_device),
-        threads=means.budget.threads,
+        device=str(work.device.torch_device),
+        threads=work.budget.threads,
         bytes_read=sum(reader.bytes_read for reader in context.readers),
         bytes_written=sum(target.file.bytes_written for target in context.targets),
         seconds=seconds,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from wsm_megatron.kernels import Finite, bind
-from wsm_megatron.planning.tasks import Merge, Recipe, Rule
+from wsm_megatron.planning.tasks import Merge, Recipe, Rule, Scope
 from wsm_megatron.storage.buffer import Buffer
 
 _TILES = 64
@@ -25,7 +25,8 @@ class Outcome:
     """What was found while a tile was summed.
 
     Attributes:
-        wrong_main: the first source whose main param, rounded, is not its model tensor.
+        wrong_main: the first source, by its place in the scope, whose main param, rounded, is not
+            its model tensor.
         nonfinite: merge and output, by number, that hold a value which is not finite.
     """
 
@@ -37,39 +38,61 @@ class Summation:
     """The weighted sums of one tile, bound to tensors of one device.
 
     Args:
-        inputs: ``[source][input]``. outputs: ``[merge][output]``; all of one size.
+        inputs: ``[source][input]``, of the scope's sources; then the sums that arrived, in one row.
+        outputs: ``[merge][output]``, of the merges that end; then the sums that leave, in one row.
+            All are of one size.
     """
 
-    def __init__(self, inputs: Tensors, outputs: Tensors, recipe: Recipe, merges: Sequence[Merge]):
-        self._inputs, self._outputs = inputs, outputs
+    def __init__(
+        self,
+        inputs: Tensors,
+        outputs: Tensors,
+        recipe: Recipe,
+        scope: Scope,
+        merges: Sequence[Merge],
+    ):
+        (*self._sources, arrived), (*written, leaving) = inputs, outputs
         self._has_mains = recipe.rule is Rule.SUM_MAIN
-        self._groups = _same_members(merges)
-        self._sums = [
-            bind(
-                [inputs[j][0] for j in merges[group[0]].members],
-                [merges[k].coefficients for k in group],
-                [outputs[k][0] for k in group],
+        self._written = dict(zip(scope.ending, written, strict=True))
+        sums_in = dict(zip(scope.arriving, arrived, strict=True))
+        sums_out = {k: outputs[0] for k, outputs in self._written.items()}
+        sums_out |= zip(scope.leaving, leaving, strict=True)
+        place = {j: i for i, j in enumerate(scope.sources)}
+        self._groups = _groups(scope, merges)
+        self._sums = []
+        for group in self._groups:
+            own = [(place[j], n) for n, j in enumerate(merges[group[0]].members) if j in place]
+            before = [sums_in[k] for k in group if k in sums_in]
+            ones = [1.0] * len(before)  # 1.0 times a sum is that sum
+            self._sums.append(
+                bind(
+                    [*before, *(self._sources[i][0] for i, _ in own)],
+                    [[*ones, *(merges[k].coefficients[n] for _, n in own)] for k in group],
+                    [sums_out[k] for k in group],
+                )
             )
-            for group in self._groups
-        ]
-        self._wrong: list[Finite] = []
+        self._wrong: list[tuple[int, Finite]] = []
         self._finite: list[Finite] = []
         self._rounded: list[tuple[int, Finite]] = []
 
     def start(self) -> None:
         """Compute; on CUDA without waiting, on the current stream."""
         if self._has_mains:
-            self._wrong = [differ(main.to(model.dtype), model) for main, model in self._inputs]
+            self._wrong = [
+                (i, differ(main.to(model.dtype), model))
+                for i, (main, *models) in enumerate(self._sources)
+                for model in models
+            ]
         self._finite = [weighted_sum() for weighted_sum in self._sums]
         self._rounded = [
             (k, round_main(main, model))
-            for k, (main, *models) in enumerate(self._outputs)
+            for k, (main, *models) in self._written.items()
             for model in models
         ]
 
     def outcome(self) -> Outcome:
         """What the last :meth:`start` found; waits for it."""
-        wrong = [j for j, differs in enumerate(self._wrong) if differs]
+        wrong = [i for i, differs in self._wrong if differs]
         bad = [
             (k, 0)
             for group, finite in zip(self._groups, self._finite, strict=True)
@@ -81,16 +104,18 @@ class Summation:
 
 
 class Tile:
-    """Buffers for one tile of a recipe: inputs of every source, outputs of every merge.
+    """Buffers for one tile of a recipe: inputs of a scope's sources, outputs of its merges.
 
     Attributes:
         sources: ``[source][input]``, to be read into before :meth:`start`.
+        arrived: sums that came from another rank; filled before :meth:`start` too.
         outputs: ``[merge][output]``, filled when :meth:`finish` returns.
+        leaving: sums that go on to another rank; filled likewise.
     """
 
     def __init__(self, inputs: Tensors, outputs: Tensors, summation: Summation):
-        self.sources = [[Buffer(one) for one in row] for row in inputs]
-        self.outputs = [[Buffer(one) for one in row] for row in outputs]
+        *self.sources, self.arrived = [[Buffer(one) for one in row] for row in inputs]
+        *self.outputs, self.leaving = [[Buffer(one) for one in row] for row in outputs]
         self._summation = summation
 
     def start(self) -> None:
@@ -122,37 +147,32 @@ class Workspace(Memory):
     """Memory for tiles, which stay bound to it, one for every kind.
 
     Args:
-        sources: how many there are. merges: what is made of them.
+        merges: what is made of the sources.
     """
 
     depth = 1
     """Tiles that may be under way at once: read, started and not finished."""
 
-    def __init__(self, sources: int, merges: Sequence[Merge]):
+    def __init__(self, merges: Sequence[Merge]):
         super().__init__()
-        self._sources, self._merges = sources, merges
-        self._tiles: dict[tuple[Recipe, int], Tile] = {}
+        self._merges = merges
+        self._tiles: dict[tuple[Recipe, Scope, int], Tile] = {}
 
-    def tile(self, recipe: Recipe, numel: int) -> Tile:
+    def tile(self, recipe: Recipe, scope: Scope, numel: int) -> Tile:
         """Buffers for ``numel`` elements of a recipe, until ``depth`` more tiles are asked for."""
-        found = self._tiles.get((recipe, numel))
+        found = self._tiles.get((recipe, scope, numel))
         if found is None:
             if len(self._tiles) >= _TILES:
                 self._tiles.clear()
-            found = self._tiles[recipe, numel] = self._make(recipe, numel)
+            found = self._tiles[recipe, scope, numel] = self._make(recipe, scope, numel)
         return found
 
-    def _make(self, recipe: Recipe, numel: int) -> Tile:
-        inputs, outputs = self._dtypes(recipe)
+    def _make(self, recipe: Recipe, scope: Scope, numel: int) -> Tile:
+        inputs, outputs = tile_dtypes(recipe, scope)
         self._grow(room_for(inputs, numel) + room_for(outputs, numel))
         sources = carve(self._memory, inputs, numel)
         merged = carve(self._memory[room_for(inputs, numel) :], outputs, numel)
-        return Tile(sources, merged, Summation(sources, merged, recipe, self._merges))
-
-    def _dtypes(self, recipe: Recipe) -> tuple[Dtypes, Dtypes]:
-        """Of ``[source][input]`` and ``[merge][output]``."""
-        written = [output.dtype for output in recipe.outputs]
-        return [recipe.input_dtypes] * self._sources, [written] * len(self._merges)
+        return Tile(sources, merged, Summation(sources, merged, recipe, scope, self._merges))
 
     def _grow(self, nbytes: int) -> None:
         if self._memory.numel() < nbytes:
@@ -183,10 +203,20 @@ def _room(dtype: torch.dtype, numel: int) -> int:
     return room + 320 if room % 4096 == 0 else room
 
 
-def _same_members(merges: Sequence[Merge]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for k, merge in enumerate(merges):
-        groups.setdefault(merge.members, []).append(k)
+def tile_dtypes(recipe: Recipe, scope: Scope) -> tuple[Dtypes, Dtypes]:
+    """Of what a tile reads and of what it makes, as :class:`Summation` takes them."""
+    read = [recipe.input_dtypes[: scope.inputs(recipe, j)] for j in scope.sources]
+    written = [[output.dtype for output in recipe.outputs]] * len(scope.ending)
+    sums = torch.float64
+    return [*read, [sums] * len(scope.arriving)], [*written, [sums] * len(scope.leaving)]
+
+
+def _groups(scope: Scope, merges: Sequence[Merge]) -> list[list[int]]:
+    """Merges that are summed from the same tensors, in one pass."""
+    groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}
+    for k in sorted({*scope.arriving, *scope.leaving, *scope.ending}):
+        own = tuple(j for j in merges[k].members if j in scope.sources)
+        groups.setdefault((own, k if k in scope.arriving else None), []).append(k)
     return list(groups.values())
 
 

@@ -59,11 +59,10 @@ def check_integers(job: Job) -> None:
 
 def checksums(job: Job, rank: int) -> Checksums:
     """CRC-32 of the chunks of integer tensors that a rank sees, where ranks see different files."""
-    assert job.spread is not None
     found: Checksums = {}
     keys = copied_integers(job)
     for j, source in enumerate(job.sources if keys else ()):
-        files = {name for name, *_ in job.spread.fingerprints[j][rank]}
+        files = {name for name, *_ in source.fingerprints[rank]}
         reader = CheckpointReader(source.layout, job.config.retries)
         for key in keys:
             entry = source.layout.tensors.get(key)

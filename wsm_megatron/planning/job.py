@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.access.node_local.schedule import bytes_sent, cost_of
-from wsm_megatron.access.node_local.shares import Spread
 from wsm_megatron.checkpoint.format import marker_for
 from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
 from wsm_megatron.checkpoint.region import Box
@@ -17,7 +15,7 @@ from wsm_megatron.checkpoint.side_files import Files, copy_side_files
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.plan import MergePlan
-from wsm_megatron.planning.sources import Decay, Fingerprint, Source
+from wsm_megatron.planning.sources import Decay, Source
 from wsm_megatron.planning.tasks import Merge, Task, bytes_read, costs
 
 
@@ -62,11 +60,15 @@ class Part:
         tasks: those that it does by itself.
         written: for every product, the tasks whose chunks it stores, in the order of its file.
         objects: for every product, the byte entries that it copies.
+        side_files: products, by number, whose side files it copies.
+        nbytes: bytes that it reads and writes, by itself and with others.
     """
 
     tasks: Sequence[Task]
     written: Sequence[Sequence[Task]]
     objects: Sequence[Sequence[str]]
+    side_files: Sequence[int]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class Job:
     """Sources, what is made of them, and the plan that all products share.
 
     Attributes:
-        spread: which rank reads what, where they see different files.
         dealt_for: what the ranks' shares were cut for, where some of its products are left out:
             those that remain keep their places in the ranks' files.
     """
@@ -83,7 +84,6 @@ class Job:
     sources: tuple[Source, ...]
     products: tuple[Product, ...]
     plan: MergePlan
-    spread: Spread | None = None
     dealt_for: tuple[Merge, ...] = ()
 
     def iterations(self, product: Product) -> tuple[int, ...]:
@@ -98,37 +98,48 @@ class Job:
 
     def only(self, products: Sequence[int]) -> Job:
         """The same job for some of its products, and the sources that these are of."""
-        kept = [self.products[k] for k in products]
-        used = sorted({j for product in kept for j in product.members})
+        kept, used = [self.products[k] for k in products], self.used_by(products)
         place = {j: n for n, j in enumerate(used)}
-        newest = {product.newest for product in kept}
         return replace(
             self,
             sources=tuple(self.sources[j] for j in used),
             products=tuple(replace(p, members=tuple(place[j] for j in p.members)) for p in kept),
-            spread=None if self.spread is None else self.spread.only(used, newest),
             dealt_for=self.dealt_for or tuple(self.merges),
         )
 
+    def used_by(self, products: Sequence[int]) -> list[int]:
+        """The sources that some of its products are of."""
+        return sorted({j for k in products for j in self.products[k].members})
+
     def parts(self, ranks: int) -> tuple[Part, ...]:
-        """What every rank does."""
-        if self.spread is not None:
-            return self._parts_of(self.spread)
+        """What every rank does where all see all files: rank 0 also what is no tensor."""
         shares = self.plan.shares(ranks, self.dealt_for or self.merges)
-        objects = [product.objects for product in self.products]
+        every = [product.objects for product in self.products]
+        none: list[tuple[str, ...]] = [() for _ in every]
         return tuple(
-            Part(share, [share] * len(objects), [() if rank else keys for keys in objects])
+            self.part(
+                rank,
+                share,
+                [share] * len(every),
+                none if rank else every,
+                () if rank else range(len(every)),
+            )
             for rank, share in enumerate(shares)
         )
 
-    def cost_of(self, rank: int, part: Part) -> int:
-        """Bytes that a rank reads and writes, by itself and with others."""
-        merges, spread = self.merges, self.spread
-        nbytes = sum(costs(part.tasks, merges)) + self._objects_read(part.objects)
-        nbytes += self._objects_written(part.objects, rank == 0)
-        if spread is not None:
-            nbytes += cost_of(spread.held, spread.steps(rank), spread.checks(rank), merges)
-        return nbytes
+    def part(
+        self,
+        rank: int,
+        tasks: Sequence[Task],
+        written: Sequence[Sequence[Task]],
+        objects: Sequence[Sequence[str]],
+        side_files: Sequence[int],
+        more: int = 0,
+    ) -> Part:
+        """A rank's part. ``more``: bytes that it reads and writes with other ranks."""
+        nbytes = sum(costs(tasks, self.merges)) + self._objects_read(objects)
+        nbytes += self._objects_written(objects, rank == 0) + more
+        return Part(tasks, written, objects, side_files, nbytes)
 
     def bytes_to_read(self) -> int:
         """Bytes of tensors and objects, over all ranks."""
@@ -152,18 +163,10 @@ class Job:
         common = 0 if product.in_distcp else len(product.common)
         return objects + common + self.sources[product.newest].beside.nbytes
 
-    def bytes_to_send(self) -> int:
-        """Bytes of sums that go from rank to rank."""
-        return 0 if self.spread is None else bytes_sent(self.spread.held, self.merges)
-
     def copy_beside(self, product: Product, directory: Path) -> Files:
         """Copy what lies beside the newest source's tensors; size and CRC-32 of the copies."""
         source, kept = self.sources[product.newest], self.config.keeps_optimizer
         return copy_side_files(source.path, source.beside, directory, product.iteration, kept)
-
-    def fingerprint(self, j: int) -> Fingerprint | tuple[Fingerprint, ...]:
-        """What tells one state of a source's files from another, on every rank that sees any."""
-        return self.sources[j].fingerprint if self.spread is None else self.spread.fingerprints[j]
 
     def placed(self, k: int, rank: int, part: Part) -> list[Placed]:
         """Everything that one rank stores for product ``k``, in the order of its file."""
@@ -201,21 +204,6 @@ class Job:
             item.nbytes
             for product, keys in zip(self.products, objects, strict=True)
             for item in self._objects(product, keys, with_common)
-        )
-
-    def _parts_of(self, spread: Spread) -> tuple[Part, ...]:
-        newest = [product.newest for product in self.products]
-        written = {j: spread.written(j) for j in set(newest)}
-        return tuple(
-            Part(
-                tasks,
-                [written[j][rank] for j in newest],
-                [
-                    [key for key in product.objects if spread.objects[j][key] == rank]
-                    for product, j in zip(self.products, newest, strict=True)
-                ],
-            )
-            for rank, tasks in enumerate(spread.alone())
         )
 
 

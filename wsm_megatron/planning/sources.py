@@ -40,6 +40,7 @@ class Source:
         save_id: what tells one save from another; None where the writer gave it none.
         fingerprint: of its files when it was opened.
         beside: what lies beside its tensors.
+        fingerprints: of every rank's files, where ranks see different ones.
     """
 
     path: Path
@@ -49,6 +50,12 @@ class Source:
     save_id: str | None
     fingerprint: Fingerprint
     beside: SideFiles = field(default_factory=SideFiles)
+    fingerprints: tuple[Fingerprint, ...] = ()
+
+    @property
+    def identity(self) -> Fingerprint | tuple[Fingerprint, ...]:
+        """What tells one state of its files from another, on every rank that sees any."""
+        return self.fingerprints or self.fingerprint
 
     def check_unchanged(self) -> None:
         """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""

@@ -35,7 +35,7 @@ def placement(job: Job, k: int, parts: Sequence[Part]) -> Placement:
 
 def merge_digest(job: Job, product: Product) -> str:
     """Tells merges apart that differ in any value, or whose sources were written anew."""
-    members = [job.fingerprint(j) for j in product.members]
+    members = [job.sources[j].identity for j in product.members]
     text = json.dumps([product.provenance, members])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -103,6 +103,70 @@ class Merge:
         return self.members[-1]
 
 
+@dataclass(frozen=True)
+class Scope:
+    """How much of a task one rank does: which sources it reads, which merges it finishes.
+
+    A rank that does a task by itself reads every source and finishes every merge. Where sources lie
+    on several nodes, a task is a pipeline: each rank adds its sources to the float64 sums that it
+    is sent, and hands them on.
+
+    Attributes:
+        sources: that are read, oldest first.
+        ending: merges that are finished, and written.
+        arriving: merges whose sums over older sources come from another rank.
+        leaving: merges whose sums go on to another rank.
+        unchecked: sources of which the main param alone is read: another rank reads its model.
+    """
+
+    sources: tuple[int, ...]
+    ending: tuple[int, ...]
+    arriving: tuple[int, ...] = ()
+    leaving: tuple[int, ...] = ()
+    unchecked: tuple[int, ...] = ()
+
+    @property
+    def alone(self) -> bool:
+        """No other rank takes part."""
+        return not (self.arriving or self.leaving or self.unchecked)
+
+    def inputs(self, recipe: Recipe, j: int) -> int:
+        """How many of a recipe's inputs are read of source ``j``."""
+        return 1 if j in self.unchecked else len(recipe.inputs)
+
+    def bytes_read(self, recipe: Recipe) -> int:
+        """Bytes of one element, of all sources."""
+        read = (recipe.input_dtypes[: self.inputs(recipe, j)] for j in self.sources)
+        return sum(dtype.itemsize for dtypes in read for dtype in dtypes)
+
+    def bytes_written(self, recipe: Recipe) -> int:
+        """Bytes of one element, for all merges."""
+        return recipe.cost(0, len(self.ending))
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A task, and how much of it a rank does: what is executed."""
+
+    task: Task
+    scope: Scope
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read and written."""
+        recipe = self.task.recipe
+        return self.task.box.numel * (
+            self.scope.bytes_read(recipe) + self.scope.bytes_written(recipe)
+        )
+
+
+def whole_stages(tasks: Iterable[Task], merges: Sequence[Merge]) -> list[Stage]:
+    """The stages of a rank that does tasks by itself."""
+    ending = tuple(range(len(merges)))
+    scopes = {rule: Scope(sources, ending) for rule, sources in sources_read(merges).items()}
+    return [Stage(task, scopes[task.recipe.rule]) for task in tasks]
+
+
 def sources_read(merges: Sequence[Merge]) -> dict[Rule, tuple[int, ...]]:
     """The sources that tasks of each rule read, each once for all merges together."""
     copied = tuple(sorted({merge.newest for merge in merges}))

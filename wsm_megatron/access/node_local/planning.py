@@ -24,6 +24,7 @@ from wsm_megatron.planning.plan import check_whole
 from wsm_megatron.planning.prepare import Wanted, all_of, plan_job, wanted_merges
 from wsm_megatron.planning.selection import Selector
 from wsm_megatron.planning.sources import Source, open_source, read_common, read_summary
+from wsm_megatron.process.worker_threads import in_background
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class _Report:
     flat: Search | None
 
 
-def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
+def prepare_node_local(config: MergeConfig, ranks: Ranks) -> tuple[Job, Spread]:
     """:func:`.prepare_job` from what all ranks see together. Collective.
 
     Returns:
-        the job, with the sources where this rank sees them.
+        the job, with the sources where this rank sees them, and who reads what.
 
     Raises:
         ValueError: the options do not fit the run. MergeError: a checkpoint is damaged, or no rank
@@ -59,16 +60,21 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
         }
     told = {i: report for some in ranks.collect(reports) for i, report in some.items()}
     flat = _flat_mains(view, reports, iterations, ranks)
-    job = ranks.from_first(lambda: _plan(config, view, wanted, told, flat, ranks.size), "planning")
-    assert job.spread is not None
-    sources = job.spread.seen_from(ranks.rank, config.load, job.sources)
+
+    def plan() -> tuple[Job, Spread]:  # minutes for large runs, in which a rank may be lost
+        return in_background(
+            lambda: _plan(config, view, wanted, told, flat, ranks.size), ranks.check
+        )
+
+    job, spread = ranks.from_first(plan, "planning")
+    sources = spread.seen_from(ranks.rank, config.load, job.sources)
     job = replace(job, config=replace(job.config, load=config.load), sources=sources)
     if copied_integers(job):
         with ranks.together("comparing integer tensors"):
             own = checksums(job, ranks.rank)
         of_ranks = ranks.gather(own)
         ranks.from_first(lambda: compare_checksums(job, of_ranks), "planning")
-    return job
+    return job, spread
 
 
 def _select(config: MergeConfig, view: View, ranks: Ranks) -> Wanted:
@@ -162,7 +168,7 @@ def _plan(
     told: Mapping[int, _Report],
     flat: FlatMains | None,
     ranks: int,
-) -> Job:
+) -> tuple[Job, Spread]:
     iterations = sorted(told)
     sources = tuple(told[i].source for i in iterations)
     for source in sources:
@@ -185,4 +191,4 @@ def _plan(
     )
     plan = replace(job.plan, tasks=tuple(one.task for one in held))
     check_whole(plan.tasks)
-    return replace(job, plan=plan, spread=spread)
+    return replace(job, plan=plan), spread

@@ -1,4 +1,4 @@
-"""What a step takes in, sums, hands on and writes, and what that costs. Pure."""
+"""What each rank does of a task that several do together, and in which order they talk. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from wsm_megatron.access.node_local.assignment import Held, Step, steps_of
-from wsm_megatron.planning.tasks import Merge
+from wsm_megatron.planning.tasks import Merge, Rule, Scope
 
 Place = tuple[int, int]
 """A task and a source, or a task and a merge, by number."""
@@ -27,26 +27,25 @@ def ending(step: Step, merges: Sequence[Merge]) -> list[int]:
     return [k for k, m in enumerate(merges) if step.first <= m.members[-1] <= step.last]
 
 
-def cost(step: Step, held: Held, merges: Sequence[Merge]) -> int:
-    """Bytes that a step of a task reads and writes for one element."""
-    recipe = held.task.recipe
-    read = (recipe.input_dtypes[: held.inputs(step.rank, j)] for j in step.sources)
-    nbytes = sum(dtype.itemsize for dtypes in read for dtype in dtypes)
-    return nbytes + recipe.cost(0, len(ending(step, merges)))
+def scope_of(step: Step, held: Held, merges: Sequence[Merge]) -> Scope:
+    """What a step reads, takes in, hands on and finishes."""
+    recipe, sources = held.task.recipe, tuple(step.sources)
+    ends = tuple(ending(step, merges))
+    if recipe.rule is Rule.COPY:
+        return Scope(sources, ends)
+    return Scope(
+        sources,
+        ends,
+        tuple(arriving(step, merges)),
+        tuple(leaving(step, merges)),
+        tuple(j for j in sources if held.inputs(step.rank, j) < len(recipe.inputs)),
+    )
 
 
-def cost_of(
-    held: Sequence[Held], steps: Sequence[Step], checks: Sequence[Place], merges: Sequence[Merge]
-) -> int:
-    """Bytes that :meth:`Chain.run` reads and writes."""
-    total = 0
-    for step in steps:
-        one = held[step.number]
-        total += one.task.box.numel * cost(step, one, merges)
-    for number, _ in checks:
-        task = held[number].task
-        total += task.box.numel * task.recipe.input_dtypes[1].itemsize
-    return total
+def check_bytes(held: Sequence[Held], checks: Sequence[Place]) -> int:
+    """Bytes of the model tensors that are read to check other ranks' main params."""
+    tasks = (held[number].task for number, _ in checks)
+    return sum(task.box.numel * task.recipe.input_dtypes[1].itemsize for task in tasks)
 
 
 def bytes_sent(held: Sequence[Held], merges: Sequence[Merge]) -> int:

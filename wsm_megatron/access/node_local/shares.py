@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsm_megatron.access.node_local.assignment import Held, Step, steps_of
+from wsm_megatron.access.node_local.schedule import check_bytes, scope_of
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
+from wsm_megatron.planning.job import Job, Part
 from wsm_megatron.planning.sources import Fingerprint, Source
-from wsm_megatron.planning.tasks import Task
+from wsm_megatron.planning.tasks import Merge, Stage, Task
 
 
 @dataclass(frozen=True)
@@ -78,5 +80,33 @@ class Spread:
         for source, fingerprints in zip(sources, self.fingerprints, strict=True):
             path = checkpoint_path(root, source.iteration)
             layout = replace(source.layout, path=path)
-            local.append(replace(source, path=path, layout=layout, fingerprint=fingerprints[rank]))
+            own = replace(source, path=path, layout=layout, fingerprint=fingerprints[rank])
+            local.append(replace(own, fingerprints=fingerprints))
         return tuple(local)
+
+
+def parts_of(job: Job, spread: Spread) -> tuple[Part, ...]:
+    """What every rank does of a job."""
+    newest, merges = [product.newest for product in job.products], job.merges
+    written = {j: spread.written(j) for j in set(newest)}
+    parts = []
+    for rank, tasks in enumerate(spread.alone()):
+        steps = (_stage_bytes(step, spread, merges) for step in spread.steps(rank))
+        part = job.part(
+            rank,
+            tasks,
+            [written[j][rank] for j in newest],
+            [
+                [key for key in product.objects if spread.objects[j][key] == rank]
+                for product, j in zip(job.products, newest, strict=True)
+            ],
+            [k for k, j in enumerate(newest) if spread.reporters[j] == rank],
+            sum(steps) + check_bytes(spread.held, spread.checks(rank)),
+        )
+        parts.append(part)
+    return tuple(parts)
+
+
+def _stage_bytes(step: Step, spread: Spread, merges: Sequence[Merge]) -> int:
+    held = spread.held[step.number]
+    return Stage(held.task, scope_of(step, held, merges)).nbytes

@@ -1,0 +1,169 @@
+"""Ranks see different files, as on node-local storage: each reads what it sees.
+
+What a rank reads is checked where it was read: no other may see it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from wsm_megatron.access.node_local.assignment import Held
+from wsm_megatron.access.node_local.pipeline import Digests, run_pipeline
+from wsm_megatron.access.node_local.planning import prepare_node_local
+from wsm_megatron.access.node_local.schedule import bytes_sent
+from wsm_megatron.access.node_local.shares import Spread, parts_of
+from wsm_megatron.access.node_local.transport import Wire, open_wire
+from wsm_megatron.access.protocol import Distribution, Estimate
+from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.comm.launcher import local_rank
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.execution.device import choose_device
+from wsm_megatron.execution.rank import ProgressFactory, RankResult, RankWork, run_rank
+from wsm_megatron.execution.timing import Phases
+from wsm_megatron.execution.value_checks import wrong_main
+from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.output_paths import check_outputs
+from wsm_megatron.planning.sources import Source
+from wsm_megatron.storage.change_watch import SourceWatch
+from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
+
+
+class NodeLocal:
+    """:class:`.Access` of ranks that see different files."""
+
+    def __init__(self, config: MergeConfig, ranks: Ranks):
+        self._config, self._ranks = config, ranks
+        self._spread = Spread((), (), (), ())
+        self._transport: Wire | None = None
+        self._digests = Digests()
+
+    def check_options(self) -> None:
+        with self._ranks.together("checking the options"):
+            check_outputs(self._config)
+
+    def prepare(self) -> Job:
+        job, self._spread = prepare_node_local(self._config, self._ranks)
+        return job
+
+    def only(self, job: Job, products: Sequence[int]) -> Job:
+        newest = {job.products[k].newest for k in products}
+        self._spread = self._spread.only(job.used_by(products), newest)
+        return job.only(products)
+
+    def estimate(self, job: Job) -> Estimate:
+        sent = bytes_sent(self._spread.held, job.merges)
+        return Estimate(job.bytes_to_read(), job.bytes_to_write(), sent)
+
+    def distribute(self, job: Job) -> Distribution:
+        parts = parts_of(job, self._spread)
+        return Distribution(job, parts[self._ranks.rank], parts)
+
+    @contextmanager
+    def watching(self, job: Job) -> Iterator[None]:
+        with (
+            SourceWatch([source for source in job.sources if source.fingerprint]) as watch,
+            self._ranks.watching(watch.check),
+        ):
+            yield
+
+    def run(
+        self,
+        work: Distribution,
+        directories: list[Path],
+        progress: ProgressFactory | None,
+        phases: Phases,
+    ) -> RankResult:
+        ranks, spread = self._ranks, self._spread
+        check_shared(directories[0], ranks)
+
+        def pipeline(own: RankWork) -> None:
+            steps, checks = spread.steps(ranks.rank), spread.checks(ranks.rank)
+            self._digests = run_pipeline(own, spread.held, steps, checks, self._transport)
+
+        with ranks.together("merging"):
+            self._transport = _connect(self._config, spread.held, ranks)
+            return run_rank(
+                work.job, ranks, work.part, directories, progress, phases, before=pipeline
+            )
+
+    def verify(self, job: Job, result: RankResult) -> None:
+        of_ranks = self._ranks.gather((result.ledgers, self._digests))
+        with self._ranks.together("checking the sources"):
+            for j, source in enumerate(job.sources):
+                ledgers = [by_source[j] for by_source, _ in of_ranks]
+                _check_source(source, _own_records(ledgers, self._ranks.rank))
+            _compare(job, self._spread.held, [digests for _, digests in of_ranks])
+
+    def abandon(self) -> None:
+        if self._transport is not None:
+            self._transport.abandon()
+
+
+def check_shared(directory: Path, ranks: Ranks) -> None:
+    """All ranks see the directory that rank 0 has made. Collective.
+
+    Raises:
+        StorageError: one does not.
+    """
+    name = ranks.from_first(lambda: _probe(directory), "preparing the target")
+    with ranks.together("preparing the target"):
+        wait_for_directory(directory, ranks.check)
+        wait_for_files(directory, {name: 0}, ranks.check)
+    if ranks.rank == 0:
+        (directory / name).unlink()
+
+
+def _probe(directory: Path) -> str:
+    probe = directory / f"seen-{uuid.uuid4().hex}"
+    probe.touch()
+    return probe.name
+
+
+def _connect(config: MergeConfig, held: Sequence[Held], ranks: Ranks) -> Wire | None:
+    """Connect the ranks where sums go from one to another. Collective.
+
+    The connections stay until all ranks are done: closing one breaks the others'.
+    """
+    if not any(one.travels for one in held):
+        return None
+    if config.device != "cuda":  # a GPU that only some ranks have or take connects no others
+        return open_wire(ranks)
+    device = choose_device("cuda", 0, 0, 0, 0, local_rank())
+    return open_wire(ranks, device.torch_device)
+
+
+def _check_source(source: Source, records: Ledger) -> None:
+    """Compare what this rank answers for: records read in parts, files that may have changed.
+
+    Raises:
+        MergeError: a record is damaged, or the checkpoint changed meanwhile.
+    """
+    reader = CheckpointReader(source.layout)
+    try:
+        reader.verify([records])
+    finally:
+        reader.close()
+    if source.fingerprint:
+        source.check_unchanged()
+
+
+def _own_records(ledgers: Sequence[Ledger], rank: int) -> Ledger:
+    """Records of which this rank is the first that has read any, with the parts that all read."""
+    own: Ledger = {}
+    for location in ledgers[rank]:
+        if not any(location in ledger for ledger in ledgers[:rank]):
+            own[location] = [part for ledger in ledgers for part in ledger.get(location, ())]
+    return own
+
+
+def _compare(job: Job, held: Sequence[Held], digests: Sequence[Digests]) -> None:
+    """Raise ``MergeError`` where main params are of other weights than their model."""
+    models = {place: crc for one in digests for place, crc in one.models.items()}
+    for one in digests:
+        for (number, j), crc in one.mains.items():
+            if models[number, j] != crc:
+                raise wrong_main(held[number].task, job.sources[j].layout)

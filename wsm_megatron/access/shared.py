@@ -1,0 +1,87 @@
+"""Every rank sees every file, as on a parallel file system: rank 0 plans, and deals out tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from wsm_megatron.access.protocol import Distribution, Estimate
+from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.config import MergeConfig
+from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_rank
+from wsm_megatron.execution.timing import Phases
+from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.output_paths import check_outputs
+from wsm_megatron.planning.prepare import prepare_job
+from wsm_megatron.planning.scatter import Dealer, outline
+from wsm_megatron.process.worker_threads import in_background
+from wsm_megatron.storage.change_watch import SourceWatch
+
+
+class Shared:
+    """:class:`.Access` of ranks that see the same files."""
+
+    def __init__(self, config: MergeConfig, ranks: Ranks):
+        self._config, self._ranks = config, ranks
+
+    def check_options(self) -> None:
+        with self._ranks.together("checking the options"):
+            if self._ranks.rank == 0:
+                check_outputs(self._config)
+
+    def prepare(self) -> Job:
+        planned: list[Job] = []
+
+        def plan(rank: int) -> Job:
+            if rank != 0:
+                return outline(planned[0])
+            # minutes for large runs, in which a rank may be lost
+            planned.append(in_background(lambda: prepare_job(self._config), self._ranks.check))
+            return planned[0]
+
+        return self._ranks.deal(plan, "planning")
+
+    def only(self, job: Job, products: Sequence[int]) -> Job:
+        return job.only(products)
+
+    def estimate(self, job: Job) -> Estimate:
+        return Estimate(job.bytes_to_read(), job.bytes_to_write(), sent=0)
+
+    def distribute(self, job: Job) -> Distribution:
+        parts = job.parts(self._ranks.size) if self._ranks.rank == 0 else ()
+        own, part = self._ranks.deal(Dealer(job, parts).deal, "planning")
+        return Distribution(own, part, parts)
+
+    @contextmanager
+    def watching(self, job: Job) -> Iterator[None]:
+        if self._ranks.rank != 0:
+            yield
+            return
+        with SourceWatch(job.sources) as watch, self._ranks.watching(watch.check):
+            yield
+
+    def run(
+        self,
+        work: Distribution,
+        directories: list[Path],
+        progress: ProgressFactory | None,
+        phases: Phases,
+    ) -> RankResult:
+        with self._ranks.together("merging"):
+            return run_rank(work.job, self._ranks, work.part, directories, progress, phases)
+
+    def verify(self, job: Job, result: RankResult) -> None:
+        of_ranks = self._ranks.collect(result.ledgers)
+        with self._ranks.together("checking the sources"):
+            for j, source in enumerate(job.sources if self._ranks.rank == 0 else ()):
+                reader = CheckpointReader(source.layout)
+                try:
+                    reader.verify([ledgers[j] for ledgers in of_ranks])
+                finally:
+                    reader.close()
+                source.check_unchanged()
+
+    def abandon(self) -> None:
+        pass
