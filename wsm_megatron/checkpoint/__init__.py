@@ -1,1 +1,4 @@
-"""Reading and writing of torch_dist checkpoints; nothing else in the package knows the format."""
+"""The ``torch_dist`` format, and every key that Megatron writes.
+
+May import ``safe_pickle``, ``storage`` and below.
+"""

@@ -1,1 +1,4 @@
-"""Ranks: how they start, find each other, talk, notice that one is lost. Knows no merge."""
+"""Ranks: how they start, find each other, talk, notice that one is lost.
+
+Knows no merge; may import ``process``.
+"""

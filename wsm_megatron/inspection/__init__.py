@@ -1,1 +1,4 @@
-"""What is in a checkpoint, whether it is sound, and how Megatron resumes from it."""
+"""What is in a checkpoint, whether it is sound, how Megatron resumes from it.
+
+May import ``execution`` and below.
+"""

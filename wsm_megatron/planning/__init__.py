@@ -1,1 +1,4 @@
-"""Metadata in, tasks out. Reads no tensor that is merged."""
+"""Metadata in, tasks out: what is merged, from what, into what.
+
+May import ``optimizer`` and below.
+"""

@@ -1,1 +1,4 @@
-"""This process: signals, standard streams, memory, worker threads, garbage collection."""
+"""This process: signals, standard streams, memory, threads, garbage collection.
+
+May import nothing but ``errors``.
+"""

@@ -1,1 +1,4 @@
-"""Decay curves, windows and the coefficients that follow. Pure."""
+"""Decay curves, windows, and the coefficients that follow.
+
+Pure; may import nothing but ``errors``.
+"""

@@ -1,1 +1,1 @@
-"""Files that fail, hang, lag or change. Knows no format."""
+"""Files that fail, hang, lag or change. Knows no format; may import ``process``."""

@@ -1,1 +1,1 @@
-"""Merges of checkpoints that lie on node-local storage."""
+"""Merges of checkpoints that are spread over the disks of several nodes."""
