@@ -252,17 +252,15 @@ def _fail_in(config: MergeConfig, stage: str, failing: int) -> str:
     """The message with which this rank's merge fails, having left nothing behind."""
     import torch.distributed as dist
 
-    from wsm_megatron.checkpoint import writer
-
+    from wsm_megatron.access import shared
+    from wsm_megatron.checkpoint import staging_dir, writer
     from wsm_megatron.storage import files
-    from wsm_megatron import api
-    from wsm_megatron.checkpoint import staging_dir
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise MergeError("injected")
 
     owner, name = {
-        "planning": (api, "prepare_job"),
+        "planning": (shared, "prepare_job"),
         "reading": (files.SourceFiles, "read_some"),
         "writing": (writer.CheckpointFile, "_write"),
         "publishing": (staging_dir.Staging, "commit"),
