@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common_state import CommonSummary, load_common, summarize
-from wsm_megatron.checkpoint.layout import (
-    COMMON_FILE,
-    MARKER_FILE,
-    METADATA_FILE,
-    Layout,
-    read_layout,
-)
-from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
+from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
 from wsm_megatron.errors import MergeError
@@ -156,31 +149,3 @@ def decay_over(
     lr = tuple(c.lr for c in checkpoints)
     known = any(one is not None for one in lr)
     return Decay(where, unit, weighed, why_iterations(checkpoints), lr if known else ())
-
-
-def read_summary(path: Path) -> CommonSummary:
-    """Where in training a checkpoint was taken, from its common state."""
-    summary = summarize(load_common(*read_common(path)))
-    finished = patiently((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
-    return replace(summary, finished=finished)
-
-
-def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
-    """A checkpoint's common state as stored, and its name for messages.
-
-    It is ``common.pt``, or from Megatron 0.19 an entry inside the distcp files.
-
-    Raises:
-        MergeError: neither is there.
-    """
-    if (path / COMMON_FILE).is_file():
-        return read_file(path / COMMON_FILE), str(path / COMMON_FILE)
-    layout = layout or read_layout(path, whole=False)
-    entry = layout.common_entry
-    if entry is None:
-        raise MergeError(f"{path}: no common state, neither common.pt nor in the distcp files")
-    reader = CheckpointReader(layout)
-    try:
-        return reader.read_object(entry), f"{path}: {entry.key}"
-    finally:
-        reader.close()
