@@ -35,7 +35,8 @@ from wsm_megatron.planning.staging_key import placement, staging_key
 from wsm_megatron.planning.targets import Claims
 from wsm_megatron.process.signals import ending_later
 from wsm_megatron.process.worker_threads import in_background
-from wsm_megatron.storage.change_watch import SourceWatch
+from wsm_megatron.storage.change_watch import ChangeWatch
+from wsm_megatron.storage.fingerprint import check_unchanged
 from wsm_megatron.storage.retry import check_storage
 from wsm_megatron.storage.visibility import wait_for_files
 
@@ -216,7 +217,7 @@ def _watching_sources(job: Job, ranks: Ranks) -> Iterator[None]:
         yield
         return
     with (
-        SourceWatch([source for source in job.sources if source.fingerprint]) as watch,
+        ChangeWatch({s.path: s.fingerprint for s in job.sources if s.fingerprint}) as watch,
         ranks.watching(watch.check),
     ):
         yield
@@ -256,7 +257,7 @@ def _publish(
             reader.verify([result.ledgers[j] for result in results])
         finally:
             reader.close()
-        source.check_unchanged()
+        check_unchanged(source.path, source.fingerprint)
     seconds = []
     for k, stage in enumerate(staging):
         started = time.monotonic()

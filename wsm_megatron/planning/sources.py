@@ -13,15 +13,9 @@ from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
-from wsm_megatron.errors import MergeError
 from wsm_megatron.schedule.decay import check_weights, coefficients, effective_lr
 from wsm_megatron.schedule.window import Checkpoint, positions, why_iterations
-from wsm_megatron.storage.retry import patiently, watched
-
-Fingerprint = tuple[tuple[str, int, int, int], ...]
-"""Name, size, modification and change time (ns) of a checkpoint's files. The change time also tells
-a file that was written anew and given its old modification time. It moves with modes and links too:
-it says whether an earlier merge was of these files, not whether they were rewritten meanwhile."""
+from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 
 
 @dataclass(frozen=True)
@@ -43,19 +37,6 @@ class Source:
     fingerprint: Fingerprint
     beside: SideFiles = field(default_factory=SideFiles)
 
-    def check_unchanged(self) -> None:
-        """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
-        if not patiently(self.path.is_dir, lambda: f"{self.path}: looking"):
-            raise MergeError(
-                f"{self.path} was deleted while it was read (does the run keep its newest "
-                "checkpoints only?); nothing was published"
-            )
-        if _contents(fingerprint(self.path)) != _contents(self.fingerprint):
-            raise MergeError(
-                f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
-                "being deleted?); nothing was published"
-            )
-
 
 @dataclass(frozen=True)
 class Decay:
@@ -76,20 +57,6 @@ class Decay:
     def effective_lr(self) -> tuple[float, ...]:
         """The n - 1 multipliers w_i of the intervals between the sources."""
         return effective_lr(self.coefficients)
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """Of every file directly in a checkpoint."""
-    try:
-        with watched(lambda: f"{path}: listing"):
-            entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
-    except OSError as error:
-        raise MergeError(f"{path}: cannot list: {error.strerror}") from error
-    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in entries))
-
-
-def _contents(files: Fingerprint) -> list[tuple[str, int, int]]:
-    return [(name, size, modified) for name, size, modified, _ in files]
 
 
 def open_source(root: Path, iteration: int, whole: bool = True) -> Source:

@@ -23,6 +23,7 @@ from wsm_megatron.execution.device import choose_device
 from wsm_megatron.execution.value_checks import wrong_main
 from wsm_megatron.planning.job import Job
 from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.storage.fingerprint import check_unchanged
 from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
 
 STEP_BYTES = 16 * TRAVEL_ELEMENTS
@@ -142,7 +143,7 @@ def check_sources(
         finally:
             reader.close()
         if source.fingerprint:
-            source.check_unchanged()
+            check_unchanged(source.path, source.fingerprint)
     _compare(job, digests)
 
 
