@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +16,9 @@ from wsm_megatron.checkpoint.run_directory import (
     checkpoint_path,
     list_checkpoints,
     read_tracker,
-    sync_directory,
     write_tracker,
 )
+from wsm_megatron.checkpoint.staging_dir import publish
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.provenance import describe, write_provenance
@@ -28,6 +27,7 @@ from wsm_megatron.plugin.collectives import gathered, is_first_rank, raise_toget
 from wsm_megatron.plugin.patched_attrs import replaced
 from wsm_megatron.plugin.readback import check_written
 from wsm_megatron.plugin.ring import MergeRecipe
+from wsm_megatron.storage.durable import fsync_path
 
 logger = logging.getLogger(__name__)
 
@@ -225,8 +225,7 @@ def _names_one_of(tracked: str, iterations: list[int]) -> bool:
 
 
 def _publish(written: Path, target: Path) -> None:
-    sync_directory(written)
-    os.rename(written, target)
-    sync_directory(target.parent)
+    publish(written, target)
+    fsync_path(target.parent)
     write_tracker(target.parent, int(target.name.removeprefix("iter_")))
     shutil.rmtree(written.parent)

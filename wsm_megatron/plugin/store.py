@@ -27,6 +27,7 @@ from wsm_megatron.plugin.copying import ShardCopier
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.process.memory import available_memory
 from wsm_megatron.schedule.window import Consumed
+from wsm_megatron.storage.durable import fsync_path
 
 logger = logging.getLogger(__name__)
 
@@ -182,9 +183,9 @@ class DiskStore(Store):
         try:
             target.parent.mkdir(exist_ok=True)
             save_file(tensors, unfinished, metadata=self._header(checkpoint))
-            _fsync(unfinished)
+            fsync_path(unfinished)
             os.replace(unfinished, target)
-            _fsync(target.parent)
+            fsync_path(target.parent)
         except Exception:
             unfinished.unlink(missing_ok=True)
             raise
@@ -261,11 +262,3 @@ def _remove_if_empty(folder: Path) -> None:
     """Of the ranks that share a folder the last one succeeds."""
     with suppress(OSError):
         folder.rmdir()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
