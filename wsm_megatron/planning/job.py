@@ -17,8 +17,10 @@ from wsm_megatron.checkpoint.side_files import Files, copy_side_files
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.plan import MergePlan
-from wsm_megatron.planning.sources import Decay, Fingerprint, Source
+from wsm_megatron.planning.sources import Source
 from wsm_megatron.planning.tasks import Merge, Task, bytes_read, costs
+from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.storage.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Product:
     root: Path
     iteration: int
     members: tuple[int, ...]
-    decay: Decay
+    decay: MergeCoefficients
     objects: tuple[str, ...]
     common: bytes
     in_distcp: bool

@@ -1,4 +1,4 @@
-"""The source checkpoints of a merge: opened, and placed on the axis of the decay."""
+"""The source checkpoints of a merge."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
-from wsm_megatron.schedule.decay import check_weights, coefficients, effective_lr
-from wsm_megatron.schedule.window import Checkpoint, positions, why_iterations
 from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 
 
@@ -36,27 +34,6 @@ class Source:
     save_id: str | None
     fingerprint: Fingerprint
     beside: SideFiles = field(default_factory=SideFiles)
-
-
-@dataclass(frozen=True)
-class Decay:
-    """Positions of the sources and what the decay makes of them, oldest first.
-
-    Attributes:
-        why_iterations: why the unit is iterations, not tokens.
-        lr: learning rates of the sources, where any is known.
-    """
-
-    positions: tuple[int, ...]
-    unit: str
-    coefficients: tuple[float, ...]
-    why_iterations: str | None = None
-    lr: tuple[float | None, ...] = ()
-
-    @property
-    def effective_lr(self) -> tuple[float, ...]:
-        """The n - 1 multipliers w_i of the intervals between the sources."""
-        return effective_lr(self.coefficients)
 
 
 def open_source(root: Path, iteration: int, whole: bool = True) -> Source:
@@ -98,21 +75,3 @@ def check_saves(sources: Sequence[Source]) -> None:
                 "the merge would count it twice; leave one of them out (--iterations)"
             )
         known[source.save_id] = source
-
-
-def decay_over(
-    checkpoints: tuple[Checkpoint, ...],
-    decay: str,
-    min_decay: float,
-    weights: tuple[float, ...] | None,
-    allow_unnormalized: bool,
-) -> Decay:
-    """Coefficients of a decay, or of explicit weights, over checkpoints, oldest first."""
-    where, unit = positions(checkpoints)
-    if weights is not None:
-        weighed = check_weights(weights, len(where), allow_unnormalized)
-    else:
-        weighed = coefficients(where, decay, min_decay)
-    lr = tuple(c.lr for c in checkpoints)
-    known = any(one is not None for one in lr)
-    return Decay(where, unit, weighed, why_iterations(checkpoints), lr if known else ())

@@ -23,9 +23,10 @@ from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_w
 from wsm_megatron.plugin.padding import checked_slices
 from wsm_megatron.plugin.patched_attrs import replaced
 from wsm_megatron.plugin.refill import Loader
-from wsm_megatron.plugin.ring import MergeRecipe, window_size
+from wsm_megatron.plugin.ring import window_size
 from wsm_megatron.plugin.room import reserve_room
 from wsm_megatron.plugin.wsm import WSM
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class Driver:
         _say("keeping iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
 
     @contextmanager
-    def _merged(self, purpose: str) -> Iterator[MergeRecipe | None]:
+    def _merged(self, purpose: str) -> Iterator[MergeCoefficients | None]:
         """The merged weights in place, or None where they cannot be. Collective."""
         with ExitStack() as stack:
             recipe = None
@@ -273,7 +274,7 @@ class Driver:
                 *(target, "" if is_complete(target) else " (unfinished)"),
             )
 
-    def _save(self, progress: Progress, recipe: MergeRecipe, root: Path) -> Path:
+    def _save(self, progress: Progress, recipe: MergeCoefficients, root: Path) -> Path:
         def save() -> None:
             with checked_slices(self._optimizer, put_right=True):
                 self._megatron.save_checkpoint(

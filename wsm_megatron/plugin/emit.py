@@ -22,11 +22,10 @@ from wsm_megatron.checkpoint.staging_dir import publish
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.provenance import describe, write_provenance
-from wsm_megatron.planning.sources import Decay
 from wsm_megatron.plugin.collectives import gathered, is_first_rank, raise_together, rank_and_size
 from wsm_megatron.plugin.patched_attrs import replaced
 from wsm_megatron.plugin.readback import check_written
-from wsm_megatron.plugin.ring import MergeRecipe
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.storage.durable import fsync_path
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def emit(
     checkpointing: Any,
     args: Any,
     root: Path,
-    recipe: MergeRecipe,
+    recipe: MergeCoefficients,
     config: MergeConfig,
 ) -> Path:
     """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
@@ -62,9 +61,8 @@ def emit(
     staging = root / f".iter_{iteration:07d}{_STAGING}"
     _on_first_rank(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
     run = Path(args.save) if args.save else None
-    sources = [_source(c.iteration, c.tokens, run) for c in recipe.sources]
-    decay = Decay(recipe.positions, recipe.unit, recipe.coefficients)
-    provenance = describe(sources, decay, config, iteration)
+    sources = [_source(c.iteration, c.tokens, run) for c in recipe.checkpoints]
+    provenance = describe(sources, recipe, config, iteration)
     provenance["resume"] = _resume(iteration, config, args)
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
     drop = config.optimizer_state == "drop"

@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.schedule.decay import coefficients, effective_lr
-from wsm_megatron.schedule.window import (
-    Checkpoint,
-    Consumed,
-    count_tokens,
-    positions,
-    why_iterations,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeRecipe:
-    """One merge: its sources, oldest first, and what each weighs."""
-
-    sources: tuple[Checkpoint, ...]
-    coefficients: tuple[float, ...]
-    effective_lr: tuple[float, ...]
-    positions: tuple[int, ...]
-    unit: str
-    """Unit of the positions that the decay used: ``tokens`` or ``iterations``."""
-    why_iterations: str | None = None
-    """Why it is not tokens."""
-
-    @property
-    def iterations(self) -> tuple[int, ...]:
-        return tuple(c.iteration for c in self.sources)
+from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.schedule.window import Checkpoint, Consumed, count_tokens
 
 
 class Ring:
@@ -98,21 +72,11 @@ class Ring:
             return False
         return own >= newest - self._config.window_tokens
 
-    def recipe(self) -> MergeRecipe | None:
+    def recipe(self) -> MergeCoefficients | None:
         """The merge of what is kept, or None while fewer than two checkpoints are."""
-        sources = self.kept
-        if len(sources) < 2:
+        if len(kept := self.kept) < 2:
             return None
-        where, unit = positions(sources)
-        weights = coefficients(where, self._config.decay, self._config.min_decay)
-        return MergeRecipe(
-            sources=sources,
-            coefficients=weights,
-            effective_lr=effective_lr(weights),
-            positions=where,
-            unit=unit,
-            why_iterations=why_iterations(sources),
-        )
+        return MergeCoefficients.over(kept, self._config.decay, self._config.min_decay)
 
 
 def window_size(

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from wsm_megatron.kernels import weighted_sum
 from wsm_megatron.plugin.collectives import raise_together
-from wsm_megatron.plugin.ring import MergeRecipe
 from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
 from wsm_megatron.plugin.store import Store
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def swapped(
     optimizer: Any,
     shards: Sequence[Shard],
     store: Store,
-    recipe: MergeRecipe,
+    recipe: MergeCoefficients,
 ) -> Iterator[None]:
     """Put the merge of ``recipe`` into main params, buffers and model weights; undo it on exit.
 
@@ -77,7 +77,7 @@ def _merge_owned(
     chunks: Sequence[torch.nn.Module],
     shards: Sequence[Shard],
     store: Store,
-    recipe: MergeRecipe,
+    recipe: MergeCoefficients,
 ) -> None:
     """Stash everything, then write this rank's sums into its own shards. No communication."""
     live = [shard.live().detach() for shard in shards]

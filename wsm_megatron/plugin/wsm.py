@@ -16,10 +16,11 @@ from wsm_megatron.errors import MergeError
 from wsm_megatron.plugin.collectives import failures, is_first_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.restart import is_live, leads_to, take_stock
-from wsm_megatron.plugin.ring import MergeRecipe, Ring
+from wsm_megatron.plugin.ring import Ring
 from wsm_megatron.plugin.shards import collect, parts
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
 from wsm_megatron.plugin.swap import swap_nbytes, swapped
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint, Consumed
 
 logger = logging.getLogger(__name__)
@@ -155,14 +156,14 @@ class WSM:
             self._store.drop(gone)
         return tuple(left)
 
-    def recipe(self) -> MergeRecipe | None:
+    def recipe(self) -> MergeCoefficients | None:
         """The merge that :meth:`merged` would make now, or None for fewer than two checkpoints.
         Collective."""
         self.settle()
         return self._ring.recipe()
 
     @contextmanager
-    def merged(self) -> Iterator[MergeRecipe]:
+    def merged(self) -> Iterator[MergeCoefficients]:
         """Merged weights in place: main params, buffers and model weights. Collective.
 
         On exit, also after an exception, everything is as it was, bit for bit; moments are

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from wsm_megatron.access.node_local.assignment import Held, Step, steps_of
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
-from wsm_megatron.planning.sources import Fingerprint, Source
+from wsm_megatron.planning.sources import Source
 from wsm_megatron.planning.tasks import Task
+from wsm_megatron.storage.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
