@@ -16,12 +16,12 @@ from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.plugin import arguments
-from wsm_megatron.plugin.collectives import gathered, is_first_rank, on_any_rank
+from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.emit import emit, recover
 from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
 from wsm_megatron.plugin.padding import checked_slices
-from wsm_megatron.plugin.patched_attrs import replaced
+from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.refill import Loader
 from wsm_megatron.plugin.ring import window_size
 from wsm_megatron.plugin.room import reserve_room
@@ -126,7 +126,7 @@ class Driver:
         with (
             self._merged("evaluation") as recipe,
             tagged_writers(self._megatron.training),
-            replaced(self._args, consumed_valid_samples=valid_samples),
+            patched_attrs(self._args, consumed_valid_samples=valid_samples),
         ):
             if recipe is not None:
                 evaluate("wsm ", replay(recorded), False)
@@ -177,7 +177,7 @@ class Driver:
             self._emit_last(progress)
 
     def _warn_of_wrong_saves(self, wrong: list[str]) -> None:
-        names = sorted(set().union(*gathered(wrong)))
+        names = sorted(set().union(*all_gather(wrong)))
         if names and is_first_rank():
             logger.warning(
                 "wsm: this Megatron-LM saves %d tensors of the optimizer wrongly (several DDP "

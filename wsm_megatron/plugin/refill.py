@@ -14,8 +14,8 @@ import torch
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
 from wsm_megatron.checkpoint.run_directory import list_checkpoints
 from wsm_megatron.errors import MergeError
-from wsm_megatron.plugin.collectives import from_first_rank, gathered, is_first_rank
-from wsm_megatron.plugin.patched_attrs import replaced
+from wsm_megatron.plugin.collectives import all_gather, broadcast, is_first_rank
+from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.shards import unlike_weights
 from wsm_megatron.schedule.window import Consumed
 
@@ -46,7 +46,7 @@ class Loader:
             self._keywords = keywords
             return self._load(*positional, **keywords)
 
-        with replaced(training, load_checkpoint=load_checkpoint):
+        with patched_attrs(training, load_checkpoint=load_checkpoint):
             yield
 
     def attach(self, model: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
@@ -73,7 +73,7 @@ class Loader:
         ``--load`` that are no merges, and the one that was loaded; the same on every rank.
         Collective."""
         root, start = self._args.load, self._start.iteration
-        found = set(from_first_rank(lambda: _finished(root), f"listing {root}"))
+        found = set(broadcast(lambda: _finished(root), f"listing {root}"))
         if self._interval is not None:
             found = {i for i in (*found, start) if i % self._interval == 0}
         elif not self._keeps_start:
@@ -128,7 +128,7 @@ class Loader:
         """The iteration that was loaded; Megatron's arguments are left as they were."""
         args = self._args
         names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-        with replaced(args, **{name: getattr(args, name) for name in names}, **changes):
+        with patched_attrs(args, **{name: getattr(args, name) for name in names}, **changes):
             loaded = self._load(self._model, self._optimizer, None, **self._keywords)[0]
             return loaded, self._consumed(loaded)
 
@@ -140,7 +140,7 @@ class Loader:
             self._saved_with = saved
             return check(saved, *more, **options)
 
-        with replaced(self._checkpointing, check_checkpoint_args=check_checkpoint_args):
+        with patched_attrs(self._checkpointing, check_checkpoint_args=check_checkpoint_args):
             return self._checkpointing.load_checkpoint(*positional, **keywords)
 
     def _consumed(self, iteration: int) -> Consumed:
@@ -161,7 +161,7 @@ class Loader:
 
     def _unlike(self) -> str:
         """Some of the params whose main params are of other weights on any rank. Collective."""
-        names = set().union(*gathered(unlike_weights(self._model, self._optimizer)))
+        names = set().union(*all_gather(unlike_weights(self._model, self._optimizer)))
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return ", ".join(sorted(names)[:_NAMED]) + more
 

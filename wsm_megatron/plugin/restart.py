@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from wsm_megatron.plugin.collectives import gathered, is_first_rank, on_all_ranks
+from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import Found, Store
 from wsm_megatron.schedule.window import Consumed
@@ -25,7 +25,7 @@ def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[i
         under another parallel layout.
     """
     found = store.found()
-    everywhere: list[Found] = gathered(found)
+    everywhere: list[Found] = all_gather(found)
     whole = set.intersection(*({c.iteration for c in f.checkpoints} for f in everywhere))
     whole = {i for i in whole if i <= iteration}
     for checkpoint in found.checkpoints:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from wsm_megatron.kernels import weighted_sum
-from wsm_megatron.plugin.collectives import raise_together
+from wsm_megatron.plugin.collectives import raise_together, run_together
 from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
 from wsm_megatron.plugin.store import Store
 from wsm_megatron.schedule.coefficients import MergeCoefficients
@@ -44,8 +44,8 @@ def swapped(
     stash: list[tuple[torch.Tensor, torch.Tensor]] = []
     error: BaseException | None = None
     try:
-        _attempt(lambda: _merge_owned(stash, chunks, shards, store, recipe), "the merge")
-        _attempt(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
+        run_together(lambda: _merge_owned(stash, chunks, shards, store, recipe), "the merge")
+        run_together(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
         yield
     except BaseException as caught:
         error = caught
@@ -61,15 +61,6 @@ def swap_nbytes(chunks: Sequence[torch.nn.Module], shards: Sequence[Shard]) -> i
     weights = (p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
     largest = max((shard.size for shard in shards), default=0)
     return sum(weights) + 4 * (sum(shard.numel for shard in shards) + largest)
-
-
-def _attempt(action: Any, what: str) -> None:
-    error = None
-    try:
-        action()
-    except Exception as caught:
-        error = caught
-    raise_together(error, what)
 
 
 def _merge_owned(
