@@ -45,7 +45,7 @@ def emit(
     checkpointing: Any,
     args: Any,
     root: Path,
-    recipe: MergeCoefficients,
+    merge: MergeCoefficients,
     config: MergeConfig,
 ) -> Path:
     """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
@@ -54,7 +54,7 @@ def emit(
     own tracker moves last.
 
     Args:
-        save: calls Megatron's ``save_checkpoint`` for the newest iteration of ``recipe``.
+        save: calls Megatron's ``save_checkpoint`` for the newest iteration of ``merge``.
         checkpointing: the module ``megatron.training.checkpointing``.
         args: Megatron's arguments; some are replaced while it saves.
         config: the offline merge that this one equals, for the provenance.
@@ -63,12 +63,12 @@ def emit(
         Whatever Megatron's save raises, on the ranks where it does; ``OSError`` and ``MergeError``
         where the checkpoint cannot be published.
     """
-    iteration = recipe.iterations[-1]
+    iteration = merge.iterations[-1]
     staging = root / f".iter_{iteration:07d}{_STAGING}"
     run_on_first(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
     run = Path(args.save) if args.save else None
-    sources = [_source(c.iteration, c.tokens, run) for c in recipe.checkpoints]
-    provenance = describe(sources, recipe, config, iteration)
+    sources = [_source(c.iteration, c.tokens, run) for c in merge.checkpoints]
+    provenance = describe(sources, merge, config, iteration)
     provenance["resume"] = _resume(iteration, config, args)
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
     drop = config.optimizer_state == "drop"
@@ -119,7 +119,7 @@ def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:
 
 
 def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, Any]:
-    """A kept checkpoint, and the run's ordinary one of that iteration where there is one."""
+    """A snapshot, and the run's own checkpoint of that iteration where there is one."""
     source: dict[str, Any] = {"iteration": iteration, "tokens": tokens}
     if run is not None:
         path = checkpoint_path(run, iteration)

@@ -29,9 +29,9 @@ def swapped(
     optimizer: Any,
     shards: Sequence[Shard],
     store: Store,
-    recipe: MergeCoefficients,
+    merge: MergeCoefficients,
 ) -> Iterator[None]:
-    """Put the merge of ``recipe`` into main params, buffers and model weights; undo it on exit.
+    """Put a merge into main params, buffers and model weights; undo it on exit.
 
     Every rank enters and leaves together. The sums go into the main params, Megatron's own copy and
     param all-gather bring them into the model weights. What is overwritten is first copied to the
@@ -44,7 +44,7 @@ def swapped(
     stash: list[tuple[torch.Tensor, torch.Tensor]] = []
     error: BaseException | None = None
     try:
-        run_together(lambda: _merge_owned(stash, chunks, shards, store, recipe), "the merge")
+        run_together(lambda: _merge_owned(stash, chunks, shards, store, merge), "the merge")
         run_together(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
         yield
     except BaseException as caught:
@@ -56,7 +56,7 @@ def swapped(
 
 
 def swap_nbytes(chunks: Sequence[torch.nn.Module], shards: Sequence[Shard]) -> int:
-    """Bytes of host memory that :func:`swapped` takes on this rank, beside the kept checkpoints:
+    """Bytes of host memory that :func:`swapped` takes on this rank, beside the snapshots:
     a copy of all that it overwrites, and one merged shard."""
     weights = (p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
     largest = max((shard.size for shard in shards), default=0)
@@ -68,7 +68,7 @@ def _merge_owned(
     chunks: Sequence[torch.nn.Module],
     shards: Sequence[Shard],
     store: Store,
-    recipe: MergeCoefficients,
+    merge: MergeCoefficients,
 ) -> None:
     """Stash everything, then write this rank's sums into its own shards. No communication."""
     live = [shard.live().detach() for shard in shards]
@@ -76,9 +76,9 @@ def _merge_owned(
     stash += [(tensor, tensor.to("cpu", copy=True)) for tensor in live]
     with ThreadPoolExecutor(max_workers=_threads()) as threads:
         for index, shard in enumerate(shards):
-            sources = [store.get(iteration, index) for iteration in recipe.iterations]
+            sources = [store.get(iteration, index) for iteration in merge.iterations]
             merged = torch.empty(shard.size, dtype=shard.live().dtype)
-            if not _sum_tiles(threads, sources, recipe.coefficients, merged):
+            if not _sum_tiles(threads, sources, merge.coefficients, merged):
                 raise ValueError(f"the merge of {shard.name} overflows {merged.dtype}")
             shard.owned().copy_(merged)
 
