@@ -1,14 +1,14 @@
-"""What a keep and a merge in training cost, against the time of a step.
+"""What a snapshot and a merge in training cost, against the time of a step.
 
     python -m benchmarks.plugin_overhead [--hidden 512] [--layers 8] [--num 8] [--nproc 2]
 
-Real megatron-core on gloo CPU ranks, for the distributed and the replicated optimizer, with kept
-shards in memory and on disk. Prints a Markdown table; times are the best of several, of the slowest
-rank:
+Real megatron-core on gloo CPU ranks, for the distributed and the replicated optimizer, with
+snapshots in memory and on disk. Prints a Markdown table; times are the best of several, of the
+slowest rank:
 
     step        one training step, without the plugin
-    keep        how long training stands still for a keep (the copy; on GPUs only its launch)
-    settle      how long a merge right after it would wait until the keep counts
+    snapshot    how long training stands still for a snapshot (the copy; on GPUs only its launch)
+    settle      how long a merge right after it would wait until the snapshot counts
     merge       putting merged weights in place: stash, weighted sum, param all-gather
     restore     putting the run's own weights back
 """
@@ -30,14 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--num", type=int, default=8, help="kept checkpoints in a merge")
+    parser.add_argument("--num", type=int, default=8, help="snapshots in a merge")
     parser.add_argument("--nproc", type=int, default=2)
     options = parser.parse_args()
-    print(
-        "| optimizer | store | params a rank | bytes a keep and rank | step | keep | settle |",
-        end="",
-    )
-    print(" merge | restore |\n|---|---|---|---|---|---|---|---|---|")
+    print("| optimizer | store | params a rank | bytes a snapshot and rank ", end="")
+    print("| step | snapshot | settle | merge | restore |\n|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="plugin-overhead-") as folder:
         for optimizer in ("distributed", "replicated"):
             config = GPTConfig(
@@ -77,14 +74,14 @@ def measure(config: GPTConfig, store: str, num: int, root: Path) -> dict[str, An
 
     training = build(config)
     train(training, 2)  # first steps allocate
-    times: dict[str, list[float]] = {"keep": [], "settle": [], "merge": [], "restore": []}
+    times: dict[str, list[float]] = {"snapshot": [], "settle": [], "merge": [], "restore": []}
     times["step"] = [timed(lambda: train(training, 1)) for _ in range(STEPS)]
     folder = root if store == "disk" else None
     wsm = WSM(training.model, training.optimizer, WSMConfig(num=num, store=store), folder)
     if store == "memory":
         wsm.reserve(num + 1)
     for iteration in range(1, num + 1):
-        times["keep"].append(timed(lambda: wsm.keep(iteration, iteration)))  # noqa: B023
+        times["snapshot"].append(timed(lambda: wsm.snapshot(iteration, iteration)))  # noqa: B023
         times["settle"].append(timed(wsm.settle))
     for _ in range(STEPS):
         context = wsm.merged()
@@ -106,7 +103,7 @@ def _row(optimizer: str, store: str, ranks: list[dict[str, Any]]) -> str:
         f"{slowest['params'] / 1e6:.1f} M",
         f"{slowest['bytes'] / 1e6:.1f} MB",
     ]
-    names = ("step", "keep", "settle", "merge", "restore")
+    names = ("step", "snapshot", "settle", "merge", "restore")
     cells += [f"{1e3 * slowest[name]:.1f} ms" for name in names]
     return f"| {' | '.join(cells)} |"
 

@@ -54,16 +54,16 @@ def train_and_merge(config: GPTConfig, root: Path) -> None:
 
     for _ in range(8):
         train(training, steps=20, data=data)
-        wsm.keep(training.iteration, training.consumed_samples * config.seq_length)  # WSM
+        wsm.snapshot(training.iteration, training.consumed_samples * config.seq_length)  # WSM
         if training.iteration % 80:
             continue
         trained = evaluate(training, data, batches=8, first_sample=1_000_000)
-        with wsm.merged() as recipe:  # WSM
+        with wsm.merged() as merge:  # WSM
             merged = evaluate(training, data, batches=8, first_sample=1_000_000)
         if dist.get_rank() == 0:
             print(
                 f"iteration {training.iteration:3d}: trained {trained:.4f}, merged {merged:.4f} "
-                f"of {list(recipe.iterations)}"
+                f"of {list(merge.iterations)}"
             )
 
     before = evaluate(training, data, batches=1)

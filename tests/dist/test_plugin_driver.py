@@ -221,7 +221,7 @@ def _killed(root: Path, moment: str) -> None:
     run.train()
 
 
-def _dying_save(progress: Any, recipe: Any, root: Path) -> Path:
+def _dying_save(progress: Any, merge: Any, root: Path) -> Path:
     half = root / ".iter_0000004.wsm-emit" / "iter_0000004"
     half.mkdir(parents=True)
     (half / "__0_0.distcp").write_bytes(b"half a checkpoint")
@@ -319,4 +319,4 @@ def test_a_window_that_does_not_fit_is_refused_with_the_figures(
     outcome: tuple[Path, dict[str, Any]],
 ) -> None:
     message = outcome[1]["too large"]
-    assert "a window of 1000000000 checkpoints needs" in message and "GB of host memory" in message
+    assert "a window of 1000000000 snapshots needs" in message and "GB of host memory" in message

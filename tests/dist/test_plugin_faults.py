@@ -42,7 +42,7 @@ def _all_faults(kept: Path) -> dict[str, Any]:
     report["moments"] = _moments_are_merged(wsm, training)
     report["restored again"] = differences(before, snapshot(training))
 
-    wsm.keep(6, 6, durable=False)
+    wsm.snapshot(6, 6, durable=False)
     wsm.settle()
     report["not durable"] = [c.iteration for c in wsm.kept]
     wsm.confirm(6)
@@ -58,12 +58,12 @@ def _all_faults(kept: Path) -> dict[str, Any]:
     return report
 
 
-def _keep(wsm: Any, training: Any) -> None:
-    wsm.keep(training.iteration, 100 * training.iteration)
+def _snapshot(wsm: Any, training: Any) -> None:
+    wsm.snapshot(training.iteration, 100 * training.iteration)
     wsm.settle()
 
 
-_none = _keep
+_none = _snapshot
 
 
 def _disk_full(wsm: Any, training: Any) -> None:
@@ -76,19 +76,19 @@ def _disk_full(wsm: Any, training: Any) -> None:
     save_file = store.save_file
     if dist.get_rank() == 1:
         store.save_file = full  # type: ignore[assignment]
-    _keep(wsm, training)
+    _snapshot(wsm, training)
     store.save_file = save_file
 
 
 def _nan(wsm: Any, training: Any) -> None:
-    """Only rank 0 has one, while it is kept."""
+    """Only rank 0 has one, while it is copied."""
     from wsm_megatron.plugin.shards import main_params, parts
 
     _, main = next(main_params(parts(training.optimizer)[0]))
     saved = main.detach().clone()
     if dist.get_rank() == 0:
         main.data[0] = float("nan")
-    _keep(wsm, training)
+    _snapshot(wsm, training)
     main.data.copy_(saved)
 
 
@@ -117,22 +117,22 @@ def _raise_on_rank_1() -> None:
 
 
 def _moments_are_merged(wsm: Any, training: Any) -> bool:
-    with wsm.merged() as recipe:
+    with wsm.merged() as merge:
         for index, shard in enumerate(wsm._shards):
-            sources = [wsm._store.get(i, index) for i in recipe.iterations]
-            total = weighted_sum64(recipe.coefficients, sources)
+            sources = [wsm._store.get(i, index) for i in merge.iterations]
+            total = weighted_sum64(merge.coefficients, sources)
             if not same_bits(shard.owned(), rounded(total, torch.float32)):
                 return False
     kinds = {shard.name.split(".")[0] for shard in wsm._shards}
     return kinds == {"main", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_merge_needs_two_checkpoints(reports: list[dict[str, Any]]) -> None:
+def test_a_merge_needs_two_snapshots(reports: list[dict[str, Any]]) -> None:
     for report in reports:
-        assert "MergeError: a merge needs at least two kept checkpoints" in report["too few"]
+        assert "MergeError: a merge needs at least two snapshots" in report["too few"]
 
 
-def test_a_keep_that_fails_on_one_rank_is_left_out_on_all(reports: list[dict[str, Any]]) -> None:
+def test_a_snapshot_that_fails_on_one_rank_is_left_out_on_all(reports: list[dict[str, Any]]) -> None:
     for report in reports:
         assert report["kept"] == [1, 2, 5]
 

@@ -43,11 +43,11 @@ def _merge_one(root: Path, name: str, config: GPTConfig) -> dict[str, Any]:
     for iteration in range(1, 6):
         train(training, 1)
         if iteration != 4:  # uneven spacing; iteration 1 leaves the window again
-            wsm.keep(iteration, training.consumed_samples * config.seq_length)
+            wsm.snapshot(iteration, training.consumed_samples * config.seq_length)
         if iteration in ITERATIONS:
             save_checkpoint(training, root / name)
     before = snapshot(training)
-    with wsm.merged() as recipe:
+    with wsm.merged() as merge:
         changed = differences(before, snapshot(training))
         consistent = _weights_follow_mains(training)
         weights = _digest(training)
@@ -64,8 +64,8 @@ def _merge_one(root: Path, name: str, config: GPTConfig) -> dict[str, Any]:
         "undone": undone,
         "after": differences(snapshot(training), snapshot(plain)),
         "losses": training.losses == plain.losses,
-        "coefficients": recipe.coefficients,
-        "iterations": recipe.iterations,
+        "coefficients": merge.coefficients,
+        "iterations": merge.iterations,
     }
 
 

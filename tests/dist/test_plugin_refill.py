@@ -17,7 +17,6 @@ from tests.mcore import WRONG_MAINS, GPTConfig, run_ranks
 from tests.reference import load_tensors, same_bits
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.optimizer.main_params import check_mains
-from wsm_megatron.schedule.window import Consumed
 
 ONE_BUCKET = GPTConfig(sharding_type="fully_reshardable", overlap_grad_reduce=True)
 
@@ -46,13 +45,13 @@ def _restarted(root: Path, iteration: int, **changes: Any) -> dict[str, Any]:
         run.restart(iteration)
     report: dict[str, Any] = {"window": [c.iteration for c in run.driver._wsm.kept]}
     run.train()
-    recipe = run.driver._wsm.recipe()
-    assert recipe is not None
+    merge = run.driver._wsm.coefficients()
+    assert merge is not None
     plain = build(run.training.config)
     load_checkpoint(plain, root, iteration)
     train(plain, 2)
     report["differs"] = differences(snapshot(run.training), snapshot(plain))
-    return report | {"loads": run.log, "warned": warned, "recipe": recipe}
+    return report | {"loads": run.log, "warned": warned, "merge": merge}
 
 
 def _save_again(root: Path, folder: str, saved: str) -> None:
@@ -193,20 +192,20 @@ def test_merges_are_not_merged_again(reports: dict[str, Any]) -> None:
 
 def test_tokens_are_counted_at_the_length_they_were_trained_with(reports: dict[str, Any]) -> None:
     """8 samples an iteration; iterations 7 and 8 are four times as long."""
-    recipe = reports["longer"]["recipe"]
+    merge = reports["longer"]["merge"]
     start = 8 * 4 * 16
-    assert recipe.iterations == (4, 6, 8) and recipe.unit == "tokens"
-    assert recipe.positions == (start, start + 16 * 16, start + 16 * 16 + 16 * 64)
+    assert merge.iterations == (4, 6, 8) and merge.unit == "tokens"
+    assert merge.positions == (start, start + 16 * 16, start + 16 * 16 + 16 * 64)
 
 
 def test_a_window_in_tokens_is_refilled_as_far_as_it_reaches(reports: dict[str, Any]) -> None:
     assert reports["tokens"]["window"] == [2, 4, 6]
-    assert reports["tokens"]["recipe"].iterations == (4, 6, 8)
+    assert reports["tokens"]["merge"].iterations == (4, 6, 8)
 
 
 def test_the_length_of_each_checkpoint_is_its_own(reports: dict[str, Any]) -> None:
-    recipe = reports["mixed"]["recipe"]
-    assert [b - a for a, b in zip(recipe.positions, recipe.positions[1:], strict=False)] == [
+    merge = reports["mixed"]["merge"]
+    assert [b - a for a, b in zip(merge.positions, merge.positions[1:], strict=False)] == [
         16 * 64,
         16 * 16,
     ]
@@ -278,10 +277,3 @@ def test_the_window_is_not_refilled_from_wrong_main_params(
     assert [text.split(": in ")[0] for text in left_out] == [
         f"wsm: window without iteration {i}" for i in (6, 4, 2)
     ]
-
-
-def test_consumed_can_stand_for_tokens() -> None:
-    from wsm_megatron.plugin.wsm import _consumed
-
-    assert _consumed(4, 100) == Consumed(4, 100, 1)
-    assert _consumed(4, Consumed(4, 10, 16, 0)) == Consumed(4, 10, 16, 0)

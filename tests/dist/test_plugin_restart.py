@@ -45,7 +45,7 @@ def _first_run(run: Path) -> None:
     wsm = _wsm(training, run / "kept")
     for _ in range(3):
         train(training, 2)
-        wsm.keep(training.iteration, _tokens(training))
+        wsm.snapshot(training.iteration, _tokens(training))
         save_checkpoint(training, run / "run")
     wsm.settle()
     wsm.close()
@@ -80,7 +80,7 @@ def _restart(
 
     wsm = _wsm(training, kept)
     try:
-        wsm.resume(at, _tokens(training), available, load if available else None)
+        wsm.refill(at, _tokens(training), available, load if available else None)
     except ValueError as error:
         return {"refused": str(error)}
     unchanged = differences(loaded, snapshot(training))
@@ -186,7 +186,7 @@ MOMENTS = ("before", "half", "renamed")
 
 @pytest.fixture(scope="module")
 def killed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kept shards after a SIGKILL while iteration 8 was kept, by the moment it came."""
+    """Kept shards after a SIGKILL while a snapshot of iteration 8 was taken, by the moment it came."""
     folder = tmp_path_factory.mktemp("killed")
     kept = {moment: Path(shutil.copytree(run / "kept", folder / moment)) for moment in MOMENTS}
     for moment in MOMENTS:
@@ -195,7 +195,7 @@ def killed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return kept
 
 
-def test_a_killed_keep_never_counts(run: Path, killed: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_snapshot_never_counts(run: Path, killed: dict[str, Path], tmp_path: Path) -> None:
     """The restart is at 6, the last checkpoint; iteration 8 has at most one rank's file."""
     for moment, kept in killed.items():
         names = {p.name for p in (kept / "iter_0000008").glob("*.safetensors")}
@@ -218,18 +218,18 @@ def _killed(run: Path, kept: Path, moment: str) -> None:
     training = build(DP2)
     load_checkpoint(training, run / "run")
     wsm = _wsm(training, kept)
-    wsm.resume(6, _tokens(training))
+    wsm.refill(6, _tokens(training))
     train(training, 2)
     if dist.get_rank() == 1:
         _kill_at(store, moment)
     else:
         store.save_file = lambda *_, **__: signal.pause()  # type: ignore[assignment]
-    wsm.keep(8, _tokens(training))
+    wsm.snapshot(8, _tokens(training))
     wsm.settle()
 
 
 def _kill_at(store: Any, moment: str) -> None:
-    """Let this process die at a chosen moment of a keep."""
+    """Let this process die at a chosen moment of a snapshot."""
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Keeping shards that live on a GPU: what is kept is what was there at that time."""
+"""Snapshots of shards that live on a GPU: they hold what was there at that time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shard(name: str, tensor: torch.Tensor, is_buffer: bool = False) -> Shard:
     )
 
 
-def test_steps_and_buffer_updates_right_after_a_keep_do_not_reach_it() -> None:
+def test_steps_and_buffer_updates_right_after_a_snapshot_do_not_reach_it() -> None:
     main = torch.nn.Parameter(torch.ones(1 << 26, device="cuda"))
     bias = torch.ones(64, device="cuda")
     optimizer = torch.optim.SGD([main], lr=1.0)
@@ -35,12 +35,13 @@ def test_steps_and_buffer_updates_right_after_a_keep_do_not_reach_it() -> None:
     store.guard([optimizer])
     store.reserve(2)
     main.grad = torch.ones_like(main)
+    copies = []
     for iteration in (1, 2):
-        store.put(Consumed(iteration, iteration, 1))
+        copies.append(store.put(Consumed(iteration, iteration, 1)))
         bias += 1  # in the forward pass
         optimizer.step()
     for iteration in (1, 2):
-        assert store.finish(iteration) is None
+        assert copies[iteration - 1].exception() is None
         assert (store.get(iteration, 0) == 2 - iteration).all()
         assert (store.get(iteration, 1) == iteration).all()
         assert store.get(iteration, 0).is_pinned()
@@ -51,6 +52,5 @@ def test_nan_on_the_device_is_not_kept() -> None:
     main = torch.ones(1 << 20, device="cuda")
     main[12345] = float("nan")
     store = MemoryStore([shard("main.weight", main)])
-    store.put(Consumed(1, 1, 1))
-    assert "NaN or Inf in main.weight" in str(store.finish(1))
+    assert "NaN or Inf in main.weight" in str(store.put(Consumed(1, 1, 1)).exception())
     store.close()

@@ -17,7 +17,7 @@ from tests.megatron_lm.checkout import Outcome, pretrain
 from tests.megatron_lm.test_plugin_matrix import LAYOUTS
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint.common_state import load_common
+from wsm_megatron.checkpoint.common_state import load_common, read_common
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.planning.launch_flags import (
     CONTINUE,
@@ -27,7 +27,6 @@ from wsm_megatron.planning.launch_flags import (
     launches,
     position_of,
 )
-from wsm_megatron.planning.sources import read_common
 
 STEPS = "--train-iters 8 --min-lr 0 --save-interval 2 --eval-interval 100 --eval-iters 1"
 LR_0 = (

@@ -37,18 +37,18 @@ def train(root: Path) -> None:
 
     if (root / "run" / TRACKER).exists():
         load_checkpoint(training, root / "run")
-        wsm.resume(training.iteration, tokens())
+        wsm.refill(training.iteration, tokens())
     print(f"starting at iteration {training.iteration}", flush=True)
     while training.iteration < STEPS:
         train_steps(training, INTERVAL)
-        wsm.keep(training.iteration, tokens())
+        wsm.snapshot(training.iteration, tokens())
         save_checkpoint(training, root / "run")
         if training.iteration == 4 and "STARTED" in os.environ:
             wsm.settle()
             _wait_on_first_start(Path(os.environ["STARTED"]))
-    with wsm.merged() as recipe:
+    with wsm.merged() as merge:
         save_checkpoint(training, root / "merged")
-    print(f"merged {list(recipe.iterations)}", flush=True)
+    print(f"merged {list(merge.iterations)}", flush=True)
     wsm.close()
     dist.destroy_process_group()
 

@@ -65,12 +65,10 @@ def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, bl
         assert found.threads * (depth * tile + ahead) <= memory
 
 
-def test_the_default_is_an_eighth_of_what_is_free(monkeypatch):
-    sizes = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", sizes.get)
-    assert default_memory() == 1000 * 4096 // 8
-    sizes["SC_AVPHYS_PAGES"] = 2**30
-    assert default_memory() == 512 * 2**20
+@pytest.mark.parametrize("free, taken", [(2**20, 2**17), (2**42, 512 * 2**20)])
+def test_the_default_is_an_eighth_of_what_is_free(monkeypatch, free, taken):
+    monkeypatch.setattr(memory_budget, "available_memory", lambda: free)
+    assert default_memory() == taken
 
 
 def merged(tmp_path, name, run=runs.FULLY, **options):

@@ -20,9 +20,8 @@ import torch
 
 from tests import runs
 from tests.reference import load_tensors, same_bits
-from wsm_megatron.checkpoint.common_state import attributes, load_common
+from wsm_megatron.checkpoint.common_state import attributes, load_common, read_common
 from wsm_megatron.cli.main import main
-from wsm_megatron.planning.sources import read_common
 from wsm_megatron.safe_pickle.opaque import references
 
 

@@ -10,10 +10,9 @@ import pytest
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint.common_state import attributes, load_common
+from wsm_megatron.checkpoint.common_state import attributes, load_common, read_common
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.inspection.megatron_resume import check_resume
-from wsm_megatron.planning.sources import read_common
 
 OLD = {"common_backend": "torch", "common_backend_version": 1}
 

@@ -12,10 +12,9 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, coefficients, merge
-from wsm_megatron.checkpoint.common_state import load_common
+from wsm_megatron.checkpoint.common_state import load_common, read_common
 from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.planning.sources import read_common
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 

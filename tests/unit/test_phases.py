@@ -15,7 +15,8 @@ from wsm_megatron.cli import text
 from wsm_megatron.execution import timing
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import PHASES, Phases, RankReport
-from wsm_megatron.planning.sources import Decay
+from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.schedule.window import Checkpoint
 
 
 class Clock:
@@ -98,9 +99,8 @@ def table(number: int) -> list[str]:
         for k in range(number)
     )
     resume = {"main_params": "dropped", "moments": "dropped", "launch": {}}
-    merged = MergedCheckpoint(
-        Path("out/iter_8"), (1, 2), Decay((1, 2), "iterations", (0.5, 0.5)), resume
-    )
+    mean = MergeCoefficients.over([Checkpoint(1), Checkpoint(2)], "mean")
+    merged = MergedCheckpoint(Path("out/iter_8"), (1, 2), mean, resume)
     lines = list(text.merged(MergeReport((merged,), 1, 1, 1.0, ranks)))
     start = next(k for k, line in enumerate(lines) if line.split()[:1] == ["rank"])
     end = next(k for k, line in enumerate(lines) if line.startswith("merged checkpoint"))

@@ -18,7 +18,7 @@ GB = 10**9
 
 @pytest.fixture
 def wsm() -> Any:
-    """4 GB a kept checkpoint and 6 GB put aside on each of the host's two ranks."""
+    """4 GB a snapshot and 6 GB put aside on each of the host's two ranks."""
     reserved: list[int] = []
     return SimpleNamespace(
         nbytes=4 * GB, swap_nbytes=6 * GB, reserve=reserved.append, reserved=reserved
@@ -41,7 +41,7 @@ def test_a_window_in_memory_leaves_room_for_what_a_merge_puts_aside(
     room.reserve_room(wsm, 3, None)
     assert wsm.reserved == [4]
     free["memory"] -= 1
-    with pytest.raises(ValueError, match="a window of 3 checkpoints needs 32.000 GB.* 12.000 GB"):
+    with pytest.raises(ValueError, match="a window of 3 snapshots needs 32.000 GB.* 12.000 GB"):
         room.reserve_room(wsm, 3, None)
 
 
@@ -52,7 +52,7 @@ def test_a_window_on_disk_needs_memory_as_well(
     room.reserve_room(wsm, 3, tmp_path)
     assert wsm.reserved == [1]
     free["memory"] -= 1
-    with pytest.raises(ValueError, match="a keep needs 8.000 GB.* 12.000 GB.* of host memory"):
+    with pytest.raises(ValueError, match="a snapshot needs 8.000 GB.* 12.000 GB.* of host memory"):
         room.reserve_room(wsm, 3, tmp_path)
     free |= {"memory": 99 * GB, "disk": free["disk"] - 1}
     with pytest.raises(ValueError, match="needs 32.000 GB.*on the file system.*larger"):
@@ -76,3 +76,7 @@ def test_what_is_put_aside_is_all_that_is_overwritten() -> None:
 
     assert swap_nbytes([model], [shard(0, 32)]) == 32 * 2 + 32 * 4 + 32 * 4
     assert swap_nbytes([model], [shard(0, 16)]) == 32 * 2 + 32 * 4 + 16 * 4
+
+
+def test_free_bytes_looks_at_the_nearest_folder(tmp_path: Path) -> None:
+    assert room.free_bytes(tmp_path / "not" / "yet") > 0 and room.free_bytes(None) > 0

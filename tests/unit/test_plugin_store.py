@@ -1,4 +1,4 @@
-"""Where kept shards live, without ranks."""
+"""The bytes of snapshots, without ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from wsm_megatron.plugin import store as store_module
 from wsm_megatron.plugin.shards import Shard, slice_bounds
-from wsm_megatron.plugin.store import DiskStore, Found, MemoryStore, Store, free_bytes
+from wsm_megatron.plugin.store import DiskStore, Found, MemoryStore, Store
 from wsm_megatron.schedule.window import Consumed
 
 LAYOUT = {"world": 1, "rank": 0}
@@ -44,9 +44,8 @@ def store(request: pytest.FixtureRequest, live: list[torch.Tensor], tmp_path: Pa
     made.close()
 
 
-def put(store: Store, iteration: int) -> Exception | None:
-    store.put(Consumed(iteration, 10 * iteration, 16))
-    return store.finish(iteration)
+def put(store: Store, iteration: int) -> BaseException | None:
+    return store.put(Consumed(iteration, 10 * iteration, 16)).exception()
 
 
 def test_what_is_kept_stays_as_it_was(store: Store, live: list[torch.Tensor]) -> None:
@@ -77,7 +76,7 @@ def test_nan_and_inf_are_not_kept(store: Store, live: list[torch.Tensor], value:
     assert store.found() == Found()
 
 
-def test_a_shard_that_cannot_be_read_fails_its_keep(live: list[torch.Tensor]) -> None:
+def test_a_shard_that_cannot_be_read_fails_its_snapshot(live: list[torch.Tensor]) -> None:
     def missing() -> torch.Tensor:
         raise KeyError("exp_avg")
 
@@ -157,10 +156,6 @@ def test_a_full_disk_leaves_nothing(
     store.drop(1)
     assert list(tmp_path.iterdir()) == []
     store.close()
-
-
-def test_free_bytes_looks_at_the_nearest_folder(tmp_path: Path) -> None:
-    assert free_bytes(tmp_path / "not" / "yet") > 0 and free_bytes(None) > 0
 
 
 def test_one_rank_alone_owns_everything() -> None:

@@ -24,7 +24,7 @@ from wsm_megatron.storage import lock
 
 WHOLE = {"iter_0000008", TRACKER_FILE}
 STEPS = {
-    "sync": (staging_dir, "sync_directory"),
+    "sync": (staging_dir, "fsync_path"),
     "rename": (os, "rename"),
     "tracker": (staging_dir, "write_tracker"),
     "journals": (staging_dir, "remove"),

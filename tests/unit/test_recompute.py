@@ -14,7 +14,7 @@ import torch
 from tests import runs
 from tests.reference import RUNS, load_tensors
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common, read_common
 from wsm_megatron.checkpoint.keys import Role, may_be_padding
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main
@@ -25,7 +25,6 @@ from wsm_megatron.planning.provenance import (
     seal,
     write_provenance,
 )
-from wsm_megatron.planning.sources import read_common
 from wsm_megatron.plugin.emit import checksums
 
 KEY = "decoder.layers.mlp.linear_fc1.weight"

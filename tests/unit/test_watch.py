@@ -1,4 +1,4 @@
-"""A source that changes is noticed while the others are still read, at a small price."""
+"""A checkpoint that changes is noticed while others are still read, at a small price."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 from tests import runs
 from wsm_megatron import MergeError
-from wsm_megatron.planning.sources import Source, open_source
 from wsm_megatron.storage import change_watch
-from wsm_megatron.storage.change_watch import SourceWatch
+from wsm_megatron.storage.change_watch import ChangeWatch
+from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sources(run: Path) -> list[Source]:
-    return [open_source(run, iteration) for iteration in runs.ITERATIONS]
+def opened(run: Path) -> dict[Path, Fingerprint]:
+    return {path: fingerprint(path) for path in (runs.checkpoint(run, i) for i in runs.ITERATIONS)}
 
 
-def looks(watching: SourceWatch, number: int) -> None:
-    """Look at so many sources, in the test's own thread."""
+def looks(watching: ChangeWatch, number: int) -> None:
+    """Look at so many directories, in the test's own thread."""
     for _ in range(number):
         watching._look_at_next()
 
@@ -50,38 +50,42 @@ def write_over(path: Path) -> None:
     ],
 )
 def test_every_change_is_seen(
-    run: Path, sources: list[Source], change: Callable[[Path], Any], words: str
+    run: Path, opened: dict[Path, Fingerprint], change: Callable[[Path], Any], words: str
 ) -> None:
-    watching = SourceWatch(sources)
-    everything = sum(len(source.fingerprint) for source in sources)
+    watching = ChangeWatch(opened)
+    everything = sum(map(len, opened.values()))
     looks(watching, everything)
     change(runs.checkpoint(run, 6))
     with pytest.raises(MergeError, match=f"iter_0000006 {words} while it was read"):
         looks(watching, everything)
 
 
-def test_a_file_that_came_and_went_is_no_change(run: Path, sources: list[Source]) -> None:
-    watching = SourceWatch(sources)
+def test_a_file_that_came_and_went_is_no_change(run: Path, opened: dict[Path, Fingerprint]) -> None:
+    watching = ChangeWatch(opened)
     passing = runs.checkpoint(run, 6) / ".nfs0001"
     passing.touch()
     passing.unlink()
     looks(watching, 100)
 
 
-def test_a_look_costs_little(sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
-    watching = SourceWatch(sources * 50)
+def test_a_look_costs_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directories = [tmp_path / str(number) for number in range(200)]
+    for directory in directories:
+        directory.mkdir()
+        (directory / "file").touch()
+    watching = ChangeWatch({path: fingerprint(path) for path in directories})
     asked: list[Path] = []
     stat = change_watch._stat
     monkeypatch.setattr(change_watch, "_stat", lambda path: asked.append(path) or stat(path))
     watching._look()
-    assert len(asked) == 2 * change_watch.SOURCES_A_LOOK
+    assert len(asked) == 2 * change_watch.DIRECTORIES_A_LOOK
 
 
 def test_the_thread_says_what_it_has_seen(
-    run: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+    run: Path, opened: dict[Path, Fingerprint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(change_watch, "LOOK_EVERY", 0.01)
-    with SourceWatch(sources) as watching:
+    with ChangeWatch(opened) as watching:
         watching.check()
         (runs.checkpoint(run, 2) / "metadata.json").unlink()
         deadline = time.monotonic() + 30

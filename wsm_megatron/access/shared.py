@@ -17,7 +17,8 @@ from wsm_megatron.planning.output_paths import check_outputs
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.planning.scatter import Dealer, outline
 from wsm_megatron.process.worker_threads import in_background
-from wsm_megatron.storage.change_watch import SourceWatch
+from wsm_megatron.storage.change_watch import ChangeWatch
+from wsm_megatron.storage.fingerprint import check_unchanged
 
 
 class Shared:
@@ -59,7 +60,10 @@ class Shared:
         if self._ranks.rank != 0:
             yield
             return
-        with SourceWatch(job.sources) as watch, self._ranks.watching(watch.check):
+        with (
+            ChangeWatch({s.path: s.fingerprint for s in job.sources}) as watch,
+            self._ranks.watching(watch.check),
+        ):
             yield
 
     def run(
@@ -81,7 +85,7 @@ class Shared:
                     reader.verify([ledgers[j] for ledgers in of_ranks])
                 finally:
                     reader.close()
-                source.check_unchanged()
+                check_unchanged(source.path, source.fingerprint)
 
     def abandon(self) -> None:
         pass

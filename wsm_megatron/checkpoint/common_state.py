@@ -13,12 +13,16 @@ import logging
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.lr_schedule import LearningRate, learning_rate
+from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.objects import dump_object, load_object
 from wsm_megatron.safe_pickle.opaque import Inert, is_known, references
+from wsm_megatron.storage.retry import patiently
 
 PROVENANCE_KEY = "wsm_merge"
 """Where a merged checkpoint's common state says how it was made. Megatron's ``load_checkpoint``
@@ -58,6 +62,27 @@ class CommonSummary:
 
 
 UNKNOWN = CommonSummary(None, None, None)
+
+
+def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
+    """A checkpoint's common state as stored, and its name for messages.
+
+    It is ``common.pt``, or from Megatron 0.19 an entry inside the distcp files.
+
+    Raises:
+        MergeError: neither is there.
+    """
+    if (path / COMMON_FILE).is_file():
+        return read_file(path / COMMON_FILE), str(path / COMMON_FILE)
+    layout = layout or read_layout(path, whole=False)
+    entry = layout.common_entry
+    if entry is None:
+        raise MergeError(f"{path}: no common state, neither common.pt nor in the distcp files")
+    reader = CheckpointReader(layout)
+    try:
+        return reader.read_object(entry), f"{path}: {entry.key}"
+    finally:
+        reader.close()
 
 
 def load_common(data: bytes, where: str) -> dict[str, Any]:
@@ -102,6 +127,13 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
         began=began,
         learning_rate=learning_rate(state, args),
     )
+
+
+def read_summary(path: Path) -> CommonSummary:
+    """Where in training a checkpoint was taken, from its common state."""
+    summary = summarize(load_common(*read_common(path)))
+    finished = patiently((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
+    return replace(summary, finished=finished)
 
 
 def prepare(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 from wsm_megatron.checkpoint.bridge import LATEST_FILE, TRAIN_STATE_FILE
 from wsm_megatron.checkpoint.foreign_formats import Kind, kind_of
 from wsm_megatron.checkpoint.layout import is_complete
-from wsm_megatron.storage.retry import patiently, watched
+from wsm_megatron.storage.durable import fsync_path, replace_file
+from wsm_megatron.storage.retry import patiently
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -157,19 +157,9 @@ def write_tracker(root: Path, iteration: int) -> None:
     train state of Bridge's; each atomically and durably."""
     state = checkpoint_path(root, iteration) / TRAIN_STATE_FILE
     if state.is_file():
-        _replace(root / LATEST_FILE, state.read_bytes())
-    _replace(root / TRACKER_FILE, str(iteration).encode())
-    sync_directory(root)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    with watched(lambda: f"{path}: writing"):
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        replace_file(root / LATEST_FILE, state.read_bytes())
+    replace_file(root / TRACKER_FILE, str(iteration).encode())
+    fsync_path(root)
 
 
 def read_tracker(root: Path) -> str | None:
@@ -199,13 +189,3 @@ def why_untracked(text: str) -> str:
     if text == RELEASE:
         return "says release: it names a checkpoint of no iteration"
     return f"says {text!r}, which is neither an iteration nor release" if text else "is empty"
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and new files in a directory durable."""
-    with watched(lambda: f"{path}: syncing"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

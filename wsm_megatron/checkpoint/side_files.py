@@ -23,9 +23,9 @@ from wsm_megatron.checkpoint.layout import (
     METADATA_FILE,
     PROVENANCE_FILE,
 )
-from wsm_megatron.checkpoint.run_directory import sync_directory
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.errors import MergeError
+from wsm_megatron.storage.durable import fsync_path
 from wsm_megatron.storage.retry import patiently, watched
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def copy_side_files(
         else:
             files[file.name] = _copy(source, target, file.nbytes)
     for folder in sorted({(directory / name).parent for name in files} - {directory}):
-        sync_directory(folder)
+        fsync_path(folder)
     return files
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,10 @@ from wsm_megatron.checkpoint.run_directory import (
     TRACKER_FILE,
     checkpoint_path,
     read_tracker,
-    sync_directory,
     write_tracker,
 )
 from wsm_megatron.errors import MergeError
+from wsm_megatron.storage.durable import fsync_path
 from wsm_megatron.storage.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.storage.lock import Lock
 from wsm_megatron.storage.retry import watched
@@ -66,15 +66,9 @@ class Staging:
     def commit(self) -> Path:
         """Give the finished directory its final name, then move the tracker. Durable."""
         try:
-            sync_directory(self.path)
-            if os.path.lexists(self.target):
-                raise MergeError(f"{self.target} appeared during the merge; it is left alone")
-            with watched(lambda: f"{self._lock.path}: reading"):
-                self._lock.check()
-            with watched(lambda: f"{self.path}: renaming to {self.target.name}"):
-                os.rename(self.path, self.target)
+            publish(self.path, self.target, self._check_lock)
             self.published = True
-            sync_directory(self.root)
+            fsync_path(self.root)
         except OSError as error:
             raise MergeError(f"{self.target}: cannot publish: {error.strerror}") from error
         advance_tracker(self.root, self.iteration)
@@ -94,6 +88,10 @@ class Staging:
             logger.warning("%s is kept: the same command goes on from it", self.path)
         else:
             self.discard()
+
+    def _check_lock(self) -> None:
+        with watched(lambda: f"{self._lock.path}: reading"):
+            self._lock.check()
 
     def _is_mine(self) -> bool:
         if self.published:
@@ -115,6 +113,23 @@ class Staging:
             for child in self.path.iterdir():  # what was about to be published is made again
                 if child.name not in self._files:
                     remove([child])
+
+
+def publish(directory: Path, target: Path, check: Callable[[], None] = lambda: None) -> None:
+    """Give a finished directory its final name; durable once the folder of that is synced.
+
+    Args:
+        check: called last of all; what it raises leaves everything as it is.
+
+    Raises:
+        MergeError: something has that name.
+    """
+    fsync_path(directory)
+    if os.path.lexists(target):
+        raise MergeError(f"{target} appeared during the merge; it is left alone")
+    check()
+    with watched(lambda: f"{directory}: renaming to {target.name}"):
+        os.rename(directory, target)
 
 
 def journals(directory: Path) -> Path:

@@ -35,9 +35,9 @@ from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.inspection.verify import SOURCES, verify
 from wsm_megatron.option_values import count, local_path, number, several, size
 from wsm_megatron.planning.selection import select_checkpoints
-from wsm_megatron.planning.sources import Decay, decay_over
 from wsm_megatron.process.signals import Stop, ending_signals
 from wsm_megatron.process.streams import say, show
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
 from wsm_megatron.storage.retry import check_storage
 
@@ -321,7 +321,7 @@ def _coefficients(arguments: argparse.Namespace) -> _Answer:
     return _Answer(text.decay_table(decay), lambda: data, shown=True)
 
 
-def _decay(arguments: argparse.Namespace) -> Decay:
+def _decay(arguments: argparse.Namespace) -> MergeCoefficients:
     root = arguments.load or Path("run")
     config = _config(arguments, load=root, save=root / "wsm")
     if arguments.load is None:
@@ -334,7 +334,7 @@ def _decay(arguments: argparse.Namespace) -> Decay:
         (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
         raise ValueError("coefficients shows one decay over one window at a time")
-    return decay_over(
+    return MergeCoefficients.over(
         checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
     )
 

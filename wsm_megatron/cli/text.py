@@ -15,8 +15,8 @@ from wsm_megatron.inspection.megatron_resume import ResumeReport
 from wsm_megatron.inspection.verify import VerifyReport
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.launch_flags import GOALS, as_data
-from wsm_megatron.planning.sources import Decay
 from wsm_megatron.planning.tasks import Recipe
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 _RANKS_SHOWN = 16
 
@@ -77,13 +77,13 @@ def plan_data(job: Job, moved: Estimate) -> dict[str, Any]:
     }
 
 
-def decay_table(decay: Decay) -> Iterator[str]:
+def decay_table(decay: MergeCoefficients) -> Iterator[str]:
     yield from _coefficient_lines(decay.positions, decay, decay.unit)
     if decay.why_iterations:
         yield _unit(decay)
 
 
-def decay_data(decay: Decay) -> dict[str, Any]:
+def decay_data(decay: MergeCoefficients) -> dict[str, Any]:
     return {
         "positions": list(decay.positions),
         "coefficients": list(decay.coefficients),
@@ -91,7 +91,7 @@ def decay_data(decay: Decay) -> dict[str, Any]:
     }
 
 
-def unit_data(decay: Decay) -> dict[str, Any]:
+def unit_data(decay: MergeCoefficients) -> dict[str, Any]:
     """The unit of a run's positions, and why it is not tokens; the learning rates that it says."""
     return {
         "unit": decay.unit,
@@ -257,7 +257,7 @@ def _scheduler(scheduler: dict[str, Any] | None) -> str:
     return ", ".join(f"{key} {scheduler[key]}" for key in wanted if key in scheduler)
 
 
-def _coefficient_lines(places: Iterable[int], decay: Decay, unit: str) -> Iterator[str]:
+def _coefficient_lines(places: Iterable[int], decay: MergeCoefficients, unit: str) -> Iterator[str]:
     yield f"{unit:>16}  coefficient  effective LR up to here{'  LR' if decay.lr else ''}"
     multipliers = ["", *(f"{w:.6f}" for w in decay.effective_lr)]
     rates = [f"{'' if lr is None else f'{lr:.4g}':>15}" for lr in decay.lr] or [""] * len(
@@ -269,12 +269,12 @@ def _coefficient_lines(places: Iterable[int], decay: Decay, unit: str) -> Iterat
         yield f"{place:>16}  {coefficient:>11.6f}  {multiplier:>12}{lr}"
 
 
-def _source_lines(iterations: Iterable[int], decay: Decay) -> Iterator[str]:
+def _source_lines(iterations: Iterable[int], decay: MergeCoefficients) -> Iterator[str]:
     yield from _coefficient_lines(iterations, decay, "iteration")
     yield _unit(decay)
 
 
-def _unit(decay: Decay) -> str:
+def _unit(decay: MergeCoefficients) -> str:
     why = f": {decay.why_iterations}" if decay.why_iterations else ""
     return f"positions in {decay.unit}{why}"
 

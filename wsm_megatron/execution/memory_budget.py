@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wsm_megatron.planning.tasks import Recipe, Rule, Scope
+from wsm_megatron.process.memory import available_memory
 
 MOST = 512 * 2**20
 """Bytes taken by default where the machine has them eight times over."""
@@ -50,8 +50,8 @@ class Budget:
 
 
 def default_memory() -> int:
-    """An eighth of the memory that is free on this machine, 512 MiB at most."""
-    return min(MOST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    """An eighth of the memory that this process may still take, 512 MiB at most."""
+    return min(MOST, available_memory() // 8)
 
 
 def make_budget(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.execution.timing import RankReport
-from wsm_megatron.planning.sources import Decay
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MergedCheckpoint:
 
     output: Path
     iterations: tuple[int, ...]
-    decay: Decay
+    decay: MergeCoefficients
     resume: dict[str, Any] = field(default_factory=dict)
 
     @property

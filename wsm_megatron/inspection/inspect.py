@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from wsm_megatron.checkpoint.common_state import CommonSummary, load_common, summarize
+from wsm_megatron.checkpoint.common_state import (
+    CommonSummary,
+    load_common,
+    read_common,
+    read_summary,
+    summarize,
+)
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import (
     METADATA_FILE,
@@ -27,7 +33,7 @@ from wsm_megatron.checkpoint.run_directory import (
 from wsm_megatron.errors import MergeError
 from wsm_megatron.planning.provenance import read_provenance
 from wsm_megatron.planning.selection import branch_problem
-from wsm_megatron.planning.sources import read_common, read_summary, save_id
+from wsm_megatron.planning.sources import save_id
 from wsm_megatron.schedule.window import Checkpoint, Consumed, count_tokens
 
 

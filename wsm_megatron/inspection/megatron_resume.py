@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.checkpoint.common_state import attributes, integer_in, load_common, summarize
+from wsm_megatron.checkpoint.common_state import (
+    attributes,
+    integer_in,
+    load_common,
+    read_common,
+    summarize,
+)
 from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
@@ -17,7 +23,6 @@ from wsm_megatron.optimizer.main_params import MainsCheck, check_mains
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.launch_flags import Launch, launches, position_of
 from wsm_megatron.planning.provenance import read_provenance
-from wsm_megatron.planning.sources import read_common
 
 REPLICATED = "replicated"
 DP_RESHARDABLE = "dp_reshardable"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import dump_common, load_common, read_common
 from wsm_megatron.checkpoint.format import marker_for
 from wsm_megatron.checkpoint.keys import may_be_padding
 from wsm_megatron.checkpoint.layout import COMMON_KEY, METADATA_FILE, Layout, read_layout
@@ -30,7 +30,6 @@ from wsm_megatron.optimizer.flat_main_params import find_flat_mains
 from wsm_megatron.planning.plan import MergePlan, make_plan
 from wsm_megatron.planning.prepare import common_of_merge
 from wsm_megatron.planning.provenance import described
-from wsm_megatron.planning.sources import read_common
 from wsm_megatron.planning.tasks import Rule, Task
 from wsm_megatron.process.worker_threads import work_through
 from wsm_megatron.storage.buffer import Buffer

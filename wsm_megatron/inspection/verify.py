@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.checkpoint.common_state import PROVENANCE_KEY, load_common
+from wsm_megatron.checkpoint.common_state import PROVENANCE_KEY, load_common, read_common
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
@@ -18,7 +18,6 @@ from wsm_megatron.execution.value_checks import is_damaged
 from wsm_megatron.inspection.manifest import FilesCheck, check_files
 from wsm_megatron.inspection.recompute import recompute
 from wsm_megatron.planning.provenance import described, is_sealed, read_provenance
-from wsm_megatron.planning.sources import read_common
 from wsm_megatron.safe_pickle.archive import check_archive
 from wsm_megatron.storage.buffer import Buffer
 

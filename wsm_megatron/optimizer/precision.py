@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.checkpoint.common_state import attributes, load_common
+from wsm_megatron.checkpoint.common_state import attributes, load_common, read_common
 from wsm_megatron.checkpoint.keys import is_flat_bucket
 from wsm_megatron.checkpoint.layout import COMMON_FILE, METADATA_FILE, read_layout
 from wsm_megatron.errors import some
-from wsm_megatron.planning.sources import read_common
 
 _QUANTISED = {
     "fp8_param_gather": "--fp8-param-gather",

@@ -15,8 +15,9 @@ from wsm_megatron.checkpoint.side_files import Files, copy_side_files
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.plan import MergePlan
-from wsm_megatron.planning.sources import Decay, Source
+from wsm_megatron.planning.sources import Source
 from wsm_megatron.planning.tasks import Merge, Task, bytes_read, costs
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Product:
     root: Path
     iteration: int
     members: tuple[int, ...]
-    decay: Decay
+    decay: MergeCoefficients
     objects: tuple[str, ...]
     common: bytes
     in_distcp: bool

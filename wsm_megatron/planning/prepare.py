@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wsm_megatron.checkpoint.common_state import dump_common, load_common, prepare
+from wsm_megatron.checkpoint.common_state import dump_common, load_common, prepare, read_common
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
@@ -23,15 +23,10 @@ from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.plan import kept_objects, make_plan
 from wsm_megatron.planning.provenance import describe, describe_source
 from wsm_megatron.planning.selection import selector
-from wsm_megatron.planning.sources import (
-    Source,
-    check_saves,
-    decay_over,
-    open_source,
-    read_common,
-)
+from wsm_megatron.planning.sources import Source, check_saves, open_source
 from wsm_megatron.planning.tasks import Rule
 from wsm_megatron.process.gc_paused import no_collection
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint, Window
 
 logger = logging.getLogger(__name__)
@@ -167,7 +162,7 @@ def _product(
     opened: tuple[Source, ...],
     common_of: Callable[[Source], tuple[bytes, str]],
 ) -> Product:
-    decay = decay_over(
+    decay = MergeCoefficients.over(
         chosen, config.decay, config.min_decay, config.weights, config.allow_unnormalized
     )
     index = {source.iteration: j for j, source in enumerate(opened)}

@@ -18,7 +18,8 @@ from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError
-from wsm_megatron.planning.sources import Decay, Source
+from wsm_megatron.planning.sources import Source
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
 from wsm_megatron.storage.json_file import parse_json
 
@@ -30,7 +31,7 @@ _PARTS = {"iteration": int, "sources": list, "coefficients": list, "options": di
 
 
 def describe(
-    sources: Sequence[dict[str, Any]], decay: Decay, config: MergeConfig, iteration: int
+    sources: Sequence[dict[str, Any]], decay: MergeCoefficients, config: MergeConfig, iteration: int
 ) -> dict[str, Any]:
     """Plain JSON types; no time and no host, so that equal merges say the same.
 

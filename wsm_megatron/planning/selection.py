@@ -9,7 +9,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from wsm_megatron.checkpoint.common_state import CommonSummary
+from wsm_megatron.checkpoint.common_state import CommonSummary, read_summary
 from wsm_megatron.checkpoint.foreign_formats import UNFINISHED
 from wsm_megatron.checkpoint.lr_schedule import LearningRate
 from wsm_megatron.checkpoint.run_directory import (
@@ -21,7 +21,6 @@ from wsm_megatron.checkpoint.run_directory import (
     why_untracked,
 )
 from wsm_megatron.planning.learning_rate import lr_problem
-from wsm_megatron.planning.sources import read_summary
 from wsm_megatron.schedule.window import (
     Checkpoint,
     Consumed,

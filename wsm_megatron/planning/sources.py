@@ -1,34 +1,19 @@
-"""The source checkpoints of a merge: opened, and placed on the axis of the decay."""
+"""The source checkpoints of a merge."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common_state import CommonSummary, load_common, summarize
-from wsm_megatron.checkpoint.layout import (
-    COMMON_FILE,
-    MARKER_FILE,
-    METADATA_FILE,
-    Layout,
-    read_layout,
-)
-from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
+from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
-from wsm_megatron.errors import MergeError
-from wsm_megatron.schedule.decay import check_weights, coefficients, effective_lr
-from wsm_megatron.schedule.window import Checkpoint, positions, why_iterations
-from wsm_megatron.storage.retry import patiently, watched
-
-Fingerprint = tuple[tuple[str, int, int, int], ...]
-"""Name, size, modification and change time (ns) of a checkpoint's files. The change time also tells
-a file that was written anew and given its old modification time. It moves with modes and links too:
-it says whether an earlier merge was of these files, not whether they were rewritten meanwhile."""
+from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 
 
 @dataclass(frozen=True)
@@ -56,54 +41,6 @@ class Source:
     def identity(self) -> Fingerprint | tuple[Fingerprint, ...]:
         """What tells one state of its files from another, on every rank that sees any."""
         return self.fingerprints or self.fingerprint
-
-    def check_unchanged(self) -> None:
-        """Raise ``MergeError`` when the checkpoint was rewritten or deleted since it was opened."""
-        if not patiently(self.path.is_dir, lambda: f"{self.path}: looking"):
-            raise MergeError(
-                f"{self.path} was deleted while it was read (does the run keep its newest "
-                "checkpoints only?); nothing was published"
-            )
-        if _contents(fingerprint(self.path)) != _contents(self.fingerprint):
-            raise MergeError(
-                f"{self.path} changed while it was read (a run saving over it, or old checkpoints "
-                "being deleted?); nothing was published"
-            )
-
-
-@dataclass(frozen=True)
-class Decay:
-    """Positions of the sources and what the decay makes of them, oldest first.
-
-    Attributes:
-        why_iterations: why the unit is iterations, not tokens.
-        lr: learning rates of the sources, where any is known.
-    """
-
-    positions: tuple[int, ...]
-    unit: str
-    coefficients: tuple[float, ...]
-    why_iterations: str | None = None
-    lr: tuple[float | None, ...] = ()
-
-    @property
-    def effective_lr(self) -> tuple[float, ...]:
-        """The n - 1 multipliers w_i of the intervals between the sources."""
-        return effective_lr(self.coefficients)
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """Of every file directly in a checkpoint."""
-    try:
-        with watched(lambda: f"{path}: listing"):
-            entries = [(child.name, child.stat()) for child in path.iterdir() if child.is_file()]
-    except OSError as error:
-        raise MergeError(f"{path}: cannot list: {error.strerror}") from error
-    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in entries))
-
-
-def _contents(files: Fingerprint) -> list[tuple[str, int, int]]:
-    return [(name, size, modified) for name, size, modified, _ in files]
 
 
 def open_source(root: Path, iteration: int, whole: bool = True) -> Source:
@@ -145,49 +82,3 @@ def check_saves(sources: Sequence[Source]) -> None:
                 "the merge would count it twice; leave one of them out (--iterations)"
             )
         known[source.save_id] = source
-
-
-def decay_over(
-    checkpoints: tuple[Checkpoint, ...],
-    decay: str,
-    min_decay: float,
-    weights: tuple[float, ...] | None,
-    allow_unnormalized: bool,
-) -> Decay:
-    """Coefficients of a decay, or of explicit weights, over checkpoints, oldest first."""
-    where, unit = positions(checkpoints)
-    if weights is not None:
-        weighed = check_weights(weights, len(where), allow_unnormalized)
-    else:
-        weighed = coefficients(where, decay, min_decay)
-    lr = tuple(c.lr for c in checkpoints)
-    known = any(one is not None for one in lr)
-    return Decay(where, unit, weighed, why_iterations(checkpoints), lr if known else ())
-
-
-def read_summary(path: Path) -> CommonSummary:
-    """Where in training a checkpoint was taken, from its common state."""
-    summary = summarize(load_common(*read_common(path)))
-    finished = patiently((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
-    return replace(summary, finished=finished)
-
-
-def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
-    """A checkpoint's common state as stored, and its name for messages.
-
-    It is ``common.pt``, or from Megatron 0.19 an entry inside the distcp files.
-
-    Raises:
-        MergeError: neither is there.
-    """
-    if (path / COMMON_FILE).is_file():
-        return read_file(path / COMMON_FILE), str(path / COMMON_FILE)
-    layout = layout or read_layout(path, whole=False)
-    entry = layout.common_entry
-    if entry is None:
-        raise MergeError(f"{path}: no common state, neither common.pt nor in the distcp files")
-    reader = CheckpointReader(layout)
-    try:
-        return reader.read_object(entry), f"{path}: {entry.key}"
-    finally:
-        reader.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
+
+T = TypeVar("T")
 
 
 def on_all_ranks(value: bool) -> bool:
@@ -34,7 +36,7 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The value of every rank, by rank; any picklable object. Collective over all ranks."""
     if not dist.is_initialized():
         return [value]
@@ -43,19 +45,31 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def from_first_rank(look: Callable[[], Any], what: str) -> Any:
-    """What the first rank sees, on every rank; any picklable object. Collective over all ranks.
+def broadcast(look: Callable[[], Any], what: str) -> Any:
+    """What ``look`` returns on the first rank, on every rank; any picklable object. Collective over
+    all ranks.
 
-    Raises on every rank where ``look`` raises on the first.
+    Raises on every rank where ``look`` raises on the first; ``what`` names it in the message.
     """
-    value, error = None, None
-    if is_first_rank():
-        try:
-            value = look()
-        except Exception as caught:  # raised below, on every rank
-            error = caught
+    return all_gather(run_on_first(look, what))[0]
+
+
+def run_on_first(action: Callable[[], T], what: str) -> T | None:
+    """Run ``action`` on the first rank alone. Raises on every rank where it does. Collective over
+    all ranks."""
+    return run_together(action if is_first_rank() else lambda: None, what)
+
+
+def run_together(action: Callable[[], T], what: str) -> T:
+    """Run ``action`` on every rank; where it raises on one, this raises on every rank, as
+    :func:`raise_together` does. Collective over all ranks."""
+    error, result = None, None
+    try:
+        result = action()
+    except Exception as caught:  # raised below, on every rank
+        error = caught
     raise_together(error, what)
-    return gathered(value)[0]
+    return cast(T, result)
 
 
 def failures(error: BaseException | None) -> list[str]:
@@ -65,7 +79,7 @@ def failures(error: BaseException | None) -> list[str]:
     """
     if on_all_ranks(error is None):
         return []
-    messages = gathered(None if error is None else f"{type(error).__name__}: {error}")
+    messages = all_gather(None if error is None else f"{type(error).__name__}: {error}")
     return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
 
 

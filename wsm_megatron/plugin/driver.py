@@ -16,16 +16,17 @@ from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.plugin import arguments
-from wsm_megatron.plugin.collectives import gathered, is_first_rank, on_any_rank
+from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.emit import emit, recover
 from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
+from wsm_megatron.plugin.loader import Loader
 from wsm_megatron.plugin.padding import checked_slices
-from wsm_megatron.plugin.patched_attrs import replaced
-from wsm_megatron.plugin.refill import Loader
-from wsm_megatron.plugin.ring import MergeRecipe, window_size
+from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.room import reserve_room
+from wsm_megatron.plugin.snapshots import window_size
 from wsm_megatron.plugin.wsm import WSM
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Progress:
 class Driver:
     """One run with ``--wsm-merge``: between Megatron's loop and :class:`WSM`.
 
-    Keeps come with saves (or every ``--wsm-merge-interval``); merges with evaluations,
+    Snapshots come with saves (or every ``--wsm-merge-interval``); merges with evaluations,
     ``--wsm-merge-save-interval``, SIGUSR2 and the end of training. Every method is collective. A
     merge that fails is left out on every rank with a warning, and training goes on.
 
@@ -85,7 +86,7 @@ class Driver:
         self._model, self._optimizer = model, optimizer
         self._wsm = WSM(model, optimizer, self._config, self._folder)
         number = window_size(self._config, self._every, args.global_batch_size * args.seq_length)
-        assert number is not None, "the interval between keeps is known here"
+        assert number is not None, "the interval between snapshots is known here"
         reserve_room(self._wsm, number, self._folder)
         signal.signal(signal.SIGUSR2, self._request)
         if self._root is not None:
@@ -97,11 +98,11 @@ class Driver:
     def _take_up(self) -> None:
         args, start = self._args, self._loader.start
         if not args.iteration or args.finetune or args.no_load_optim:
-            self._wsm.resume(args.iteration, start)
+            self._wsm.refill(args.iteration, start)
             return
         available = self._loader.available()
         with preserved_rng():
-            self._wsm.resume(args.iteration, start, available, self._loader.load)
+            self._wsm.refill(args.iteration, start, available, self._loader.load)
 
     def close(self) -> None:
         """Finish writes under way and let go of the optimizer."""
@@ -120,21 +121,21 @@ class Driver:
         recorded = record(data)
         result = evaluate("", recorded, True)
         if self._due(iteration):
-            self._keep(iteration)
+            self._snapshot(iteration)
         valid_samples = self._args.consumed_valid_samples
         with (
-            self._merged("evaluation") as recipe,
+            self._merged("evaluation") as merge,
             tagged_writers(self._megatron.training),
-            replaced(self._args, consumed_valid_samples=valid_samples),
+            patched_attrs(self._args, consumed_valid_samples=valid_samples),
         ):
-            if recipe is not None:
+            if merge is not None:
                 evaluate("wsm ", replay(recorded), False)
         return result
 
     @contextmanager
     def saving(self, progress: Progress) -> Iterator[None]:
-        """Around a persistent save of Megatron's: keep what is saved in its turn. What is saved
-        because the job ends would take the place of a kept one after the restart."""
+        """Around a persistent save of Megatron's: take a snapshot of what is saved in its turn. One
+        of a save at the end of a job would push another out after the restart."""
         self._saving = progress.iteration
         try:
             if self._save_is_checked:
@@ -147,12 +148,12 @@ class Driver:
         finally:
             self._saving = None
         if self._config.interval is None and self._due(progress.iteration):
-            self._keep(progress.iteration)
+            self._snapshot(progress.iteration)
         if self._finished:
             self._emit_last(progress)
 
     def scheduled(self, request: Any) -> None:
-        """Megatron schedules an asynchronous save: what is kept counts once that is durable."""
+        """Megatron schedules an asynchronous save: the snapshot counts once that is durable."""
         if self._saving is not None:
             iteration = self._saving
             request.add_finalize_fn(lambda: self._wsm.confirm(iteration))
@@ -160,7 +161,7 @@ class Driver:
     def stepped(self, progress: Progress) -> None:
         """After every iteration, its evaluation and its saves."""
         if self._config.interval is not None and self._due(progress.iteration):
-            self._keep(progress.iteration)
+            self._snapshot(progress.iteration)
         if progress.iteration in self._wsm and self._wants_merge(progress.iteration):
             timers = self._megatron.training.get_timers()
             timers("interval-time").stop()
@@ -176,7 +177,7 @@ class Driver:
             self._emit_last(progress)
 
     def _warn_of_wrong_saves(self, wrong: list[str]) -> None:
-        names = sorted(set().union(*gathered(wrong)))
+        names = sorted(set().union(*all_gather(wrong)))
         if names and is_first_rank():
             logger.warning(
                 "wsm: this Megatron-LM saves %d tensors of the optimizer wrongly (several DDP "
@@ -188,11 +189,11 @@ class Driver:
             )
 
     def _due(self, iteration: int) -> bool:
-        assert self._every is not None, "check_run refuses runs that never keep"
+        assert self._every is not None, "check_run refuses runs without snapshots"
         return iteration % self._every == 0 and iteration >= self._config.start_iter
 
     def _wants_merge(self, iteration: int) -> bool:
-        """Whether a merged checkpoint is due at an iteration that is kept."""
+        """Whether a merged checkpoint is due at an iteration of which there is a snapshot."""
         every = self._config.save_interval
         if self._root is None or (every is not None and iteration % every == 0):
             return self._root is not None
@@ -201,38 +202,38 @@ class Driver:
     def _request(self, *_: Any) -> None:
         self._requested = True
 
-    def _keep(self, iteration: int) -> None:
+    def _snapshot(self, iteration: int) -> None:
         if iteration in self._wsm:
             return
         awaited = self._args.async_save and self._config.interval is None
         args = self._args
         here = Consumed(iteration, args.consumed_train_samples, args.seq_length, args.iteration)
-        stall = self._wsm.keep(iteration, here, durable=not awaited)
+        stall = self._wsm.snapshot(iteration, here, durable=not awaited)
         size = self._wsm.nbytes
-        _say("keeping iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
+        _say("snapshot of iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
 
     @contextmanager
-    def _merged(self, purpose: str) -> Iterator[MergeRecipe | None]:
+    def _merged(self, purpose: str) -> Iterator[MergeCoefficients | None]:
         """The merged weights in place, or None where they cannot be. Collective."""
         with ExitStack() as stack:
-            recipe = None
-            if self._wsm.recipe() is None:
-                _say("no %s yet: %d checkpoints kept", purpose, len(self._wsm.kept))
+            merge = None
+            if self._wsm.coefficients() is None:
+                _say("no %s yet: %d snapshots kept", purpose, len(self._wsm.kept))
             else:
                 stack.enter_context(preserved_rng())
                 try:
-                    recipe = stack.enter_context(self._wsm.merged())
+                    merge = stack.enter_context(self._wsm.merged())
                 except Exception as error:  # on every rank, and weights are restored
                     logger.warning("wsm: no %s, the merge failed: %s", purpose, error)
-            yield recipe
+            yield merge
 
     def _emit_last(self, progress: Progress) -> None:
         if self._emitted != progress.iteration >= max(self._config.start_iter, 1):
-            self._keep(progress.iteration)
+            self._snapshot(progress.iteration)
             self._emit(progress)
 
     def _emit(self, progress: Progress) -> None:
-        """Save a merged checkpoint that ends in the newest kept one."""
+        """Save a merged checkpoint that ends in the newest snapshot."""
         if self._root is None:
             return
         self._megatron.training.maybe_finalize_async_save(blocking=True)
@@ -242,24 +243,24 @@ class Driver:
             return
         began = time.perf_counter()
         try:
-            with self._merged("merged checkpoint") as recipe:
-                if recipe is None:
+            with self._merged("merged checkpoint") as merge:
+                if merge is None:
                     return  # a request stays open until there is something to merge
                 self._requested = False
-                if recipe.iterations[-1] != progress.iteration:
+                if merge.iterations[-1] != progress.iteration:
                     _say("no merged checkpoint: iteration %d is not kept", progress.iteration)
                     return
-                target = self._save(progress, recipe, self._root)
+                target = self._save(progress, merge, self._root)
         except Exception as error:  # on every rank, and weights are restored
             logger.warning("wsm: no merged checkpoint at %d: %s", progress.iteration, error)
             return
         self._emitted = progress.iteration
         seconds = time.perf_counter() - began
-        _say("merged %s into %s in %.2f s", list(recipe.iterations), target, seconds)
+        _say("merged %s into %s in %.2f s", list(merge.iterations), target, seconds)
         _say(
             "coefficients %s by %s, effective LR %s%s",
-            *(recipe.coefficients, recipe.unit, recipe.effective_lr),
-            f"; not by tokens, as {recipe.why_iterations}" if recipe.why_iterations else "",
+            *(merge.coefficients, merge.unit, merge.effective_lr),
+            f"; not by tokens, as {merge.why_iterations}" if merge.why_iterations else "",
         )
 
     def _say_taken(self, target: Path) -> None:
@@ -273,7 +274,7 @@ class Driver:
                 *(target, "" if is_complete(target) else " (unfinished)"),
             )
 
-    def _save(self, progress: Progress, recipe: MergeRecipe, root: Path) -> Path:
+    def _save(self, progress: Progress, merge: MergeCoefficients, root: Path) -> Path:
         def save() -> None:
             with checked_slices(self._optimizer, put_right=True):
                 self._megatron.save_checkpoint(
@@ -292,12 +293,12 @@ class Driver:
         offline = MergeConfig(
             load=Path(self._args.save or root),
             save=root,
-            iterations=recipe.iterations,
+            iterations=merge.iterations,
             decay=self._config.decay,
             min_decay=self._config.min_decay,
             optimizer_state=self._config.optimizer_state,
         )
-        return emit(save, self._megatron.checkpointing, self._args, root, recipe, offline)
+        return emit(save, self._megatron.checkpointing, self._args, root, merge, offline)
 
 
 def _say(message: str, *values: Any) -> None:

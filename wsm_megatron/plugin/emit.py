@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +16,23 @@ from wsm_megatron.checkpoint.run_directory import (
     checkpoint_path,
     list_checkpoints,
     read_tracker,
-    sync_directory,
     write_tracker,
 )
+from wsm_megatron.checkpoint.staging_dir import publish
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.provenance import describe, write_provenance
-from wsm_megatron.planning.sources import Decay
-from wsm_megatron.plugin.collectives import gathered, is_first_rank, raise_together, rank_and_size
-from wsm_megatron.plugin.patched_attrs import replaced
+from wsm_megatron.plugin.collectives import (
+    all_gather,
+    is_first_rank,
+    rank_and_size,
+    run_on_first,
+    run_together,
+)
+from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.readback import check_written
-from wsm_megatron.plugin.ring import MergeRecipe
+from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.storage.durable import fsync_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ def emit(
     checkpointing: Any,
     args: Any,
     root: Path,
-    recipe: MergeRecipe,
+    merge: MergeCoefficients,
     config: MergeConfig,
 ) -> Path:
     """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
@@ -49,7 +54,7 @@ def emit(
     own tracker moves last.
 
     Args:
-        save: calls Megatron's ``save_checkpoint`` for the newest iteration of ``recipe``.
+        save: calls Megatron's ``save_checkpoint`` for the newest iteration of ``merge``.
         checkpointing: the module ``megatron.training.checkpointing``.
         args: Megatron's arguments; some are replaced while it saves.
         config: the offline merge that this one equals, for the provenance.
@@ -58,13 +63,12 @@ def emit(
         Whatever Megatron's save raises, on the ranks where it does; ``OSError`` and ``MergeError``
         where the checkpoint cannot be published.
     """
-    iteration = recipe.iterations[-1]
+    iteration = merge.iterations[-1]
     staging = root / f".iter_{iteration:07d}{_STAGING}"
-    _on_first_rank(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
+    run_on_first(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
     run = Path(args.save) if args.save else None
-    sources = [_source(c.iteration, c.tokens, run) for c in recipe.sources]
-    decay = Decay(recipe.positions, recipe.unit, recipe.coefficients)
-    provenance = describe(sources, decay, config, iteration)
+    sources = [_source(c.iteration, c.tokens, run) for c in merge.checkpoints]
+    provenance = describe(sources, merge, config, iteration)
     provenance["resume"] = _resume(iteration, config, args)
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
     drop = config.optimizer_state == "drop"
@@ -72,8 +76,8 @@ def emit(
         _save_below(staging, save, checkpointing, args, provenance, drop)
         check_written(written)
         files = checksums(written)
-        _on_first_rank(lambda: write_provenance(written, provenance, files), f"{written}")
-        _on_first_rank(lambda: _publish(written, target), f"publishing {target}")
+        run_on_first(lambda: write_provenance(written, provenance, files), f"{written}")
+        run_on_first(lambda: _publish(written, target), f"publishing {target}")
     except BaseException:
         if is_first_rank():
             shutil.rmtree(staging, ignore_errors=True)  # the run needs the space
@@ -91,23 +95,18 @@ def _save_below(
 ) -> None:
     """Let Megatron save to ``staging``, at once and without its optimizer where ``drop``."""
     generate = _generator(checkpointing.generate_state_dict, provenance, args)
-    error: Exception | None = None
-    try:
-        with (
-            replaced(checkpointing, generate_state_dict=generate),
-            replaced(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
-            replaced(
-                args,
-                save=str(staging),
-                async_save=False,
-                save_retain_interval=None,
-                no_save_optim=args.no_save_optim or drop,
-            ),
-        ):
-            save()
-    except Exception as caught:  # raised below, on every rank
-        error = caught
-    raise_together(error, f"saving below {staging}")
+    with (
+        patched_attrs(checkpointing, generate_state_dict=generate),
+        patched_attrs(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
+        patched_attrs(
+            args,
+            save=str(staging),
+            async_save=False,
+            save_retain_interval=None,
+            no_save_optim=args.no_save_optim or drop,
+        ),
+    ):
+        run_together(save, f"saving below {staging}")
 
 
 def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:
 
 
 def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, Any]:
-    """A kept checkpoint, and the run's ordinary one of that iteration where there is one."""
+    """A snapshot, and the run's own checkpoint of that iteration where there is one."""
     source: dict[str, Any] = {"iteration": iteration, "tokens": tokens}
     if run is not None:
         path = checkpoint_path(run, iteration)
@@ -134,7 +133,7 @@ def checksums(directory: Path) -> dict[str, tuple[int, int]]:
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
     rank, size = rank_and_size()
     mine = {name: size_and_crc(directory / name) for name in names[rank::size]}
-    return {name: found for part in gathered(mine) for name, found in part.items()}
+    return {name: found for part in all_gather(mine) for name, found in part.items()}
 
 
 def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:
@@ -152,23 +151,13 @@ def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: A
     return generate_state_dict
 
 
-def _on_first_rank(action: Callable[[], None], what: str) -> None:
-    error: Exception | None = None
-    if is_first_rank():
-        try:
-            action()
-        except Exception as caught:  # raised below, on every rank
-            error = caught
-    raise_together(error, what)
-
-
 def recover(root: Path, iteration: int) -> None:
     """After a start at ``iteration``: remove what a killed run left unfinished, and let the tracker
     catch up, which lags where the run died between publishing a merged checkpoint and moving it.
 
     What the plugin did not write is left alone, with a warning. Collective.
     """
-    _on_first_rank(lambda: _recover(root), f"cleaning up {root}")
+    run_on_first(lambda: _recover(root), f"cleaning up {root}")
     if is_first_rank():
         _warn_of_newer(root, iteration)
 
@@ -225,8 +214,7 @@ def _names_one_of(tracked: str, iterations: list[int]) -> bool:
 
 
 def _publish(written: Path, target: Path) -> None:
-    sync_directory(written)
-    os.rename(written, target)
-    sync_directory(target.parent)
+    publish(written, target)
+    fsync_path(target.parent)
     write_tracker(target.parent, int(target.name.removeprefix("iter_")))
     shutil.rmtree(written.parent)

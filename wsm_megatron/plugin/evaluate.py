@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.plugin.patched_attrs import replaced
+from wsm_megatron.plugin.patched_attrs import patched_attrs
 
 
 class Recorder:
@@ -94,7 +94,7 @@ def tagged_writers(training: Any) -> Iterator[None]:
         return get_writer
 
     names = ("get_tensorboard_writer", "get_wandb_writer")
-    with replaced(training, **{name: tagged(getattr(training, name)) for name in names}):
+    with patched_attrs(training, **{name: tagged(getattr(training, name)) for name in names}):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Attributes replaced for a while."""
+"""Attributes that are others for a while."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def replaced(target: Any, **values: Any) -> Iterator[None]:
+def patched_attrs(target: Any, **values: Any) -> Iterator[None]:
     """Set attributes of ``target`` that it has already, and set them back on exit."""
     originals = {name: getattr(target, name) for name in values}
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry, read_layout
 from wsm_megatron.errors import MergeError
 from wsm_megatron.optimizer.main_params import check_mains
-from wsm_megatron.plugin.collectives import gathered, raise_together, rank_and_size
+from wsm_megatron.plugin.collectives import all_gather, rank_and_size, run_together
 
 
 def check_written(directory: Path) -> None:
@@ -22,14 +21,10 @@ def check_written(directory: Path) -> None:
 
     Raises ``MergeError`` on every rank, naming the tensors and the way out.
     """
-    wrong: Sequence[str] = ()
-    error = None
-    try:
-        wrong = check_mains(_share(read_layout(directory))).wrong
-    except Exception as caught:  # raised below, on every rank
-        error = caught
-    raise_together(error, f"reading {directory} back")
-    if names := sorted(set().union(*gathered(wrong))):
+    wrong = run_together(
+        lambda: check_mains(_share(read_layout(directory))).wrong, f"reading {directory} back"
+    )
+    if names := sorted(set().union(*all_gather(wrong))):
         raise MergeError(
             f"{directory}: Megatron wrote main params that are not those of the weights, for "
             f"{len(names)} tensors ({', '.join(names[:3])}): nothing is published, as a resume "

@@ -1,177 +1,197 @@
-"""After a restart: the run's ordinary checkpoints, loaded by Megatron itself, for the window."""
+"""After a restart: the window filled again, from what is on disk and from the run's checkpoints."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
-from wsm_megatron.checkpoint.run_directory import list_checkpoints
-from wsm_megatron.errors import MergeError
-from wsm_megatron.plugin.collectives import from_first_rank, gathered, is_first_rank
-from wsm_megatron.plugin.patched_attrs import replaced
-from wsm_megatron.plugin.shards import unlike_weights
+from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks, run_together
+from wsm_megatron.plugin.shards import Shard
+from wsm_megatron.plugin.snapshots import Snapshots
+from wsm_megatron.plugin.store import Found, Store
 from wsm_megatron.schedule.window import Consumed
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 3  # params in a message
+Load = Callable[[int], int | Consumed | None]
+"""Loads an iteration into model and optimizer; see :meth:`.WSM.refill`."""
 
 
-class Loader:
-    """Megatron's ``load_checkpoint``, first watched at the start of the run, then called again.
+@dataclass(kw_only=True)
+class Refill:
+    """One restart. Weights are loaded, and no snapshot is there yet.
 
-    Args:
-        checkpointing: ``megatron.training.checkpointing``.
-        args: Megatron's arguments.
-        interval: iterations between keeps; None where they come with the saves.
+    Attributes:
+        start: where training goes on.
+        available: iterations of the run's ordinary checkpoints.
+        load: loads one of them; None where that is not possible.
+        loaded: whether other weights are in the model than those of ``start``.
     """
 
-    def __init__(self, checkpointing: ModuleType, args: Any, interval: int | None) -> None:
-        self._checkpointing, self._args, self._interval = checkpointing, args, interval
-        self._keywords: dict[str, Any] = {}
-        self._saved_with: Any = args
+    snapshots: Snapshots
+    store: Store
+    shards: Sequence[Shard]
+    start: Consumed
+    available: Sequence[int]
+    load: Load | None
+    loaded: bool = field(default=False, init=False)
 
-    @contextmanager
-    def watched(self, training: ModuleType) -> Iterator[None]:
-        """Within it, note how Megatron loads what the run starts from."""
+    def run(self) -> None:
+        """Fill the window. Collective.
 
-        def load_checkpoint(*positional: Any, **keywords: Any) -> Any:
-            self._keywords = keywords
-            return self._load(*positional, **keywords)
-
-        with replaced(training, load_checkpoint=load_checkpoint):
-            yield
-
-    def attach(self, model: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
-        """Take model, optimizer and scheduler as they were built, and loaded."""
-        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
-        self._start = self._consumed(self._args.iteration)
-        self._keeps_start = self._is_kept(self._start.iteration)
-        unlike = self._unlike() if self._start.iteration else ""
-        if unlike and is_first_rank():
-            logger.warning(
-                "wsm: iteration %d, which this run was started from: the main params of %s are "
-                "not those of its weights, and the first step overwrites the weights by them, "
-                "with this plugin or without",
-                *(self._args.iteration, unlike),
-            )
-
-    @property
-    def start(self) -> Consumed:
-        """Where the run was started from."""
-        return self._start
-
-    def available(self) -> list[int]:
-        """Iterations that the window may be refilled from: of finished checkpoints below
-        ``--load`` that are no merges, and the one that was loaded; the same on every rank.
-        Collective."""
-        root, start = self._args.load, self._start.iteration
-        found = set(from_first_rank(lambda: _finished(root), f"listing {root}"))
-        if self._interval is not None:
-            found = {i for i in (*found, start) if i % self._interval == 0}
-        elif not self._keeps_start:
-            found.discard(start)
-        return sorted(found)
-
-    def load(self, iteration: int) -> Consumed | None:
-        """Load an ordinary checkpoint; for the iteration that the run was started from, exactly
-        what Megatron loaded then, a non-persistent checkpoint perhaps. Collective.
-
-        The scheduler stays out of it: loading it twice would add its steps up.
-
-        Returns:
-            How far the run had come there; None for a checkpoint that the run did not keep, and,
-            after a warning, for one that is not what its folder says, or not fit for a merge.
-
-        Raises:
-            MergeError: the run cannot return to where it was started from.
+        Raises ``ValueError`` for snapshots of another layout that nothing can take the place of.
         """
-        if iteration == self._start.iteration:
-            self._come_back()
-            return self._start
-        exactly: dict[str, Any] = {"ckpt_step": iteration}
-        if hasattr(self._args, "non_persistent_ckpt_type"):  # Megatron would prefer its newest
-            exactly["non_persistent_ckpt_type"] = None
-        loaded, consumed = self._load_again(exactly)
-        if not self._is_kept(iteration):
-            return None
-        if loaded != iteration:
-            reason = f"its state says iteration {loaded}"
-        elif unlike := self._unlike():
-            reason = f"the main params of {unlike} are not those of its weights"
-        else:
-            return consumed
+        found, misfits = take_stock(self.store, self.start.iteration)
+        if self._is_of_another_run(found):
+            self._drop(found)
+            found = {}
+        beyond = self._fill(found)
+        if self.loaded and self.load is not None:
+            self.load(self.start.iteration)
+        self._refuse_misfits(i for i in misfits if i > beyond)
+
+    def _is_of_another_run(self, found: dict[int, Consumed]) -> bool:
+        candidates = (self.start.iteration, *self.available)
+        witness = max((i for i in found if i in candidates), default=None)
+        if witness is None or self._is_as_loaded(witness):
+            return False
         if is_first_rank():
             logger.warning(
-                "wsm: window without iteration %d: in %s, %s", iteration, self._args.load, reason
+                "wsm: the shards kept at iteration %d are not what was loaded: this is another "
+                "run, all kept shards are dropped",
+                witness,
             )
-        return None
+        return True
 
-    def _come_back(self) -> None:
-        loaded, _ = self._load_again({})
-        if loaded != self._start.iteration:
-            raise MergeError(
-                f"the run was started from iteration {self._start.iteration}, and now Megatron "
-                f"loads iteration {loaded} in its place: is another job writing below "
-                f"{self._args.load}? Start this one again when that has ended"
+    def _is_as_loaded(self, witness: int) -> bool:
+        """Whether the snapshot of ``witness`` equals what is loaded of that iteration."""
+        if witness == self.start.iteration:
+            return is_live(self.store, self.shards, witness)
+        if self.load is None:
+            return True
+        fit = self.load(witness) is not None
+        same = is_live(self.store, self.shards, witness)
+        self.load(self.start.iteration)
+        return same or not fit  # an unfit checkpoint says nothing about the shards
+
+    def _fill(self, found: dict[int, Consumed]) -> int:
+        """Newest first, until the window is full.
+
+        Args:
+            found: on disk, by iteration; what is not used of it is dropped.
+
+        Returns:
+            The first iteration that lay beyond the window; -1 where none did.
+        """
+        beyond, later = -1, self.start
+        wanted = {i for i in (*found, *self.available) if i <= self.start.iteration}
+        for iteration in sorted(wanted, reverse=True):
+            if not self.snapshots.may_hold(iteration):
+                break
+            later = self._take_up(iteration, found.pop(iteration, None), later) or later
+            if iteration in self.snapshots.settle():
+                beyond = iteration
+                break
+        self._drop(found)
+        return beyond
+
+    def _take_up(
+        self, iteration: int, on_disk: Consumed | None, later: Consumed
+    ) -> Consumed | None:
+        """Make a snapshot of an iteration, if it leads to ``later``; None if there is none."""
+        if on_disk is not None:
+            if leads_to(on_disk, later):
+                self.snapshots.adopt(on_disk)
+                return on_disk
+            self.store.drop(iteration)
+        live = self._loaded(iteration)
+        if live is None or not leads_to(live, later):
+            return None
+        self.snapshots.take(live)
+        return live
+
+    def _loaded(self, iteration: int) -> Consumed | None:
+        """Where the run was at an iteration whose weights are in the model now."""
+        if iteration == self.start.iteration:
+            return self.start
+        if self.load is None or iteration not in self.available:
+            return None
+        self.loaded = True
+        tokens = self.load(iteration)
+        return None if tokens is None else consumed(iteration, tokens)
+
+    def _drop(self, iterations: Iterable[int]) -> None:
+        for iteration in iterations:
+            self.store.drop(iteration)
+
+    def _refuse_misfits(self, misfits: Iterable[int]) -> None:
+        missing = [i for i in misfits if i not in self.snapshots and self.snapshots.may_hold(i)]
+        if missing:
+            raise ValueError(
+                f"shards of iterations {sorted(missing)} were kept under another parallel layout, "
+                "and no checkpoint of the run is there to refill them from: restart with that "
+                "layout, or move the folder of kept shards away to begin with an empty window"
             )
-        self._scheduler.step(increment=0)  # the LR of the parameter groups came from the checkpoint
 
-    def _load_again(self, changes: dict[str, Any]) -> tuple[int, Consumed]:
-        """The iteration that was loaded; Megatron's arguments are left as they were."""
-        args = self._args
-        names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-        with replaced(args, **{name: getattr(args, name) for name in names}, **changes):
-            loaded = self._load(self._model, self._optimizer, None, **self._keywords)[0]
-            return loaded, self._consumed(loaded)
 
-    def _load(self, *positional: Any, **keywords: Any) -> Any:
-        """Call Megatron's own function, and note with what arguments the checkpoint was saved."""
-        check, self._saved_with = self._checkpointing.check_checkpoint_args, None
+def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[int]]:
+    """What a store holds for a restart at ``iteration``. Collective.
 
-        def check_checkpoint_args(saved: Any, *more: Any, **options: Any) -> Any:
-            self._saved_with = saved
-            return check(saved, *more, **options)
+    Deletes what is newer (of a future that did not happen) and what some rank has not got.
 
-        with replaced(self._checkpointing, check_checkpoint_args=check_checkpoint_args):
-            return self._checkpointing.load_checkpoint(*positional, **keywords)
+    Returns:
+        The checkpoints that every rank has, by iteration, and the iterations that some rank has
+        under another parallel layout.
+    """
+    found = run_together(store.found, "looking for kept shards")
+    everywhere: list[Found] = all_gather(found)
+    whole = set.intersection(*({c.iteration for c in f.checkpoints} for f in everywhere))
+    whole = {i for i in whole if i <= iteration}
+    for checkpoint in found.checkpoints:
+        if checkpoint.iteration not in whole:
+            store.drop(checkpoint.iteration)
+    for misfit in found.misfits:
+        if misfit > iteration:
+            store.drop(misfit)
+    misfits = set.union(*(set(f.misfits) for f in everywhere))
+    kept = {c.iteration: c for c in found.checkpoints if c.iteration in whole}
+    return kept, {i for i in misfits if i <= iteration}
 
-    def _consumed(self, iteration: int) -> Consumed:
-        """How far the run had come in what was loaded last."""
-        if self._saved_with is None:
-            return Consumed(iteration, None, None)
-        return Consumed(
-            iteration,
-            self._args.consumed_train_samples,
-            getattr(self._saved_with, "seq_length", None),
-            getattr(self._saved_with, "iteration", None),
+
+def is_live(store: Store, shards: Sequence[Shard], iteration: int) -> bool:
+    """Whether the main params and buffers of a snapshot equal the live ones on every rank.
+    Collective."""
+
+    def same() -> bool:
+        return all(
+            torch.equal(store.get(iteration, index), shard.owned().float().cpu())
+            for index, shard in enumerate(shards)
+            if shard.name.startswith(("main.", "buffer."))
         )
 
-    def _is_kept(self, iteration: int) -> bool:
-        """Whether what was loaded last was saved in its turn: a save at an exit is not kept."""
-        every = self._interval or getattr(self._saved_with, "save_interval", None)
-        return not every or iteration % every == 0
-
-    def _unlike(self) -> str:
-        """Some of the params whose main params are of other weights on any rank. Collective."""
-        names = set().union(*gathered(unlike_weights(self._model, self._optimizer)))
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return ", ".join(sorted(names)[:_NAMED]) + more
+    return on_all_ranks(run_together(same, f"reading the shards kept at iteration {iteration}"))
 
 
-def _finished(root: str | None) -> list[int]:
-    if not root or not Path(root).is_dir():
-        return []
-    found = list_checkpoints(Path(root))
-    return sorted(
-        i
-        for i, path in found.items()
-        if i > 0 and is_complete(path) and not (path / PROVENANCE_FILE).is_file()
-    )
+def leads_to(one: Consumed, later: Consumed) -> bool:
+    """Whether a checkpoint lies on the way to a later one; if not, the first rank warns of it.
+
+    All that a job saves says from which iteration the job had started. What lies behind that
+    iteration and says another is of a branch that was given up.
+    """
+    if one.began is None or later.began is None or one.iteration <= later.began:
+        return True
+    if one.began != later.began and is_first_rank():
+        logger.warning(
+            "wsm: window without iteration %d: it is of a job that started from iteration %d, and "
+            "not on the way to iteration %d, whose job started from %d",
+            *(one.iteration, one.began, later.iteration, later.began),
+        )
+    return one.began == later.began
+
+
+def consumed(iteration: int, tokens: int | Consumed) -> Consumed:
+    """Tokens alone are samples of one token each."""
+    return tokens if isinstance(tokens, Consumed) else Consumed(iteration, tokens, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from wsm_megatron.plugin.collectives import is_first_rank, raise_together
-from wsm_megatron.plugin.store import free_bytes
 from wsm_megatron.plugin.wsm import WSM
+from wsm_megatron.process.memory import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ _GB = 1e9
 
 
 def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
-    """Make sure of room for ``number`` kept checkpoints and one being kept, and for what is
+    """Make sure of room for ``number`` snapshots and one being copied, and for what is
     overwritten while merged weights are in place; allocate what lies in host memory for good.
 
     Args:
@@ -32,7 +33,7 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
     where = f"on the file system of {folder}" if folder else "of host memory"
     if is_first_rank():
         logger.info(
-            "wsm: %d kept checkpoints, and one being kept, take %.3f GB a rank, %.3f GB %s for "
+            "wsm: %d snapshots, and one being copied, take %.3f GB a rank, %.3f GB %s for "
             "the %d ranks of this host; the weights that a merge puts aside take %.3f GB of host "
             "memory, of which %.3f GB are free",
             *(number, window / ranks / _GB, window / _GB, where, ranks, aside / _GB, free / _GB),
@@ -42,7 +43,7 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
         error = ValueError(_too_large(number, needed - aside, aside, free, ranks, folder))
     elif folder is not None and window > free_bytes(folder):
         error = ValueError(
-            f"a window of {number} checkpoints needs {window / _GB:.3f} GB, and "
+            f"a window of {number} snapshots needs {window / _GB:.3f} GB, and "
             f"{free_bytes(folder) / _GB:.3f} GB {where} are free: keep fewer (--wsm-merge-num), "
             "or give a larger --wsm-merge-dir"
         )
@@ -53,7 +54,7 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
 def _too_large(
     number: int, kept: int, aside: int, free: int, ranks: int, folder: Path | None
 ) -> str:
-    window = f"a window of {number} checkpoints needs" if folder is None else "a keep needs"
+    window = f"a window of {number} snapshots needs" if folder is None else "a snapshot needs"
     way_out = (
         "keep fewer (--wsm-merge-num), or use --wsm-merge-store disk, or fewer ranks a host"
         if folder is None
@@ -64,3 +65,12 @@ def _too_large(
         f"GB, for the {ranks} ranks of this host, but {free / _GB:.3f} GB of host memory are free: "
         f"{way_out}"
     )
+
+
+def free_bytes(folder: Path | None) -> int:
+    """Bytes available for a store: on the file system of ``folder``, or of host memory (None)."""
+    if folder is None:
+        return available_memory()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -252,3 +252,24 @@ def _check_supported(part: Any) -> None:
     ):
         if getattr(owner, name, False):
             raise ValueError(f"cannot merge in training with {what} ({name})")
+
+
+def layout_of_rank() -> dict[str, int]:
+    """Sizes of the parallel layout, and this rank's place in it."""
+    from megatron.core import parallel_state as ps
+
+    layout = {"world": 1, "rank": 0}
+    if dist.is_initialized():
+        layout = {"world": dist.get_world_size(), "rank": dist.get_rank()}
+    if ps.is_initialized():
+        layout |= {
+            "tp": ps.get_tensor_model_parallel_world_size(),
+            "pp": ps.get_pipeline_model_parallel_world_size(),
+            "ep": ps.get_expert_model_parallel_world_size(),
+            "dp": ps.get_data_parallel_world_size(with_context_parallel=True),
+            "tp_rank": ps.get_tensor_model_parallel_rank(),
+            "pp_rank": ps.get_pipeline_model_parallel_rank(),
+            "ep_rank": ps.get_expert_model_parallel_rank(),
+            "dp_rank": ps.get_data_parallel_rank(with_context_parallel=True),
+        }
+    return layout

@@ -1,7 +1,6 @@
-"""Where kept shards live: in host memory, or as one safetensors file a rank and checkpoint.
+"""The bytes of snapshots: in host memory, or as one safetensors file a rank and snapshot.
 
-``put`` starts a copy, ``finish`` waits for it and says how it went, ``get`` reads one shard for a
-merge. Nothing here communicates: what counts is agreed on by the caller.
+Nothing here communicates, or knows which snapshots count: ``snapshots.py`` does.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +23,8 @@ from safetensors.torch import save_file
 
 from wsm_megatron.plugin.copying import ShardCopier
 from wsm_megatron.plugin.shards import Shard
-from wsm_megatron.process.memory import available_memory
 from wsm_megatron.schedule.window import Consumed
+from wsm_megatron.storage.durable import fsync_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +38,13 @@ class Found:
     """What a store holds from an earlier run of this rank."""
 
     checkpoints: tuple[Consumed, ...] = ()
-    """Complete, and in this same layout; oldest first."""
+    """Of complete snapshots in this same layout; oldest first."""
     misfits: tuple[int, ...] = ()
-    """Iterations kept under another parallel layout."""
+    """Iterations of snapshots under another parallel layout."""
 
 
 class Store(ABC):
-    """Kept shards of one rank: per checkpoint, its shards end to end in one flat fp32 tensor."""
+    """A rank's shards: of each snapshot, end to end in one flat fp32 tensor."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         ends = list(accumulate(shard.size for shard in shards))
@@ -55,41 +53,34 @@ class Store(ABC):
         self._shards = shards
         self._copier = ShardCopier(shards)
         self._free: list[torch.Tensor] = []
-        self._running: dict[int, Future[None]] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wsm-keep")
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wsm-snapshot")
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one kept checkpoint costs this rank."""
+        """Bytes that one snapshot costs this rank."""
         return 4 * self._numel
 
     def reserve(self, number: int) -> None:
-        """Allocate (on CUDA machines: pin) room for ``number`` checkpoints now."""
+        """Allocate (on CUDA machines: pin) room for ``number`` snapshots now."""
         self._free += [self._copier.allocate(self._numel) for _ in range(number)]
 
     def guard(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Let the steps of these optimizers wait, on the device, for a copy under way."""
         self._copier.guard(optimizers)
 
-    def put(self, checkpoint: Consumed) -> None:
+    def put(self, checkpoint: Consumed) -> Future[None]:
         """Start copying the live shards; they may change once the guarded optimizers step again.
 
-        Never raises: :meth:`finish` tells.
+        Never raises: the future, which is done once this rank has the bytes, says what went wrong.
         """
         try:
             flat = self._free.pop() if self._free else self._copier.allocate(self._numel)
             copied = self._copier.start(flat)
-            running = self._worker.submit(self._complete, checkpoint, flat, copied)
+            return self._worker.submit(self._complete, checkpoint, flat, copied)
         except Exception as error:
-            running = Future()
-            running.set_exception(error)
-        self._running[checkpoint.iteration] = running
-
-    def finish(self, iteration: int) -> Exception | None:
-        """Wait until a ``put`` is complete on this rank. Returns what went wrong, or None."""
-        error = self._running.pop(iteration).exception()
-        assert error is None or isinstance(error, Exception)
-        return error
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _complete(self, checkpoint: Consumed, flat: torch.Tensor, copied: Any) -> None:
         copied.synchronize()
@@ -116,11 +107,11 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, iteration: int, index: int) -> torch.Tensor:
-        """Shard number ``index`` of a kept checkpoint: flat fp32, on the CPU, not to be changed."""
+        """Shard number ``index`` of a snapshot: flat fp32, on the CPU, not to be changed."""
 
     @abstractmethod
     def drop(self, iteration: int) -> None:
-        """Forget a checkpoint that was kept, failed or never was there."""
+        """Forget a snapshot, also one of which the copy failed."""
 
     def found(self) -> Found:
         """What an earlier run of this rank left behind."""
@@ -132,7 +123,7 @@ class Store(ABC):
 
 
 class MemoryStore(Store):
-    """Kept shards in host memory (pinned where they come from CUDA); slots are used again."""
+    """In host memory (pinned where the shards come from CUDA); slots are used again."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__(shards)
@@ -151,10 +142,10 @@ class MemoryStore(Store):
 
 
 class DiskStore(Store):
-    """``DIR/iter_XXXXXXX/rank_XXXXX.safetensors``: one file a rank and checkpoint, or none.
+    """``DIR/iter_XXXXXXX/rank_XXXXX.safetensors``: one file a rank and snapshot, or none.
 
     A file is written under a temporary name, fsynced and renamed: one that has its name is whole.
-    Its header says which checkpoint, which rank of which layout, and which elements it holds.
+    Its header says which iteration, which rank of which layout, and which elements it holds.
     """
 
     def __init__(self, shards: Sequence[Shard], folder: Path, layout: dict[str, int]) -> None:
@@ -182,9 +173,9 @@ class DiskStore(Store):
         try:
             target.parent.mkdir(exist_ok=True)
             save_file(tensors, unfinished, metadata=self._header(checkpoint))
-            _fsync(unfinished)
+            fsync_path(unfinished)
             os.replace(unfinished, target)
-            _fsync(target.parent)
+            fsync_path(target.parent)
         except Exception:
             unfinished.unlink(missing_ok=True)
             raise
@@ -248,24 +239,7 @@ def _number(text: str | None) -> int | None:
     return None if text in (None, "None") else int(text)
 
 
-def free_bytes(folder: Path | None) -> int:
-    """Bytes available for a store: on the file system of ``folder``, or of host memory (None)."""
-    if folder is None:
-        return available_memory()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def _remove_if_empty(folder: Path) -> None:
     """Of the ranks that share a folder the last one succeeds."""
     with suppress(OSError):
         folder.rmdir()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from wsm_megatron.kernels import weighted_sum
-from wsm_megatron.plugin.collectives import raise_together
-from wsm_megatron.plugin.ring import MergeRecipe
+from wsm_megatron.plugin.collectives import raise_together, run_together
 from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
 from wsm_megatron.plugin.store import Store
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ def swapped(
     optimizer: Any,
     shards: Sequence[Shard],
     store: Store,
-    recipe: MergeRecipe,
+    merge: MergeCoefficients,
 ) -> Iterator[None]:
-    """Put the merge of ``recipe`` into main params, buffers and model weights; undo it on exit.
+    """Put a merge into main params, buffers and model weights; undo it on exit.
 
     Every rank enters and leaves together. The sums go into the main params, Megatron's own copy and
     param all-gather bring them into the model weights. What is overwritten is first copied to the
@@ -44,8 +44,8 @@ def swapped(
     stash: list[tuple[torch.Tensor, torch.Tensor]] = []
     error: BaseException | None = None
     try:
-        _attempt(lambda: _merge_owned(stash, chunks, shards, store, recipe), "the merge")
-        _attempt(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
+        run_together(lambda: _merge_owned(stash, chunks, shards, store, merge), "the merge")
+        run_together(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
         yield
     except BaseException as caught:
         error = caught
@@ -56,20 +56,11 @@ def swapped(
 
 
 def swap_nbytes(chunks: Sequence[torch.nn.Module], shards: Sequence[Shard]) -> int:
-    """Bytes of host memory that :func:`swapped` takes on this rank, beside the kept checkpoints:
+    """Bytes of host memory that :func:`swapped` takes on this rank, beside the snapshots:
     a copy of all that it overwrites, and one merged shard."""
     weights = (p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
     largest = max((shard.size for shard in shards), default=0)
     return sum(weights) + 4 * (sum(shard.numel for shard in shards) + largest)
-
-
-def _attempt(action: Any, what: str) -> None:
-    error = None
-    try:
-        action()
-    except Exception as caught:
-        error = caught
-    raise_together(error, what)
 
 
 def _merge_owned(
@@ -77,7 +68,7 @@ def _merge_owned(
     chunks: Sequence[torch.nn.Module],
     shards: Sequence[Shard],
     store: Store,
-    recipe: MergeRecipe,
+    merge: MergeCoefficients,
 ) -> None:
     """Stash everything, then write this rank's sums into its own shards. No communication."""
     live = [shard.live().detach() for shard in shards]
@@ -85,9 +76,9 @@ def _merge_owned(
     stash += [(tensor, tensor.to("cpu", copy=True)) for tensor in live]
     with ThreadPoolExecutor(max_workers=_threads()) as threads:
         for index, shard in enumerate(shards):
-            sources = [store.get(iteration, index) for iteration in recipe.iterations]
+            sources = [store.get(iteration, index) for iteration in merge.iterations]
             merged = torch.empty(shard.size, dtype=shard.live().dtype)
-            if not _sum_tiles(threads, sources, recipe.coefficients, merged):
+            if not _sum_tiles(threads, sources, merge.coefficients, merged):
                 raise ValueError(f"the merge of {shard.name} overflows {merged.dtype}")
             shard.owned().copy_(merged)
 

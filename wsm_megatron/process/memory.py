@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_V2 = ("memory.max", "memory.current", "")
+_PAGE_CACHE = ("active_file", "inactive_file")  # without tmpfs, which cannot be dropped
 
 
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that are free on the host and within every limit of this process's control groups.
 
-    Page cache that the kernel can drop counts as free.
+    Page cache does not count as used: the kernel drops it when memory is short.
 
     Args:
         root: where ``proc`` and ``sys`` are; another one in tests.
@@ -23,7 +24,10 @@ def available_memory(root: Path = Path("/")) -> int:
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     """What each group with a limit leaves, from this process's own up to the root's."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    groups = root / "proc/self/cgroup"
+    if not groups.exists():  # a kernel without control groups
+        return
+    for line in groups.read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers == "":
             top, files = root / "sys/fs/cgroup", _V2
@@ -39,14 +43,15 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 break
 
 
-def _left(folder: Path, limit: str, used: str, droppable: str) -> int | None:
+def _left(folder: Path, limit: str, used: str, prefix: str) -> int | None:
     """None where the group has no limit, or is not seen from here."""
     try:
         most = (folder / limit).read_text().strip()
         taken = int((folder / used).read_text())
-        cache = _numbers(folder / "memory.stat").get(droppable, 0)
+        stat = _numbers(folder / "memory.stat")
     except OSError:
         return None
+    cache = sum(stat.get(prefix + name, 0) for name in _PAGE_CACHE)
     return None if most == "max" else int(most) - taken + cache
 
 

@@ -28,7 +28,8 @@ from wsm_megatron.execution.value_checks import wrong_main
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.output_paths import check_outputs
 from wsm_megatron.planning.sources import Source
-from wsm_megatron.storage.change_watch import SourceWatch
+from wsm_megatron.storage.change_watch import ChangeWatch
+from wsm_megatron.storage.fingerprint import check_unchanged
 from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
 
 
@@ -65,7 +66,7 @@ class NodeLocal:
     @contextmanager
     def watching(self, job: Job) -> Iterator[None]:
         with (
-            SourceWatch([source for source in job.sources if source.fingerprint]) as watch,
+            ChangeWatch({s.path: s.fingerprint for s in job.sources if s.fingerprint}) as watch,
             self._ranks.watching(watch.check),
         ):
             yield
@@ -148,7 +149,7 @@ def _check_source(source: Source, records: Ledger) -> None:
     finally:
         reader.close()
     if source.fingerprint:
-        source.check_unchanged()
+        check_unchanged(source.path, source.fingerprint)
 
 
 def _own_records(ledgers: Sequence[Ledger], rank: int) -> Ledger:

@@ -21,7 +21,7 @@ from wsm_megatron.checkpoint.run_directory import (
     tracked_iteration,
 )
 from wsm_megatron.errors import MergeError
-from wsm_megatron.planning.sources import Fingerprint
+from wsm_megatron.storage.fingerprint import Fingerprint
 from wsm_megatron.storage.retry import patiently
 
 _END_BYTES = 4096

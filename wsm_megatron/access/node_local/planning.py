@@ -12,7 +12,7 @@ from pathlib import Path
 from wsm_megatron.access.node_local.assignment import Holders
 from wsm_megatron.access.node_local.inventory import View, look
 from wsm_megatron.access.node_local.shares import Spread
-from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary
+from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary, read_common, read_summary
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import MergeConfig
@@ -23,7 +23,7 @@ from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.plan import check_whole
 from wsm_megatron.planning.prepare import Wanted, all_of, plan_job, wanted_merges
 from wsm_megatron.planning.selection import Selector
-from wsm_megatron.planning.sources import Source, open_source, read_common, read_summary
+from wsm_megatron.planning.sources import Source, open_source
 from wsm_megatron.process.worker_threads import in_background
 
 

@@ -10,8 +10,9 @@ from wsm_megatron.access.node_local.assignment import Held, Step, steps_of
 from wsm_megatron.access.node_local.schedule import check_bytes, scope_of
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.planning.job import Job, Part
-from wsm_megatron.planning.sources import Fingerprint, Source
+from wsm_megatron.planning.sources import Source
 from wsm_megatron.planning.tasks import Merge, Stage, Task
+from wsm_megatron.storage.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)

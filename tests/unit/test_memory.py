@@ -28,7 +28,9 @@ def group(folder: Path, limit: str, used: int, cache: int, version: int = 2) -> 
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {cache}\n")
+    (folder / "memory.stat").write_text(
+        f"anon 1\n{prefix}inactive_file {cache // 2}\n{prefix}active_file {cache - cache // 2}\n"
+    )
 
 
 def test_without_groups_the_host_counts(root: Path) -> None:
@@ -53,6 +55,11 @@ def test_a_group_seen_from_inside_its_container(root: Path) -> None:
     """The path in /proc is the host's; only the top is mounted."""
     group(root / "sys/fs/cgroup", "30000", 10000, 0)
     assert available_memory(root) == 20000
+
+
+def test_a_kernel_without_groups(root: Path) -> None:
+    (root / "proc/self/cgroup").unlink()
+    assert available_memory(root) == FREE
 
 
 def test_a_group_that_is_full(root: Path) -> None:
