@@ -139,7 +139,6 @@ class MergeConfig:
         metavar="SIZE",
         parse="bytes",
     )
-    direct_io: bool = _option(False, "read tensors past the page cache (O_DIRECT)", group="job")
     source_parallel: bool = _option(
         False,
         "ranks see different parts of --load, as on node-local storage: each reads what it sees, "

@@ -32,7 +32,6 @@ from wsm_megatron.planning.job import Job, Part, places
 from wsm_megatron.planning.tasks import Rule, Task, bytes_read
 from wsm_megatron.process.worker_threads import work_through
 from wsm_megatron.storage.descriptors import check_room
-from wsm_megatron.storage.direct import STREAMS
 from wsm_megatron.storage.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.storage.retry import check_storage
 from wsm_megatron.storage.visibility import wait_for_directory
@@ -124,7 +123,6 @@ def _means(job: Job, tasks: Sequence[Task]) -> _Means:
         len(job.sources),
         len(job.products),
         job.plan.recipes,
-        blocks=STREAMS if config.direct_io else 1,
         depth=device.depth,
         wanted_bytes=device.wanted_bytes,
     )
@@ -143,9 +141,7 @@ def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
 def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[CheckpointReader]:
     readers = []
     for source in job.sources:
-        reader = CheckpointReader(
-            source.layout, job.config.retries, budget.ahead, job.config.direct_io
-        )
+        reader = CheckpointReader(source.layout, job.config.retries, budget.ahead)
         stack.callback(reader.close)
         readers.append(reader)
     return readers
