@@ -21,7 +21,7 @@ from wsm_megatron.checkpoint.staging_dir import Staging
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import MergeError, PassingError
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_share
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
@@ -42,15 +42,20 @@ from wsm_megatron.storage.visibility import wait_for_files
 logger = logging.getLogger(__name__)
 
 
-def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> MergeReport:
+def merge(
+    config: MergeConfig,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+) -> MergeReport:
     """Merge checkpoints of a run into one and publish it.
 
-    Collective: under ``torchrun`` or ``srun`` every rank calls it with the same config. The result
+    Collective: under ``torchrun`` or ``srun`` every rank calls it with the same options. The result
     does not depend on the number of ranks. Sources are never written to. What an earlier run has
     published already is left as it is.
 
     Args:
-        config: what to merge, and how.
+        config: what to merge.
+        execution: how the job runs.
         progress: shows progress; called on every rank.
 
     Raises:
@@ -59,10 +64,11 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     """
     started, phases = time.monotonic(), Phases()
     with job_ranks() as ranks, ranks.watching(check_storage):
-        _check_outputs(config, ranks)
-        with job_events(config.log_json, ranks, wsm_megatron.__version__, asdict(config)) as events:
+        _check_outputs(config, execution, ranks)
+        options = asdict(config) | asdict(execution)
+        with job_events(execution.log_json, ranks, wsm_megatron.__version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
-                job = _prepare(config, ranks)
+                job = _prepare(config, execution, ranks)
             reports = _merge_missing(job, ranks, progress, phases, events)
             report = MergeReport(
                 merged=tuple(_merged(job, product) for product in job.products),
@@ -76,37 +82,39 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     return report
 
 
-def prepare(config: MergeConfig, ranks: Ranks) -> Job:
+def prepare(
+    config: MergeConfig, ranks: Ranks, execution: ExecutionOptions = ExecutionOptions()
+) -> Job:
     """The job of a config, on every rank. Collective. Raises as :func:`merge` does."""
-    _check_outputs(config, ranks)
-    if config.source_parallel:
-        return prepare_spread(config, ranks)
-    return ranks.from_first(lambda: _plan(config, ranks), "planning")
+    _check_outputs(config, execution, ranks)
+    if execution.node_local:
+        return prepare_spread(config, execution, ranks)
+    return ranks.from_first(lambda: _plan(config, execution, ranks), "planning")
 
 
-def _plan(config: MergeConfig, ranks: Ranks) -> Job:
+def _plan(config: MergeConfig, execution: ExecutionOptions, ranks: Ranks) -> Job:
     """On rank 0; minutes for large runs, in which a rank may be lost."""
-    return in_background(lambda: prepare_job(config), ranks.check)
+    return in_background(lambda: prepare_job(config, execution), ranks.check)
 
 
-def _check_outputs(config: MergeConfig, ranks: Ranks) -> None:
+def _check_outputs(config: MergeConfig, execution: ExecutionOptions, ranks: Ranks) -> None:
     """Before any file is opened for writing; on every rank, where they see different ones.
     Collective.
     """
     with ranks.together("checking the options"):
-        if ranks.rank == 0 or config.source_parallel:
-            check_outputs(config)
+        if ranks.rank == 0 or execution.node_local:
+            check_outputs(config, execution)
 
 
-def _prepare(config: MergeConfig, ranks: Ranks) -> Job:
+def _prepare(config: MergeConfig, execution: ExecutionOptions, ranks: Ranks) -> Job:
     """The job; where rank 0 alone plans it, an outline on other ranks. Collective."""
-    if config.source_parallel:
-        return prepare_spread(config, ranks)
+    if execution.node_local:
+        return prepare_spread(config, execution, ranks)
     planned: list[Job] = []
 
     def plan(rank: int) -> Job:
         if rank == 0:
-            planned.append(_plan(config, ranks))
+            planned.append(_plan(config, execution, ranks))
             return planned[0]
         return outline(planned[0])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
-from wsm_megatron import MergeConfig, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
@@ -71,9 +71,9 @@ def test_the_default_is_an_eighth_of_what_is_free(monkeypatch):
     assert default_memory() == 512 * 2**20
 
 
-def merged(tmp_path, name, run=runs.FULLY, **options):
-    config = MergeConfig(load=RUNS / run, save=tmp_path / name, **options)
-    return load_tensors(merge(config).output)
+def merged(tmp_path, name, **options):
+    config = MergeConfig(load=RUNS / runs.FULLY, save=tmp_path / name)
+    return load_tensors(merge(config, ExecutionOptions(**options)).output)
 
 
 def assert_same(left, right):

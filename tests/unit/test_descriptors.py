@@ -159,14 +159,14 @@ def test_outputs_need_room_too() -> None:
 @pytest.mark.parametrize("limit", [22, 40])
 def test_a_merge_with_few_descriptors_has_the_same_bits(tmp_path: Path, limit: int) -> None:
     """Four sources of several files, with main params in flat buckets."""
-    options = "optimizer_state='merge', threads=3, decay='linear,ema'"
+    options = "optimizer_state='merge', decay='linear,ema'"
     script = f"""
         import resource
         from pathlib import Path
-        from wsm_megatron import MergeConfig, merge
+        from wsm_megatron import ExecutionOptions, MergeConfig, merge
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         run, out = Path({str(RUNS / runs.MOE)!r}), Path({str(tmp_path / "few")!r})
-        merge(MergeConfig(load=run, save=out, {options}))
+        merge(MergeConfig(load=run, save=out, {options}), ExecutionOptions(threads=3))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -114,8 +114,8 @@ def run_share(
 
 def _means(job: Job, tasks: Sequence[Task]) -> _Means:
     """Choose device and threads."""
-    config = job.config
-    memory, threads = config.memory or default_memory(), config.threads or default_threads()
+    execution = job.execution
+    memory, threads = execution.memory or default_memory(), execution.threads or default_threads()
     device = _device(job, tasks, threads)
     budget = make_budget(
         memory,
@@ -133,7 +133,7 @@ def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
     summed = [task for task in tasks if task.recipe.rule is not Rule.COPY]
     nbytes, sources = sum(bytes_read(summed, job.merges)), len(job.sources)
     merges = len(job.products)
-    device = choose_device(job.config.device, sources, merges, nbytes, threads, local_rank())
+    device = choose_device(job.execution.device, sources, merges, nbytes, threads, local_rank())
     logger.info("sums on %s: %s", device.torch_device, device.reason)
     return device
 
@@ -141,7 +141,7 @@ def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
 def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[CheckpointReader]:
     readers = []
     for source in job.sources:
-        reader = CheckpointReader(source.layout, job.config.retries, budget.ahead)
+        reader = CheckpointReader(source.layout, job.execution.retries, budget.ahead)
         stack.callback(reader.close)
         readers.append(reader)
     return readers

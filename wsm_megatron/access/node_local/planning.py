@@ -15,7 +15,7 @@ from wsm_megatron.access.node_local.shares import Spread
 from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.optimizer.flat_buckets import Contents, Search, contents, flat_buckets, search
 from wsm_megatron.optimizer.flat_main_params import FlatMains, settle
 from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
@@ -35,7 +35,7 @@ class _Report:
     flat: Search | None
 
 
-def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
+def prepare_spread(config: MergeConfig, execution: ExecutionOptions, ranks: Ranks) -> Job:
     """:func:`.prepare_job` from what all ranks see together. Collective.
 
     Returns:
@@ -62,7 +62,8 @@ def prepare_spread(config: MergeConfig, ranks: Ranks) -> Job:
     job = ranks.from_first(lambda: _plan(config, view, wanted, told, flat, ranks.size), "planning")
     assert job.spread is not None
     sources = job.spread.seen_from(ranks.rank, config.load, job.sources)
-    job = replace(job, config=replace(job.config, load=config.load), sources=sources)
+    here = replace(job.config, load=config.load)
+    job = replace(job, config=here, execution=execution, sources=sources)
     if copied_integers(job):
         with ranks.together("comparing integer tensors"):
             own = checksums(job, ranks.rank)

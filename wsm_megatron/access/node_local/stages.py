@@ -57,7 +57,7 @@ def connect(job: Job, ranks: Ranks) -> Wire | None:
     assert job.spread is not None
     if not any(held.travels for held in job.spread.held):
         return None
-    if job.config.device != "cuda":  # a GPU that only some ranks have or take connects no others
+    if job.execution.device != "cuda":  # a GPU that only some ranks have or take connects no others
         return open_wire(ranks)
     device = choose_device("cuda", 0, 0, 0, 0, local_rank())
     return open_wire(ranks, device.torch_device)
