@@ -20,7 +20,7 @@ from wsm_megatron.checkpoint.staging_dir import Staging
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import MergeError, PassingError
 from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
@@ -36,15 +36,20 @@ from wsm_megatron.storage.visibility import wait_for_files
 logger = logging.getLogger(__name__)
 
 
-def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> MergeReport:
+def merge(
+    config: MergeConfig,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+) -> MergeReport:
     """Merge checkpoints of a run into one and publish it.
 
-    Collective: under ``torchrun`` or ``srun`` every rank calls it with the same config. The result
+    Collective: under ``torchrun`` or ``srun`` every rank calls it with the same options. The result
     does not depend on the number of ranks. Sources are never written to. What an earlier run has
     published already is left as it is.
 
     Args:
-        config: what to merge, and how.
+        config: what to merge.
+        execution: how the job runs.
         progress: shows progress; called on every rank.
 
     Raises:
@@ -53,9 +58,10 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     """
     started, phases = time.monotonic(), Phases()
     with job_ranks() as ranks, ranks.watching(check_storage):
-        access = _access(config, ranks)
+        access = _access(config, execution, ranks)
         access.check_options()
-        with job_events(config.log_json, ranks, wsm_megatron.__version__, asdict(config)) as events:
+        options = asdict(config) | asdict(execution)
+        with job_events(execution.log_json, ranks, wsm_megatron.__version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
                 job = access.prepare()
             reports = _merge_missing(job, access, ranks, progress, phases, events)
@@ -71,21 +77,23 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
     return report
 
 
-def plan(config: MergeConfig) -> tuple[Job, Estimate] | None:
+def plan(
+    config: MergeConfig, execution: ExecutionOptions = ExecutionOptions()
+) -> tuple[Job, Estimate] | None:
     """What :func:`merge` would do: on rank 0 the job, and what it moves; elsewhere None. Writes
     nothing.
 
     Collective. Raises as :func:`merge` does.
     """
     with job_ranks() as ranks:
-        access = _access(config, ranks)
+        access = _access(config, execution, ranks)
         access.check_options()
         job = access.prepare()
         return (job, access.estimate(job)) if ranks.rank == 0 else None
 
 
-def _access(config: MergeConfig, ranks: Ranks) -> Access:
-    return NodeLocal(config, ranks) if config.source_parallel else Shared(config, ranks)
+def _access(config: MergeConfig, execution: ExecutionOptions, ranks: Ranks) -> Access:
+    return (NodeLocal if execution.node_local else Shared)(config, execution, ranks)
 
 
 def _merge_missing(

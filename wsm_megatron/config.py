@@ -1,175 +1,195 @@
-"""Every option of a merge, documented and checked once; the command line is made from it."""
+"""What is merged, and how the job runs: every option of a merge, documented and checked once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.option_values import local_path
+from wsm_megatron.errors import UsageError
+from wsm_megatron.options import (
+    COUNT,
+    NUMBER,
+    PATH,
+    SIZE,
+    SWITCH,
+    TEXT,
+    Options,
+    list_of,
+    local_path,
+    one_of,
+    option,
+    repeated,
+)
 from wsm_megatron.schedule.decay import DECAYS
 from wsm_megatron.schedule.window import Window
 
-OPTIMIZER_STATE = ("drop", "last", "merge")
-BUFFERS = ("merge", "last")
-DTYPES = ("same", "bf16", "fp16", "fp32")
-DEVICES = ("auto", "cpu", "cuda")
-FORMATS = ("same", "0.16", "0.19")
+RUN, WHICH, HOW, JOB = "run", "which checkpoints", "how they are merged", "job"
+"""Headings that options stand under."""
 
-
-def _option(default: Any, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
+_PLACES = ("load", "save")
+"""Where a merge reads and writes, of which what is merged does not depend."""
+_RECORDED_AS = {"rebuild_main_params": "mains_from_model"}
+"""Options that ``wsm_merge.json`` has under another name: the format keeps the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """One merge. Raises ``ValueError`` for contradictory or impossible options."""
+class MergeConfig(Options):
+    """What is merged. All of it but the two places is in the merged checkpoint's provenance.
 
-    load: Path = field(
-        metadata={"help": "run directory: iter_XXXXXXX folders, torch_dist", "group": "run"}
+    Raises ``UsageError`` for contradictory or impossible options.
+    """
+
+    load: Path = option(
+        "run directory: iter_XXXXXXX folders, torch_dist", PATH, group=RUN, metavar="RUN"
     )
-    save: Path = field(
-        metadata={"help": "root of merged checkpoints, with a tracker of its own", "group": "run"}
+    save: Path = option(
+        "root of merged checkpoints, with a tracker of its own", PATH, group=RUN, metavar="OUT"
     )
 
-    iterations: tuple[int, ...] | None = _option(
-        None, "exactly these iterations: 1000,2000,4000", group="which"
+    iterations: tuple[int, ...] | None = option(
+        "exactly these iterations: 1000,2000,4000", list_of(COUNT), None, group=WHICH
     )
-    from_: int | None = _option(None, "oldest iteration, included", group="which")
-    to: int | None = _option(
-        None, "newest iteration, included (default: the tracker's)", group="which"
-    )
-    last: int | None = _option(None, "the N newest, up to --to", group="which", metavar="N")
-    window_iterations: tuple[int, ...] | None = _option(
+    from_: int | None = option("oldest iteration, included", COUNT, None, group=WHICH, metavar="I")
+    to: int | None = option(
+        "newest iteration, included",
+        COUNT,
         None,
+        default_text="the tracker's",
+        group=WHICH,
+        metavar="I",
+    )
+    last: int | None = option("the N newest, up to --to", COUNT, None, group=WHICH)
+    window_iterations: tuple[int, ...] | None = option(
         "the last I iterations up to --to, both ends included; several make several merges",
-        group="which",
+        list_of(COUNT),
+        None,
+        group=WHICH,
         metavar="I,...",
     )
-    window_tokens: tuple[int, ...] | None = _option(
-        None,
+    window_tokens: tuple[int, ...] | None = option(
         "the last T tokens up to --to, both ends included: 500M, 2B; several make several merges",
-        group="which",
+        list_of(COUNT),
+        None,
+        group=WHICH,
         metavar="T,...",
     )
-    every: int | None = _option(
-        None, "of those, only multiples of I iterations back from the newest", group="which"
+    every: int | None = option(
+        "of those, only multiples of I iterations back from the newest",
+        COUNT,
+        None,
+        group=WHICH,
+        metavar="I",
     )
 
-    sliding_every: int | None = _option(
+    sliding_every: int | None = option(
+        "also merge the windows that end S, 2S, ... iterations before --to, as far back as the run "
+        "has them in full",
+        COUNT,
         None,
-        "also merge the windows that end S, 2S, ... iterations before --to, while whole",
-        group="which",
+        group=WHICH,
         metavar="S",
+        least=1,
     )
 
-    decay: str = _option(
+    decay: str = option(
+        f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s points; several, separated by "
+        "commas, make several merges",
+        TEXT,
         "linear",
-        f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s; several, separated by commas, "
-        "make several merges",
-        group="how",
+        group=HOW,
+        metavar="SHAPE",
     )
-    min_decay: float = _option(
-        0.0, "floor of the decay: minimum LR as a fraction of the maximum", group="how"
+    min_decay: float = option(
+        "floor of the decay: minimum LR as a fraction of the maximum", NUMBER, 0.0, group=HOW
     )
-    weights: tuple[float, ...] | None = _option(
+    weights: tuple[float, ...] | None = option(
+        "explicit coefficients, oldest first, instead of --decay: 0.2,0.3,0.5 or 1/3,1/3,1/3; "
+        "negative ones extrapolate",
+        list_of(NUMBER),
         None,
-        "explicit coefficients, oldest first, instead of --decay: 0.2,0.3,0.5 or 1/3,1/3,1/3",
-        group="how",
+        group=HOW,
     )
-    allow_unnormalized: bool = _option(
-        False, "let --weights sum to something other than 1", group="how"
+    allow_unnormalized: bool = option(
+        "let --weights sum to something other than 1", SWITCH, False, group=HOW
     )
-    optimizer_state: str = _option(
+    optimizer_state: str = option(
+        "drop: weights only; last: main params merged, moments of the newest source; merge: both "
+        "merged",
+        one_of(("drop", "last", "merge")),
         "drop",
-        "drop: weights only; last: mains merged, moments of the newest source; merge: both merged",
-        choices=OPTIMIZER_STATE,
-        group="how",
+        group=HOW,
     )
-    mains_from_model: bool = _option(
-        False, "rebuild main params from the merged model instead of merging them", group="how"
+    rebuild_main_params: bool = option(
+        "rebuild main params from the merged model instead of merging them, for sources whose "
+        "saved main params are wrong",
+        SWITCH,
+        False,
+        group=HOW,
+        old_name="mains_from_model",
     )
-    buffers: str = _option(
-        "merge",
+    buffers: str = option(
         "fp32 buffers such as expert_bias: merged, or of the newest source",
-        choices=BUFFERS,
-        group="how",
+        one_of(("merge", "last")),
+        "merge",
+        group=HOW,
     )
-    dtype: str = _option("same", "dtype of the merged model tensors", choices=DTYPES, group="how")
-    format: str = _option(
+    dtype: str = option(
+        "dtype of the merged model tensors",
+        one_of(("same", "bf16", "fp16", "fp32")),
         "same",
+        group=HOW,
+    )
+    format: str = option(
         "where the common state goes: 0.16 in common.pt, which every Megatron reads; 0.19 in the "
         "distcp files, read from core 0.19 on; same as in the newest source",
-        choices=FORMATS,
-        group="how",
+        one_of(("same", "0.16", "0.19")),
+        "same",
+        group=HOW,
     )
-    output_iteration: int | None = _option(
-        None, "iteration of the merged checkpoint (default: the newest source's)", group="how"
+    output_iteration: int | None = option(
+        "iteration of the merged checkpoint",
+        COUNT,
+        None,
+        default_text="the newest source's",
+        group=HOW,
+        metavar="I",
+        least=0,
     )
-    copy: tuple[str, ...] = _option(
-        (),
+    copy: tuple[str, ...] = option(
         "copy entries whose key matches from the newest source, a model tensor with its main param "
         "and moments (repeatable)",
-        group="how",
-    )
-    drop: tuple[str, ...] = _option(
+        repeated(TEXT),
         (),
+        group=HOW,
+        metavar="PATTERN",
+    )
+    drop: tuple[str, ...] = option(
         "leave out entries whose key matches, a model tensor with its main param and moments "
         "(repeatable)",
-        group="how",
+        repeated(TEXT),
+        (),
+        group=HOW,
+        metavar="PATTERN",
     )
-    allow_nonfinite: bool = _option(False, "merge NaN and Inf instead of refusing", group="how")
-    allow_lr_decay: bool = _option(
-        False, "merge a window inside of which the LR warms up or decays", group="how"
+    allow_nonfinite: bool = option(
+        "merge NaN and Inf instead of refusing", SWITCH, False, group=HOW
     )
-    threads: int | None = _option(
-        None, "worker threads a rank (default: the cores it may use, at most 16)", group="job"
-    )
-    device: str = _option(
-        "auto",
-        "what sums: auto measures both and takes the faster",
-        choices=DEVICES,
-        group="job",
-    )
-    memory: int | None = _option(
-        None,
-        "bytes in flight on a rank, tiles and what is read ahead of them: 256MiB, 2GiB (default: "
-        "an eighth of the free memory, at most 512MiB)",
-        group="job",
-        metavar="SIZE",
-        parse="bytes",
-    )
-    direct_io: bool = _option(False, "read tensors past the page cache (O_DIRECT)", group="job")
-    source_parallel: bool = _option(
-        False,
-        "ranks see different parts of --load, as on node-local storage: each reads what it sees, "
-        "and sums go from rank to rank; --save is shared by all",
-        group="job",
-    )
-    retries: int = _option(
-        3, "how often a read that failed is tried again", group="job", metavar="N"
-    )
-    log_json: Path | None = field(
-        default=None,
-        metadata={
-            "help": "append what happens to this file, for all ranks: one JSON object a line",
-            "group": "job",
-            "metavar": "FILE",
-        },
+    allow_lr_decay: bool = option(
+        "merge a window inside of which the LR warms up or decays", SWITCH, False, group=HOW
     )
 
-    def __post_init__(self) -> None:
-        self._check_paths()
-        for option in fields(self):
-            choices = option.metadata.get("choices")
-            value = getattr(self, option.name)
-            if choices and value not in choices:
-                raise ValueError(f"{flag(option.name)} is {value!r}, not one of {choices}")
-        for name in ("window_iterations", "window_tokens"):
-            if isinstance(value := getattr(self, name), int):
-                object.__setattr__(self, name, (value,))
+    def check(self) -> None:
+        for decay in self.decays:
+            local_path(decay, "--decay")
         self._check_which()
         self._check_how()
+        if self.save.resolve() == self.load.resolve():
+            raise UsageError(
+                f"--save {self.save} is the run itself; sources are never written to, give another "
+                "directory"
+            )
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -198,66 +218,113 @@ class MergeConfig:
     def keeps_optimizer(self) -> bool:
         return self.optimizer_state != "drop"
 
-    def _check_paths(self) -> None:
-        paths = {name: getattr(self, name) for name in ("load", "save", "log_json")}
-        for name, value in paths.items():
-            if value is not None:
-                object.__setattr__(self, name, local_path(value, flag(name)))
-        for decay in self.decays:
-            local_path(decay, "--decay")
+    def recorded(self) -> dict[str, Any]:
+        """The options in ``wsm_merge.json``: all but the places. Plain JSON types."""
+        values = {
+            _RECORDED_AS.get(one.name, one.name): getattr(self, one.name)
+            for one in fields(self)
+            if one.name not in _PLACES
+        }
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def of_record(cls, options: Mapping[str, Any]) -> MergeConfig:
+        """The config that :meth:`recorded` these options; it names no places that exist.
+
+        Raises:
+            UsageError: another version recorded options that are not known here.
+        """
+        names = {one.name: one.name for one in fields(cls) if one.name not in _PLACES}
+        names |= {old: name for name, old in _RECORDED_AS.items()}
+        if unknown := sorted(options.keys() - names.keys()):
+            raise UsageError(
+                f"merged by another version, with options not known here: {', '.join(unknown)}"
+            )
+        values = {names[name]: value for name, value in options.items()}
+        return cls(load=Path("sources"), save=Path("merged"), **values)
 
     def _check_which(self) -> None:
         windows = self.windows  # contradictions between the window's options raise here
         if len(set(windows)) < len(windows) or len(set(self.decays)) < len(self.decays):
-            raise ValueError("the same window or decay is named twice")
+            raise UsageError("the same window or decay is named twice")
         if self.sliding_every is None:
             return
-        if self.sliding_every < 1:
-            raise ValueError(f"--sliding-every {self.sliding_every} must be at least 1")
         if self.last is None and self.window_iterations is None:
-            raise ValueError("--sliding-every needs --last or --window-iterations to slide")
+            raise UsageError("--sliding-every needs --last or --window-iterations to slide")
         if self.output_iteration is not None:
-            raise ValueError("--sliding-every names each merge by its end: no --output-iteration")
+            raise UsageError("--sliding-every names each merge by its end: no --output-iteration")
 
     def _check_how(self) -> None:
         if not 0.0 <= self.min_decay <= 1.0:
-            raise ValueError(f"--min-decay {self.min_decay} is not between 0 and 1")
+            raise UsageError(f"--min-decay {self.min_decay} is not between 0 and 1")
         if self.weights is not None:
             self._check_weights(self.weights)
         elif self.allow_unnormalized:
-            raise ValueError("--allow-unnormalized has no effect without --weights")
-        if self.mains_from_model and not self.keeps_optimizer:
-            raise ValueError(
-                "--mains-from-model has no effect with --optimizer-state drop: no mains are kept"
-            )
-        if self.output_iteration is not None and self.output_iteration < 0:
-            raise ValueError(f"--output-iteration {self.output_iteration} is negative")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads {self.threads} must be at least 1")
-        if self.memory is not None and self.memory < 1:
-            raise ValueError(f"--memory {self.memory} must be positive")
-        if self.retries < 0:
-            raise ValueError(f"--retries {self.retries} is negative")
-        if self.save.resolve() == self.load.resolve():
-            raise ValueError(
-                f"--save {self.save} is the run itself; sources are never written to, give another "
-                "directory"
+            raise UsageError("--allow-unnormalized has no effect without --weights")
+        if self.rebuild_main_params and not self.keeps_optimizer:
+            raise UsageError(
+                "--rebuild-main-params has no effect with --optimizer-state drop: no main params "
+                "are kept"
             )
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
         if self.decay != "linear" or self.min_decay:
-            raise ValueError("--weights and --decay/--min-decay contradict each other: give one")
+            raise UsageError("--weights and --decay/--min-decay contradict each other: give one")
         if self.iterations is not None and list(self.iterations) != sorted(self.iterations):
-            raise ValueError(
+            raise UsageError(
                 "--weights are oldest first: give --iterations in ascending order with them"
             )
         if self.optimizer_state == "merge" and min(weights, default=0.0) < 0:
-            raise ValueError(
+            raise UsageError(
                 "negative --weights can make the merged second moment negative; use "
                 "--optimizer-state last or drop"
             )
 
 
-def flag(name: str) -> str:
-    """Command-line flag of an option."""
-    return "--" + name.strip("_").replace("_", "-")
+@dataclass(frozen=True, kw_only=True)
+class ExecutionOptions(Options):
+    """How the job runs. Nothing of it changes a bit of the merged checkpoint."""
+
+    threads: int | None = option(
+        "worker threads a rank",
+        COUNT,
+        None,
+        default_text="the cores it may use, at most 16",
+        group=JOB,
+        least=1,
+    )
+    device: str = option(
+        "what sums: auto measures both where there is much to read, and takes the faster",
+        one_of(("auto", "cpu", "cuda")),
+        "auto",
+        group=JOB,
+    )
+    memory: int | None = option(
+        "bytes in flight on a rank, tiles and what is read ahead of them: 256MiB, 2GiB",
+        SIZE,
+        None,
+        default_text="an eighth of the free memory, at most 512MiB",
+        group=JOB,
+        least=1,
+    )
+    node_local: bool = option(
+        "ranks see different parts of --load, as on node-local storage: each reads what it sees, "
+        "and sums go from rank to rank; --save is shared by all",
+        SWITCH,
+        False,
+        group=JOB,
+        old_name="source_parallel",
+    )
+    retries: int = option(
+        "how often a read that failed is tried again", COUNT, 3, group=JOB, least=0
+    )
+    log_json: Path | None = option(
+        "append what happens to this file, for all ranks: one JSON object a line",
+        PATH,
+        None,
+        group=JOB,
+        metavar="FILE",
+    )

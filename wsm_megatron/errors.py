@@ -10,6 +10,13 @@ EXIT_DOES_NOT_RESUME = 3
 """``resume-check``: plain ``--load`` does not resume from a checkpoint that is otherwise sound."""
 
 
+class UsageError(ValueError):
+    """The user's mistake: options that are wrong, contradict each other or do not fit the run.
+
+    The message names the option or the checkpoint, and the way out.
+    """
+
+
 class MergeError(RuntimeError):
     """A merge, a verification or a keep failed for a reason outside the caller's arguments.
 

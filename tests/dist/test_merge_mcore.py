@@ -192,7 +192,7 @@ def test_wrong_mains_of_megatron_core_are_refused_and_rebuilt(
     with pytest.raises(MergeError, match="does not belong to the model tensor"):
         merge(MergeConfig(save=tmp_path / "no", optimizer_state="last", **options))
     config = MergeConfig(
-        save=tmp_path / "yes", optimizer_state="last", mains_from_model=True, **options
+        save=tmp_path / "yes", optimizer_state="last", rebuild_main_params=True, **options
     )
     merged = load_tensors(merge(config).output)
     for key, tensor in merged.items():

@@ -17,10 +17,11 @@ from tests import runs
 from tests.flat_run import bucket_key, write_checkpoint
 from tests.mcore import run_ranks
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import MergeConfig, MergeReport, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeReport, merge
 from wsm_megatron.checkpoint.layout import read_layout
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
+NODE_LOCAL = ExecutionOptions(node_local=True, threads=2)
 
 Sees = Callable[[int, int, str], bool]
 """Whether a rank sees a file of a checkpoint: rank, iteration, name."""
@@ -68,9 +69,9 @@ def by_writer(rank: int, iteration: int, name: str) -> bool:
 
 
 def ones(roots: list[Path], save: Path, **options: Any) -> list[MergeConfig]:
-    """A config for every rank; what is not given is ``WEIGHTS`` of two threads."""
-    options = {"weights": WEIGHTS, "threads": 2, **options}
-    return [MergeConfig(load=root, save=save, source_parallel=True, **options) for root in roots]
+    """A config for every rank; what is not given is ``WEIGHTS``."""
+    options = {"weights": WEIGHTS, **options}
+    return [MergeConfig(load=root, save=save, **options) for root in roots]
 
 
 def merge_all(jobs: list[list[MergeConfig]], folder: Path) -> list[MergeReport | str]:
@@ -93,7 +94,7 @@ def _merge_own(jobs: list[list[MergeConfig]]) -> list[MergeReport | str]:
     outcomes: list[MergeReport | str] = []
     for configs in jobs:
         try:
-            outcomes.append(merge(configs[dist.get_rank()], progress=_counted))
+            outcomes.append(merge(configs[dist.get_rank()], NODE_LOCAL, _counted))
         except (ValueError, RuntimeError) as error:
             outcomes.append(f"{type(error).__name__}: {error}")
         dist.barrier()
@@ -155,10 +156,10 @@ CASES: list[tuple[str, Sees, dict[str, Any]]] = [
     (runs.MOE, shuffled(2), {"buffers": "last"}),
     (runs.MAIN, whole_checkpoints(1, 0, 1, 0), {"optimizer_state": "last"}),
     (runs.MAIN, own_files, {}),
-    (runs.WRONG_MAINS, shuffled(2), {"optimizer_state": "last", "mains_from_model": True}),
+    (runs.WRONG_MAINS, shuffled(2), {"optimizer_state": "last", "rebuild_main_params": True}),
     (runs.FULLY, whole_checkpoints(0, 1, 1, 0), {"optimizer_state": "merge", "copy": ("*mlp*",)}),
     (runs.FLAT, whole_checkpoints(0, 1, 0, 1), {"optimizer_state": "merge", "copy": ("*mlp*",)}),
-    (runs.FULLY, own_files, {"optimizer_state": "last", "mains_from_model": True, "copy": ("*mlp*",)}),
+    (runs.FULLY, own_files, {"optimizer_state": "last", "rebuild_main_params": True, "copy": ("*mlp*",)}),
 ]
 
 
@@ -347,7 +348,7 @@ def test_bad_sources_are_refused_by_all_ranks(tmp_path: Path) -> None:
         "iter_0000004: the main param optimizer.state.param.* does not belong":
             refused(tmp_path, "apart", apart, **with_optimizer),
         f"{key}: the merged values overflow torch.float16":
-            refused(tmp_path, "overflow", overflow, dtype="fp16", mains_from_model=True, **with_optimizer),
+            refused(tmp_path, "overflow", overflow, dtype="fp16", rebuild_main_params=True, **with_optimizer),
         f"{embedding} is torch.int8 and differs between": refused(tmp_path, "integers", integers),
         "no rank sees .metadata": refused(tmp_path, "metadata", metadata),
         r"no rank sees all files that .* needs \(__1_0.distcp: no rank\)":
@@ -408,13 +409,13 @@ def _die_and_go_on(configs: list[MergeConfig]) -> list[Any]:
     for change in (False, True):
         api._complete = fail
         with pytest.raises(PassingError) as caught:
-            merge(config)
+            merge(config, NODE_LOCAL)
         api._complete = original
         dist.barrier()
         if change and dist.get_rank() == 1:
             os.utime(runs.checkpoint(config.load, 4) / "__0_0.distcp")
         dist.barrier()
-        outcomes += [str(caught.value)] * (not change) + [merge(config)]
+        outcomes += [str(caught.value)] * (not change) + [merge(config, NODE_LOCAL)]
         dist.barrier()
         if not change and dist.get_rank() == 0:
             shutil.rmtree(config.save)

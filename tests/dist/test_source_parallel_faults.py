@@ -45,7 +45,7 @@ class Merge:
         context.set_forkserver_preload(["tests.faults.rank"])
         self.processes = []
         for rank in range(RANKS):
-            argv = ["merge", "--load", str(folder / f"node{rank}" / "run"), "--source-parallel"]
+            argv = ["merge", "--load", str(folder / f"node{rank}" / "run"), "--node-local"]
             argv += ["--save", str(folder / "out"), "--threads", "2"]
             arguments = (case, rank, port, folder / f"rank{rank}.log", argv)
             self.processes.append(context.Process(target=run_rank, args=arguments))

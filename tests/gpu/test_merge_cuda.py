@@ -7,7 +7,7 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
-from wsm_megatron import MergeConfig, MergeError, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge
 from wsm_megatron.execution.device import choose_device, measure
 
 pytestmark = [
@@ -21,8 +21,9 @@ pytestmark = [
 def test_same_bits(tmp_path, run, decay):
     options = {"load": RUNS / run, "decay": decay}
     options["optimizer_state"] = "drop" if run == runs.DENSE else "merge"
-    on_cpu = merge(MergeConfig(save=tmp_path / "cpu", device="cpu", **options))
-    on_cuda = merge(MergeConfig(save=tmp_path / "cuda", device="cuda", threads=4, **options))
+    on_cpu = merge(MergeConfig(save=tmp_path / "cpu", **options), ExecutionOptions(device="cpu"))
+    on_gpu = ExecutionOptions(device="cuda", threads=4)
+    on_cuda = merge(MergeConfig(save=tmp_path / "cuda", **options), on_gpu)
     for left, right in zip(on_cpu.merged, on_cuda.merged, strict=True):
         expected, found = load_tensors(left.output), load_tensors(right.output)
         for key, tensor in expected.items():
@@ -30,9 +31,9 @@ def test_same_bits(tmp_path, run, decay):
 
 
 def test_wrong_mains_are_refused(tmp_path):
-    options = {"load": RUNS / runs.WRONG_MAINS, "optimizer_state": "last", "device": "cuda"}
+    options = {"load": RUNS / runs.WRONG_MAINS, "optimizer_state": "last"}
     with pytest.raises(MergeError, match="does not belong to the model tensor"):
-        merge(MergeConfig(save=tmp_path / "out", **options))
+        merge(MergeConfig(save=tmp_path / "out", **options), ExecutionOptions(device="cuda"))
 
 
 def test_the_measured_choice():

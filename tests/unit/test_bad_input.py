@@ -86,7 +86,7 @@ def test_iterations_that_are_not_there(merge_fails):
         (["--iterations", "2,4", "--last", "2"], "contradict"),
         (["--weights", "0.5,0.5", "--decay", "ema"], "contradict"),
         (["--optimizer-state", "last"], "use --optimizer-state drop"),
-        (["--mains-from-model"], "no effect"),
+        (["--rebuild-main-params"], "no effect"),
         (["--drop", "*"], "nothing"),
     ],
     ids=" ".join,
@@ -200,11 +200,11 @@ def test_overflow_is_not_blamed_on_a_source(merge_fails):
 def test_wrong_mains_are_refused(merge_fails):
     options = ["--optimizer-state", "last"]
     message = merge_fails(RUNS / runs.WRONG_MAINS, *options, status=EXIT_FAILED)
-    assert "optimizer.state.param." in message and "--mains-from-model" in message
+    assert "optimizer.state.param." in message and "--rebuild-main-params" in message
 
 
 def test_flat_buckets_cannot_be_rebuilt(merge_fails):
-    options = ["--optimizer-state", "last", "--mains-from-model"]
+    options = ["--optimizer-state", "last", "--rebuild-main-params"]
     assert "flat buckets" in merge_fails(RUNS / runs.FLAT, *options, status=EXIT_USAGE)
 
 
@@ -224,11 +224,11 @@ def test_files_on_other_nodes(tmp_path, merge_fails):
     for iteration in (2, 4, 6, 8):
         next(runs.checkpoint(run, iteration).glob("__1_*.distcp")).unlink()
     message = merge_fails(run, status=EXIT_FAILED)
-    assert "iter_0000002: file __1_" in message and "with --source-parallel" in message
+    assert "iter_0000002: file __1_" in message and "with --node-local" in message
     for iteration in (2, 4, 6, 8):
         (runs.checkpoint(run, iteration) / "metadata.json").unlink()
     message = merge_fails(run, status=EXIT_USAGE)
-    assert "no checkpoint is finished" in message and "with --source-parallel" in message
+    assert "no checkpoint is finished" in message and "with --node-local" in message
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.35, 0.6, 0.95])

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
-from wsm_megatron import MergeConfig, MergeError, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
 from wsm_megatron.execution import device, memory_budget
 from wsm_megatron.execution.memory_budget import default_memory, make_budget
 from wsm_megatron.planning.tasks import Output, Recipe, Rule, Scope
-from wsm_megatron.storage import direct, files
+from wsm_megatron.storage import files
 
 
 def recipe(rule: Rule, inputs: list[torch.dtype], outputs: list[torch.dtype]) -> Recipe:
@@ -44,12 +44,11 @@ RECIPES = [
     threads=st.integers(1, 64),
     sources=st.integers(2, 200),
     merges=st.integers(1, 100),
-    blocks=st.integers(1, 2),
     depth=st.integers(1, 2),
 )
-def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, blocks, depth):
+def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, depth):
     try:
-        found = make_budget(memory, threads, sources, merges, RECIPES, blocks=blocks, depth=depth)
+        found = make_budget(memory, threads, sources, merges, RECIPES, depth=depth)
     except ValueError as error:
         assert "--memory" in str(error) and str(memory) in str(error)
         smallest = 2**14 * max(r.cost(sources, merges) for r in RECIPES[:2])
@@ -61,7 +60,7 @@ def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, bl
         numel = found.tile_elements(one, scope)
         assert numel >= 1
         tile = numel * (4 if one.rule is Rule.COPY else one.cost(sources, merges))
-        ahead = found.ahead * sources * blocks
+        ahead = found.ahead * sources
         assert found.threads * (depth * tile + ahead) <= memory
 
 
@@ -71,9 +70,9 @@ def test_the_default_is_an_eighth_of_what_is_free(monkeypatch, free, taken):
     assert default_memory() == taken
 
 
-def merged(tmp_path, name, run=runs.FULLY, **options):
-    config = MergeConfig(load=RUNS / run, save=tmp_path / name, **options)
-    return load_tensors(merge(config).output)
+def merged(tmp_path, name, **options):
+    config = MergeConfig(load=RUNS / runs.FULLY, save=tmp_path / name)
+    return load_tensors(merge(config, ExecutionOptions(**options)).output)
 
 
 def assert_same(left, right):
@@ -96,38 +95,6 @@ def test_too_little_memory_is_refused(tmp_path, capsys):
     assert main(["merge", *arguments, "--memory", "64KiB"]) == EXIT_USAGE
     assert "--memory 65536 is too little" in capsys.readouterr().err
     assert main(["merge", *arguments, "--memory", "1mb"]) == 0
-
-
-def test_direct_io_gives_the_same_bits(tmp_path, monkeypatch):
-    """Also through blocks smaller than a tensor, which begin and end inside it."""
-    expected = merged(tmp_path, "cached", optimizer_state="last")
-    assert_same(merged(tmp_path, "direct", optimizer_state="last", direct_io=True), expected)
-    monkeypatch.setattr(direct, "ALIGNMENT", 512)
-    monkeypatch.setattr(direct.DirectFiles, "flags", os.O_RDONLY)  # 512 is not enough everywhere
-    small = {"direct_io": True, "memory": 2**22}
-    assert_same(merged(tmp_path, "small", optimizer_state="last", **small), expected)
-
-
-def test_a_file_system_without_direct_io(tmp_path, monkeypatch):
-    def no_direct_io(path, flags, *mode):
-        if flags & os.O_DIRECT:
-            raise OSError(22, "Invalid argument")
-        return opened(path, flags, *mode)
-
-    opened = os.open
-    monkeypatch.setattr(os, "open", no_direct_io)
-    with pytest.raises(ValueError, match=r"iter_000000\d.*no O_DIRECT; leave out --direct-io"):
-        merged(tmp_path, "out", direct_io=True)
-
-
-def test_a_truncated_file_is_named_with_direct_io(tmp_path):
-    run = runs.copy_run(runs.DENSE, tmp_path / "run")
-    config = MergeConfig(load=run, save=tmp_path / "out", direct_io=True)
-    path = max((run / "iter_0000004").glob("*.distcp"), key=lambda file: file.stat().st_size)
-    with path.open("r+b") as stream:
-        stream.truncate(path.stat().st_size // 2)
-    with pytest.raises(MergeError, match="iter_0000004"):
-        merge(config)
 
 
 def test_reading_ahead_stays_inside_the_window(tmp_path, monkeypatch):

@@ -167,10 +167,10 @@ def test_python_dash_m_and_exit_status(tmp_path):
     assert "no iter_XXXXXXX" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_plan_of_a_source_parallel_merge(wsm, tmp_path):
+def test_plan_of_a_node_local_merge(wsm, tmp_path):
     arguments = ["--load", RUNS / runs.DENSE, "--save", tmp_path / "out", "--json"]
     plain = json.loads(wsm("plan", *arguments)[-1])
-    *lines, last = wsm("plan", *arguments, "--source-parallel")
+    *lines, last = wsm("plan", *arguments, "--node-local")
     assert "sums of 0 B would go from rank to rank" in lines
     assert json.loads(last) == plain
     assert not (tmp_path / "out").exists()

@@ -148,12 +148,12 @@ def test_a_wrong_main_param_is_not_taken_for_a_frozen_tensor(tmp_path, capsys):
     assert wsm(["merge", *command]) == 1
     error = capsys.readouterr().err
     assert "iter_0000004: the main params of b are not in its flat buckets" in error
-    assert "--optimizer-state drop" in error and "--mains-from-model" not in error
+    assert "--optimizer-state drop" in error and "--rebuild-main-params" not in error
     assert not (tmp_path / "out" / "iter_0000004").exists()
     assert wsm(["resume-check", str(run)]) == 3
     printed = capsys.readouterr().out
     assert "(b)" in printed and "--no-load-optim" in printed
-    assert "--mains-from-model" not in printed
+    assert "--rebuild-main-params" not in printed
 
 
 def test_copies_of_tensor_parallel_ranks(tmp_path, caplog):

@@ -18,7 +18,7 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, MergeError, __version__, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, MergeReport, __version__, merge
 from wsm_megatron.cli.main import main
 from wsm_megatron.comm import event_log
 from wsm_megatron.comm.event_log import EventLog, Meter
@@ -28,9 +28,16 @@ from wsm_megatron.storage import retry
 
 @pytest.fixture
 def config(tmp_path: Path) -> MergeConfig:
-    return MergeConfig(
-        load=RUNS / runs.DENSE, save=tmp_path / "out", log_json=tmp_path / "events.jsonl"
-    )
+    return MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "events.jsonl"
+
+
+def merge_logged(config: MergeConfig, log: Path) -> MergeReport:
+    return merge(config, ExecutionOptions(log_json=log))
 
 
 def told(path: Path) -> list[dict[str, Any]]:
@@ -41,10 +48,10 @@ def names(path: Path) -> list[str]:
     return [event["event"] for event in told(path)]
 
 
-def test_a_merge_from_its_start_to_its_end(config: MergeConfig) -> None:
-    done = merge(config)
-    started, planned, progress, published, finished = told(config.log_json)
-    assert names(config.log_json) == ["started", "planned", "progress", "published", "finished"]
+def test_a_merge_from_its_start_to_its_end(config: MergeConfig, log: Path) -> None:
+    done = merge_logged(config, log)
+    started, planned, progress, published, finished = told(log)
+    assert names(log) == ["started", "planned", "progress", "published", "finished"]
     assert started["version"] == __version__ and started["ranks"] == len(started["hosts"]) == 1
     assert started["options"]["load"] == str(config.load)
     assert [Path(path).name for path in planned["sources"]] == [
@@ -60,9 +67,11 @@ def test_a_merge_from_its_start_to_its_end(config: MergeConfig) -> None:
         assert when.utcoffset().total_seconds() == 0 and event["seconds"] >= 0  # type: ignore[union-attr]
 
 
-def test_how_a_job_runs_is_not_part_of_the_merge(config: MergeConfig, tmp_path: Path) -> None:
+def test_how_a_job_runs_is_not_part_of_the_merge(
+    config: MergeConfig, log: Path, tmp_path: Path
+) -> None:
     """The same merge with another log and more is found published, and says so in the log."""
-    merge(config)
+    merge_logged(config, log)
     other = tmp_path / "other.jsonl"
     arguments = ["--load", str(config.load), "--save", str(config.save), "--log-json", str(other)]
     arguments += ["--threads", "1", "--retries", "1", "--memory", "100MB", "--device", "cpu"]
@@ -72,7 +81,9 @@ def test_how_a_job_runs_is_not_part_of_the_merge(config: MergeConfig, tmp_path: 
     assert finished["event"] == "finished" and finished["ranks"] == []
 
 
-def test_a_read_that_is_tried_again(config: MergeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_is_tried_again(
+    config: MergeConfig, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
     read, failed = os.preadv, threading.Event()
 
@@ -83,8 +94,8 @@ def test_a_read_that_is_tried_again(config: MergeConfig, monkeypatch: pytest.Mon
         return read(*arguments)
 
     monkeypatch.setattr(os, "preadv", flaky)
-    merge(config)
-    (retried,) = [event for event in told(config.log_json) if event["event"] == "retried"]
+    merge_logged(config, log)
+    (retried,) = [event for event in told(log) if event["event"] == "retried"]
     assert retried["rank"] == 0 and "Input/output error; trying again" in retried["message"]
 
 
@@ -104,10 +115,10 @@ def test_a_merge_that_fails(poisoned: Path, tmp_path: Path) -> None:
     assert failed["exit_code"] == status == 1 and "iter_0000006" in failed["message"]
 
 
-def test_options_that_do_not_fit_the_run(config: MergeConfig) -> None:
+def test_options_that_do_not_fit_the_run(config: MergeConfig, log: Path) -> None:
     arguments = ["--load", str(config.load), "--save", str(config.save), "--last", "99"]
-    assert main(["merge", *arguments, "--log-json", str(config.log_json)]) == EXIT_USAGE
-    failed = told(config.log_json)[-1]
+    assert main(["merge", *arguments, "--log-json", str(log)]) == EXIT_USAGE
+    failed = told(log)[-1]
     assert (failed["event"], failed["phase"], failed["exit_code"]) == ("failed", "planning", 2)
 
 
@@ -147,10 +158,13 @@ def on(monkeypatch: pytest.MonkeyPatch, stream: Broken) -> None:
 
 
 def test_a_log_that_fails_is_warned_about_once(
-    config: MergeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    config: MergeConfig,
+    log: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     on(monkeypatch, Broken())
-    assert merge(config).output.exists()
+    assert merge_logged(config, log).output.exists()
     (warning,) = [one for one in caplog.records if "--log-json" in one.getMessage()]
     assert warning.levelno == logging.WARNING
     assert "No space left on device; the merge goes on without it" in warning.getMessage()
@@ -164,19 +178,18 @@ def answers() -> Iterator[threading.Event]:
 
 
 def test_a_log_that_hangs_holds_nothing_up(
-    config: MergeConfig, monkeypatch: pytest.MonkeyPatch, answers: threading.Event
+    config: MergeConfig, log: Path, monkeypatch: pytest.MonkeyPatch, answers: threading.Event
 ) -> None:
     monkeypatch.setattr(event_log, "_CLOSE_WITHIN", 0.1)
     on(monkeypatch, Broken(answers))
-    assert merge(config).output.exists()
+    assert merge_logged(config, log).output.exists()
     assert not answers.is_set()
 
 
-def test_a_later_job_goes_on_after_a_line_cut_short(config: MergeConfig) -> None:
-    assert config.log_json is not None
-    config.log_json.write_text('{"event": "started"}\n{"event": "pla')
-    merge(config)
-    _, half, *rest = config.log_json.read_text().splitlines()
+def test_a_later_job_goes_on_after_a_line_cut_short(config: MergeConfig, log: Path) -> None:
+    log.write_text('{"event": "started"}\n{"event": "pla')
+    merge_logged(config, log)
+    _, half, *rest = log.read_text().splitlines()
     assert half == '{"event": "pla'
     assert json.loads(rest[0])["event"] == "started" and json.loads(rest[-1])["event"] == "finished"
 

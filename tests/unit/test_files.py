@@ -16,7 +16,6 @@ from wsm_megatron.errors import MergeError, StorageError
 from wsm_megatron.storage import files as module
 from wsm_megatron.storage import retry
 from wsm_megatron.storage.buffer import Buffer
-from wsm_megatron.storage.direct import DirectFiles
 from wsm_megatron.storage.files import Read, SourceFiles, read_all
 from wsm_megatron.storage.retry import check_storage
 
@@ -115,25 +114,6 @@ def test_a_read_that_hangs_is_named(
     finally:
         goes_on.set()
         thread.join()
-
-
-def test_files_past_the_page_cache_are_read_by_themselves(
-    sources: list[SourceFiles], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their reads need aligned blocks."""
-
-    def refuse(numbers: tuple[int, ...], current: int) -> int:
-        raise AssertionError("read at any address")
-
-    monkeypatch.setattr(module._reads, "fill", refuse)
-    monkeypatch.setattr(DirectFiles, "flags", SourceFiles.flags)  # on any file system
-    direct = [DirectFiles(files.path) for files in sources]
-    reads = reads_of(list(direct))
-    read_all(reads)
-    for read in reads:
-        check(read)
-    for files in direct:
-        files.close()
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -9,7 +9,7 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import MergeConfig, MergeError, merge, verify
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.region import Box
@@ -50,9 +50,9 @@ def in_bucket(bucket: torch.Tensor, like: dict[str, torch.Tensor]) -> dict[str, 
     return found
 
 
-def run_merge(run, out, **options):
+def run_merge(run, out, execution=ExecutionOptions(), **options):
     options = {"optimizer_state": "last", "weights": WEIGHTS, **options}
-    return merge(MergeConfig(load=run, save=out, **options)).output
+    return merge(MergeConfig(load=run, save=out, **options), execution).output
 
 
 @pytest.mark.parametrize("run", [runs.FLAT, runs.MAIN])
@@ -92,7 +92,7 @@ def test_chunks_are_split(tmp_path, monkeypatch):
     from wsm_megatron.planning import plan
 
     monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 500)
-    output = run_merge(RUNS / runs.FLAT, tmp_path / "out", threads=2)
+    output = run_merge(RUNS / runs.FLAT, tmp_path / "out", ExecutionOptions(threads=2))
     monkeypatch.undo()
     straight = load_tensors(run_merge(RUNS / runs.FLAT, tmp_path / "straight"))
     for key, tensor in load_tensors(output).items():
@@ -132,7 +132,7 @@ def test_a_file_of_another_save_is_refused(file, iteration, tmp_path, capsys):
     assert wsm([*command, "--optimizer-state", "last"]) == EXIT_FAILED
     error = capsys.readouterr().err
     assert f"iter_{iteration:07d}: the main param" in error and "of another save?" in error
-    assert "--optimizer-state drop" in error and "--mains-from-model" not in error
+    assert "--optimizer-state drop" in error and "--rebuild-main-params" not in error
     assert not (tmp_path / "out" / "iter_0000008").exists()
     assert wsm([*command, "--optimizer-state", "drop"]) == 0  # the way out that it names
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests import runs
-from wsm_megatron import MergeConfig, MergeError, MergeReport, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, MergeReport, merge
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.staging_dir import journals
@@ -31,12 +31,13 @@ KEY = "decoder.layers.mlp.linear_fc1.weight"
 NAME = "iter_0000008"
 JOURNAL = "__0_0.distcp.journal"
 STOPPED = StoppedError("stopped", signal.SIGTERM)
+ALONE = ExecutionOptions(threads=1)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> MergeConfig:
     run = runs.copy_run(runs.FP32_PARAM, tmp_path / "run")
-    return MergeConfig(load=run, save=tmp_path / "out", optimizer_state="merge", threads=1)
+    return MergeConfig(load=run, save=tmp_path / "out", optimizer_state="merge")
 
 
 @pytest.fixture
@@ -51,7 +52,12 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     return {name: (checkpoint / name).read_bytes() for name in names}
 
 
-def stop_merge(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> None:
+def stop_merge(
+    monkeypatch: pytest.MonkeyPatch,
+    config: MergeConfig,
+    chunks: int,
+    execution: ExecutionOptions = ALONE,
+) -> None:
     """Stop a merge once this many chunks are finished."""
     finish, count = ChunkWriter.finish, 0
 
@@ -65,7 +71,7 @@ def stop_merge(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int
     with monkeypatch.context() as patch:
         patch.setattr(ChunkWriter, "finish", finish_some)
         with pytest.raises(StoppedError):
-            merge(config)
+            merge(config, execution)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> Path:
@@ -77,10 +83,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int
     return left
 
 
-def assert_goes_on(config: MergeConfig, expected: dict[str, bytes], whole: bool) -> MergeReport:
+def assert_goes_on(
+    config: MergeConfig,
+    expected: dict[str, bytes],
+    whole: bool,
+    execution: ExecutionOptions = ALONE,
+) -> MergeReport:
     """Merge again: the same bytes, and nothing else left; ``whole`` when it had to start over."""
     total = sum(len(data) for name, data in expected.items() if name.endswith(".distcp"))
-    report = merge(config)
+    report = merge(config, execution)
     assert contents(report.output) == expected
     assert (report.bytes_written == total) == whole
     assert not [path for path in config.save.iterdir() if path.name.startswith(".")]
@@ -101,7 +112,7 @@ def test_what_is_copied_need_not_be_in_older_sources(
     older = runs.checkpoint(config.load, 2)
     runs.rewrite(older, rename=lambda key: key.replace("exp_avg", "unused"))
     config = replace(config, optimizer_state="last")
-    clean = contents(merge(replace(config, save=config.save.parent / "clean")).output)
+    clean = contents(merge(replace(config, save=config.save.parent / "clean"), ALONE).output)
     chunks = sum(
         len(e.chunks) for e in read_layout(config.save.parent / "clean" / NAME).tensors.values()
     )
@@ -118,7 +129,7 @@ def test_nothing_finished_leaves_nothing(
     monkeypatch.setattr(ChunkWriter, "append", stop)
     monkeypatch.setattr("wsm_megatron.execution.rank.CheckpointFile.write_bytes", stop)
     with pytest.raises(StoppedError):
-        merge(config)
+        merge(config, ALONE)
     assert list(config.save.iterdir()) == []
 
 
@@ -128,7 +139,7 @@ def test_a_merge_that_cannot_succeed_leaves_nothing(config: MergeConfig) -> None
 
     runs.rewrite(runs.checkpoint(config.load, 6), poison)
     with pytest.raises(MergeError, match="main param"):
-        merge(config)
+        merge(config, ALONE)
     assert list(config.save.iterdir()) == []
 
 
@@ -172,15 +183,17 @@ def test_sources_written_anew_start_over(
     assert_goes_on(config, expected, whole=True)
 
 
-@pytest.mark.parametrize("option", [{"threads": 4}, {"memory": 10**6}, {"retries": 1}])
+@pytest.mark.parametrize(
+    "option", [{"threads": 4}, {"memory": 10**6}, {"retries": 1}, {"device": "cpu"}]
+)
 def test_how_the_job_runs_is_not_part_of_the_key(
     config: MergeConfig,
     expected: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
-    option: dict[str, int],
+    option: dict[str, Any],
 ) -> None:
     stop_after(monkeypatch, config, 7)
-    assert_goes_on(replace(config, **option), expected, whole=False)
+    assert_goes_on(config, expected, False, replace(ALONE, **option))
 
 
 def test_a_source_written_anew_with_its_old_times_starts_over(
@@ -279,7 +292,7 @@ def test_what_is_left_of_a_job_keeps_its_places(tmp_path: Path, ranks: int) -> N
     assert placement(last, 0, last.parts(ranks)) == whole[2]
 
 
-@pytest.mark.parametrize("parallel", ["", "--source-parallel"])
+@pytest.mark.parametrize("parallel", ["", "--node-local"])
 def test_the_key_is_the_same_in_every_process(tmp_path: Path, parallel: str) -> None:
     keys = set()
     for seed in ("1", "2"):
@@ -291,21 +304,15 @@ def test_the_key_is_the_same_in_every_process(tmp_path: Path, parallel: str) -> 
 
 KEY_OF = """
 import sys
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.planning.staging_key import placement, staging_key
 from wsm_megatron.access.node_local.access import NodeLocal
 from wsm_megatron.access.shared import Shared
 
 run, save, parallel = sys.argv[1:]
-config = MergeConfig(
-    load=run,
-    save=save,
-    optimizer_state="last",
-    decay="mean,ema",
-    source_parallel=bool(parallel),
-)
-access = (NodeLocal if parallel else Shared)(config, Ranks())
+config = MergeConfig(load=run, save=save, optimizer_state="last", decay="mean,ema")
+access = (NodeLocal if parallel else Shared)(config, ExecutionOptions(), Ranks())
 job = access.prepare()
 parts = access.distribute(job).parts if parallel else job.parts(3)
 print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.products)))
@@ -321,7 +328,7 @@ def test_stopped_while_it_is_published(
     with monkeypatch.context() as patch:
         patch.setattr("wsm_megatron.api.write_provenance", stop)
         with pytest.raises(StoppedError):
-            merge(config)
+            merge(config, ALONE)
     report = assert_goes_on(config, expected, whole=False)
     assert report.bytes_written < 100_000, "objects, but no tensor"
 
@@ -342,7 +349,7 @@ def test_damage_of_a_source_is_found_although_it_is_not_read_again(
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointReader, "verify", stop)
         with pytest.raises(StoppedError):
-            merge(config)
+            merge(config, ALONE)
     with pytest.raises(MergeError, match=r"CRC-32 of .*does not match"):
-        merge(config)
+        merge(config, ALONE)
     assert list(config.save.iterdir()) == []

@@ -15,7 +15,7 @@ from isal.isal_zlib import crc32
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.errors import StorageError
 from wsm_megatron.storage import journal
 from wsm_megatron.storage.journal import Journal, Part
@@ -145,7 +145,7 @@ def test_a_merge_fails_with_its_sync(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(journal, "SYNC_BYTES", 1)
     monkeypatch.setattr(os, "fsync", fail)
-    config = MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out", threads=1)
+    config = MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out")
     with pytest.raises(StorageError, match=r"__0_0\.distcp: cannot write: Input/output error"):
-        merge(config)
+        merge(config, ExecutionOptions(threads=1))
     assert not (tmp_path / "out" / "iter_0000008").exists()

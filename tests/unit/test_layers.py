@@ -21,7 +21,7 @@ FLOORS = (
     {"checkpoint"},
     {"comm", "storage", "safe_pickle"},
     {"config"},
-    {"process", "schedule", "kernels", "option_values"},
+    {"process", "schedule", "kernels", "options"},
     {"errors"},
 )
 FORBIDDEN = {("plugin", "access"), ("plugin", "execution"), ("cli", "plugin")}

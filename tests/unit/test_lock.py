@@ -22,7 +22,7 @@ import pytest
 
 from tests.reference import RUNS
 from tests.runs import DENSE
-from wsm_megatron import MergeConfig, MergeError, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge
 from wsm_megatron.errors import StoppedError
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.planning.staging_key import merge_digest
@@ -124,12 +124,12 @@ def test_the_very_same_merge_is_waited_for(
 
 def test_two_jobs_with_the_same_products_in_another_order(tmp_path: Path) -> None:
     """Neither waits for one that waits for it."""
-    config = MergeConfig(load=RUNS / DENSE, save=tmp_path, decay="mean,ema,cosine", threads=1)
+    config = MergeConfig(load=RUNS / DENSE, save=tmp_path, decay="mean,ema,cosine")
     orders = ("mean,ema,cosine", "cosine,ema,mean")
     done: list[int] = []
 
     def run(decay: str) -> None:
-        done.append(len(merge(replace(config, decay=decay)).merged))
+        done.append(len(merge(replace(config, decay=decay), ExecutionOptions(threads=1)).merged))
 
     both = [threading.Thread(target=run, args=(decay,), daemon=True) for decay in orders]
     for one in both:

@@ -11,7 +11,7 @@ import pytest
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
 from tests.unit.test_go_on import stop_merge
-from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron import ExecutionOptions, MergeConfig, merge, verify
 from wsm_megatron.checkpoint.layout import COMMON_KEY, read_layout
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.storage import files
@@ -66,9 +66,9 @@ class Watched:
         total: bytes that progress was to count. moved: those that it did.
     """
 
-    def __init__(self, wanted):
+    def __init__(self, wanted, execution):
         self._reads, self._moves = [], []
-        self.report = merge(wanted, progress=self._progress)
+        self.report = merge(wanted, execution, self._progress)
         self.moved = sum(self._moves)
 
     @contextmanager
@@ -116,7 +116,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SLIDING = {"decay": "mean,1-sqrt", "window_iterations": (2, 4), "sliding_every": 2}
 MANY = [
     (runs.FULLY, {**SLIDING, "optimizer_state": "last"}, MOMENTS),
-    (runs.FULLY, {**SLIDING, "optimizer_state": "last", "source_parallel": True}, MOMENTS),
     (runs.FLAT, {**SLIDING, "optimizer_state": "last"}, MOMENTS),
     (runs.MAIN, {**SLIDING, "optimizer_state": "last"}, MOMENTS),
     (runs.MOE, {**SLIDING, "buffers": "last"}, ("expert_bias", "local_tokens_per_expert")),
@@ -126,12 +125,14 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("run, options, copied", MANY)
-def test_every_source_byte_is_read_once(tmp_path, run, options, copied):
+@pytest.mark.parametrize(
+    "run, options, copied, node_local", [(*one, False) for one in MANY] + [(*MANY[0], True)]
+)
+def test_every_source_byte_is_read_once(tmp_path, run, options, copied, node_local):
     """Planned, read, shown and reported: one number, which the layouts alone give too."""
     wanted = config(tmp_path, run, **options)
     planned = prepare_job(wanted).bytes_to_read()
-    done = Watched(wanted)
+    done = Watched(wanted, ExecutionOptions(node_local=node_local))
     assert len(done.report.merged) > 2
     read, written = counted(done.report, copied)
     assert done.read_once() == done.report.bytes_read == planned == read
@@ -142,8 +143,8 @@ def test_every_source_byte_is_read_once(tmp_path, run, options, copied):
 def test_newest_sources_of_other_layouts_are_read_once(tmp_path, parallel):
     run = runs.copy_run(runs.FULLY, tmp_path / "run")
     runs.rewrite(runs.checkpoint(run, 6), grid=runs.split_axis(0, 3), reverse=True)
-    options = {**SLIDING, "optimizer_state": "last", "source_parallel": parallel}
-    done = Watched(config(tmp_path, run, **options))
+    options = {**SLIDING, "optimizer_state": "last"}
+    done = Watched(config(tmp_path, run, **options), ExecutionOptions(node_local=parallel))
     read, written = counted(done.report, MOMENTS)
     assert done.read_once() == done.report.bytes_read == read
     assert done.moved == done.total == read + written
@@ -153,10 +154,10 @@ def test_newest_sources_of_other_layouts_are_read_once(tmp_path, parallel):
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("chunks", [3, 50, 110])
 def test_a_resumed_merge_reads_once_what_was_left(tmp_path, monkeypatch, chunks, parallel):
-    options = {**SLIDING, "optimizer_state": "last", "threads": 1, "source_parallel": parallel}
-    wanted = config(tmp_path, **options)
-    stop_merge(monkeypatch, wanted, chunks)
-    done = Watched(wanted)
+    wanted = config(tmp_path, **SLIDING, optimizer_state="last")
+    execution = ExecutionOptions(threads=1, node_local=parallel)
+    stop_merge(monkeypatch, wanted, chunks, execution)
+    done = Watched(wanted, execution)
     read, written = counted(done.report, MOMENTS)
     assert done.read_once() == done.report.bytes_read
     assert done.report.bytes_read < read
@@ -187,9 +188,9 @@ def test_a_target_that_exists_stops_all_of_them(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["iter_0000006"]
 
 
-def test_source_parallel_of_one_rank_is_an_ordinary_merge(tmp_path):
+def test_a_node_local_merge_of_one_rank_is_an_ordinary_merge(tmp_path):
     options = {"decay": "mean,ema", "last": 2, "sliding_every": 2, "optimizer_state": "last"}
-    report = merge(config(tmp_path, source_parallel=True, **options))
+    report = merge(config(tmp_path, **options), ExecutionOptions(node_local=True))
     assert_each_equals_its_own_merge(report, tmp_path, optimizer_state="last")
 
 

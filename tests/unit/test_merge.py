@@ -11,7 +11,7 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import MergeConfig, coefficients, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, coefficients, merge
 from wsm_megatron.checkpoint.common_state import load_common, read_common
 from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
@@ -23,10 +23,10 @@ def sources_of(run, iterations=runs.ITERATIONS):
     return [load_tensors(runs.checkpoint(run, i)) for i in iterations]
 
 
-def run_merge(run, out, **options):
+def run_merge(run, out, execution=ExecutionOptions(), **options):
     options.setdefault("weights", WEIGHTS)
     root = RUNS / run if isinstance(run, str) else run
-    return merge(MergeConfig(load=root, save=out, **options))
+    return merge(MergeConfig(load=root, save=out, **options), execution)
 
 
 def expected_sum(key, sources, weights=WEIGHTS, dtype=None):
@@ -152,7 +152,7 @@ def test_copy_and_drop_patterns(tmp_path):
 
 def test_wrong_mains_are_rebuilt_from_the_model(tmp_path):
     report = run_merge(
-        runs.WRONG_MAINS, tmp_path / "out", optimizer_state="last", mains_from_model=True
+        runs.WRONG_MAINS, tmp_path / "out", optimizer_state="last", rebuild_main_params=True
     )
     sources, merged = sources_of(runs.WRONG_MAINS), load_tensors(report.output)
     mains = {key: main_of(key) for key in merged if main_of(key)}
@@ -190,7 +190,9 @@ def test_chunks_larger_than_the_limit_are_split(tmp_path, monkeypatch):
     from wsm_megatron.planning import plan
 
     monkeypatch.setattr(plan, "CHUNK_ELEMENTS", 500)
-    report = run_merge(runs.FP32_PARAM, tmp_path / "out", optimizer_state="last", threads=3)
+    report = run_merge(
+        runs.FP32_PARAM, tmp_path / "out", ExecutionOptions(threads=3), optimizer_state="last"
+    )
     chunks = read_layout(report.output).tensors["embedding.word_embeddings.weight"].chunks
     assert len(chunks) > 10 and max(chunk.numel for chunk in chunks) <= 500
     monkeypatch.undo()
@@ -263,7 +265,7 @@ def test_sources_are_not_touched_and_may_be_read_only(tmp_path):
 def test_equal_merges_are_equal_bytes(tmp_path):
     """Whatever the number of threads."""
     outputs = [
-        run_merge(runs.FP32_PARAM, tmp_path / name, threads=threads).output
+        run_merge(runs.FP32_PARAM, tmp_path / name, ExecutionOptions(threads=threads)).output
         for name, threads in (("a", 1), ("b", 4))
     ]
     for path in outputs[0].iterdir():

@@ -100,20 +100,20 @@ def test_refused_with_the_way_out(names, state, words, tmp_path):
 
 
 def test_flat_buckets_cannot_be_rebuilt(tmp_path):
-    with pytest.raises(ValueError, match="--mains-from-model cannot rebuild.*state drop"):
+    with pytest.raises(ValueError, match="--rebuild-main-params cannot rebuild.*state drop"):
         merge(
             MergeConfig(
                 load=RUNS / runs.FLAT,
                 save=tmp_path / "out",
                 optimizer_state="last",
-                mains_from_model=True,
+                rebuild_main_params=True,
             )
         )
 
 
 def test_rebuilding_main_params_that_are_dropped(tmp_path):
-    with pytest.raises(ValueError, match="--mains-from-model has no effect with.*state drop"):
-        MergeConfig(load=tmp_path, save=tmp_path / "out", mains_from_model=True)
+    with pytest.raises(ValueError, match="--rebuild-main-params has no effect with.*state drop"):
+        MergeConfig(load=tmp_path, save=tmp_path / "out", rebuild_main_params=True)
 
 
 def test_flattened_main_params_of_old_versions(tmp_path):
@@ -138,6 +138,8 @@ def test_main_params_of_another_dtype_are_no_other_layout(tmp_path):
     key = next(k for k in load_tensors(runs.checkpoint(run, 8)) if ".fp32_param." in k)
     runs.rewrite(runs.checkpoint(run, 6), lambda name, t: t.to(torch.int16) if name == key else t)
     config = MergeConfig(load=run, save=tmp_path / "out", last=2, optimizer_state="last")
-    with pytest.raises(ValueError, match=f"iter_0000006.*{re.escape(key)} is int16.*--mains-from"):
+    with pytest.raises(
+        ValueError, match=f"iter_0000006.*{re.escape(key)} is int16.*--rebuild-main"
+    ):
         merge(config)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, MergeError, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE
 from wsm_megatron.planning.output_paths import check_outputs
 from wsm_megatron.storage import space
@@ -110,10 +110,11 @@ def hard_link(path: Path, to: Path) -> Path:
 def test_the_run_is_never_written(tmp_path: Path, run: Path, case: str, parallel: bool) -> None:
     options = INTO_THE_RUN[case](tmp_path, run)
     before = everything(tmp_path)
-    given = {"load": run, "save": tmp_path / "out", "source_parallel": parallel, **options}
+    log = options.pop("log_json", None)
+    execution = ExecutionOptions(node_local=parallel, log_json=log)
     with pytest.raises(ValueError, match="sources are never written to") as caught:
-        merge(MergeConfig(**given))
-    named = "--log-json" if "log_json" in options else "--save"
+        merge(MergeConfig(**{"load": run, "save": tmp_path / "out", **options}), execution)
+    named = "--save" if log is None else "--log-json"
     assert str(caught.value).startswith(named)
     assert everything(tmp_path) == before
 
@@ -136,8 +137,8 @@ def test_a_bind_mount_of_the_run_is_the_run(tmp_path: Path, run: Path) -> None:
 def test_a_directory_of_its_own_below_the_run_is_allowed(tmp_path: Path, run: Path) -> None:
     """``RUN/wsm`` is where the plugin saves by default."""
     before = everything(run)
-    config = MergeConfig(load=run, save=run / "wsm", log_json=tmp_path / "events.jsonl")
-    merge(config)
+    config = MergeConfig(load=run, save=run / "wsm")
+    merge(config, ExecutionOptions(log_json=tmp_path / "events.jsonl"))
     merge(replace(config, save=run / "wsm" / "more", decay="mean,ema"))
     after = everything(run)
     assert {name: after[name] for name in before if name != "."} == {

@@ -19,7 +19,7 @@ OVERFLOW = f"{KEY}: the merged values overflow torch.float16 although every sour
 OPTIONS = [
     {"optimizer_state": "drop"},
     {"optimizer_state": "last"},
-    {"optimizer_state": "last", "mains_from_model": True},
+    {"optimizer_state": "last", "rebuild_main_params": True},
     {"optimizer_state": "merge", "decay": "mean,1-sqrt"},
 ]
 
@@ -75,8 +75,8 @@ def test_largest_values_that_fit(tmp_path):
     assert round_main(torch.empty(0), torch.empty(0, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("mains_from_model", [False, True])
-def test_a_float32_sum_beyond_bfloat16(mains_from_model, tmp_path):
+@pytest.mark.parametrize("rebuild_main_params", [False, True])
+def test_a_float32_sum_beyond_bfloat16(rebuild_main_params, tmp_path):
     """Finite as float32, infinite as bfloat16, whose largest value is 255 x 2**120."""
     run = run_with([254 * 2.0**120, 1.0, 1.0, 255 * 2.0**120], tmp_path)
     config = MergeConfig(
@@ -84,7 +84,7 @@ def test_a_float32_sum_beyond_bfloat16(mains_from_model, tmp_path):
         save=tmp_path / "out",
         weights=(-0.75, 0.0, 0.0, 1.75),  # 255.75 x 2**120
         optimizer_state="last",
-        mains_from_model=mains_from_model,
+        rebuild_main_params=rebuild_main_params,
     )
     with pytest.raises(MergeError, match=f"{KEY}: the merged values overflow torch.bfloat16"):
         merge(config)

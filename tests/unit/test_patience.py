@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.heartbeat import Line
@@ -56,8 +56,9 @@ def hang(
     monkeypatch.setattr(os, name, hanging)
 
 
-def config(tmp_path: Path) -> MergeConfig:
-    return MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out", threads=1)
+def merge_alone(tmp_path: Path) -> None:
+    """By one thread."""
+    merge(MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out"), ExecutionOptions(threads=1))
 
 
 def test_a_write_that_hangs(
@@ -65,7 +66,7 @@ def test_a_write_that_hangs(
 ) -> None:
     hang(monkeypatch, "pwrite", storage, call=3)
     with pytest.raises(StorageError, match=r"__0_0\.distcp: writing at byte \d+ .* hangs"):
-        merge(config(tmp_path))
+        merge_alone(tmp_path)
 
 
 @pytest.mark.parametrize("call, named", [(1, ""), (2, r"\.journal"), (3, "")])
@@ -79,7 +80,7 @@ def test_a_sync_at_the_end_hangs(
     """The file's, its journal's, and the file's once more: each is watched."""
     hang(monkeypatch, "fsync", storage, call)
     with pytest.raises(StorageError, match=rf"__0_0\.distcp{named}: (syncing|writing) .* hangs"):
-        merge(config(tmp_path))
+        merge_alone(tmp_path)
     assert not (tmp_path / "out" / "iter_0000008").exists()
 
 
@@ -127,4 +128,4 @@ def test_a_sync_beside_the_writing_hangs(
     monkeypatch.setattr(journal, "SYNC_BYTES", 1)
     hang(monkeypatch, "fsync", storage)
     with pytest.raises(StorageError, match=r"__0_0\.distcp: syncing .* hangs"):
-        merge(config(tmp_path))
+        merge_alone(tmp_path)

@@ -65,7 +65,7 @@ def test_a_main_param_that_is_rebuilt_is_rebuilt_from_the_copied_model(tmp_path)
     """Its own is of other weights in this run."""
     run = RUNS / runs.WRONG_MAINS
     wrong = check_mains(read_layout(runs.checkpoint(run, 8))).wrong
-    output = run_merge(run, tmp_path / "out", copy=wrong[:2], mains_from_model=True)
+    output = run_merge(run, tmp_path / "out", copy=wrong[:2], rebuild_main_params=True)
     newest, merged = sources_of(run)[-1], load_tensors(output)
     for model in wrong[:2]:
         assert same_bits(merged[model], newest[model])

@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.cli import text
 from wsm_megatron.execution import timing
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
@@ -83,8 +83,8 @@ def test_seconds_are_added_in_the_order_of_the_phases() -> None:
 
 
 def test_a_merge_reports_its_rank(tmp_path: Path) -> None:
-    config = MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out", threads=2)
-    done = merge(config)
+    config = MergeConfig(load=RUNS / runs.DENSE, save=tmp_path / "out")
+    done = merge(config, ExecutionOptions(threads=2))
     (one,) = done.ranks
     assert (one.rank, one.threads) == (0, 2)
     assert (one.bytes_read, one.bytes_written) == (done.bytes_read, done.bytes_written)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.plugin.arguments import add_arguments, check_run, config_from_args, merged_root
 from wsm_megatron.plugin.config import WSMConfig
 
@@ -56,6 +58,17 @@ def test_a_flag_without_the_switch_is_refused() -> None:
         parse("--wsm-merge-num", "8")
 
 
+def test_counts_as_people_write_them(tmp_path: Path) -> None:
+    assert parse("--wsm-merge", "--wsm-merge-window-tokens", "2B") == WSMConfig(
+        window_tokens=2 * 10**9
+    )
+    file = tmp_path / "wsm.yaml"
+    file.write_text("window_tokens: 1e9\ninterval: 20_000\nstart-iter: 5k\nmin_decay: 10%\n")
+    assert parse("--wsm-merge", "--wsm-merge-config", str(file)) == WSMConfig(
+        window_tokens=10**9, interval=20_000, start_iter=5000, min_decay=0.1
+    )
+
+
 def test_yaml_sets_what_flags_leave_open(tmp_path: Path) -> None:
     file = tmp_path / "wsm.yaml"
     file.write_text("num: 4\nmin-decay: 0.1\neval: true\n")
@@ -67,18 +80,23 @@ def test_yaml_sets_what_flags_leave_open(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("- 1", "expected a mapping"),
-        ("number: 4", "unknown option number"),
-        ("num: four", "--wsm-merge-num must be a non-negative whole number"),
-        ("{num: 4, eval: 1}", "--wsm-merge-eval must be true or false"),
-        ("{num: 4, save: 7}", "--wsm-merge-save must be text"),
-        ("{num: 4, min_decay: low}", "--wsm-merge-min-decay must be a number"),
+        ("number: 4", "there is no option number; did you mean num"),
+        ("num: four", "num: 'four' is not a whole number"),
+        ("num: 0", "num: must be at least 1, not 0"),
+        ("num: [4, 8]", "num: must be a whole number, not a list"),
+        ("{num: 4, eval: 1}", "eval: '1' is neither true nor false"),
+        ("{num: 4, save: s3://b/m}", "save: s3://b/m is an address"),
+        ("{num: 4, min_decay: low}", "min_decay: 'low' is not a number"),
+        ("{num: 4, store: tape}", "store: 'tape' is not one of memory, disk"),
         ("{num: 4", "expected"),
     ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "wsm.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        UsageError, match=f"^--wsm-merge-config {re.escape(str(file))}: .*{message}"
+    ):
         parse("--wsm-merge", "--wsm-merge-config", str(file))
 
 
@@ -89,7 +107,13 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
         ({"num": 4, "window_iters": 100}, "give exactly one of --wsm-merge-num"),
         ({"num": 1}, "at least two checkpoints"),
         ({"num": 0}, "--wsm-merge-num must be at least 1"),
-        ({"num": -2}, "--wsm-merge-num must be a non-negative"),
+        ({"num": -2}, "--wsm-merge-num must be at least 1, not -2"),
+        ({"num": "4"}, "--wsm-merge-num must be a whole number, not '4'"),
+        ({"num": True}, "--wsm-merge-num must be a whole number, not True"),
+        ({"num": 4, "start_iter": -1}, "--wsm-merge-start-iter must be at least 0, not -1"),
+        ({"num": 4, "eval": 1}, "--wsm-merge-eval must be true or false, not 1"),
+        ({"num": 4, "save": 7}, "--wsm-merge-save must be a path, not 7"),
+        ({"num": 4, "decay": 2}, "--wsm-merge-decay must be text, not 2"),
         ({"window_iters": 5, "interval": 10}, "shorter than --wsm-merge-interval"),
         ({"num": 4, "decay": "steep"}, "unknown decay 'steep'"),
         ({"num": 4, "min_decay": 1.5}, "must be in \\[0, 1\\]"),

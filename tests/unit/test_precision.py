@@ -60,7 +60,7 @@ def test_quantised_weights_are_no_defect(run, option, flag, tmp_path, capsys):
     error = merge_fails(path, tmp_path / "out", capsys, EXIT_FAILED)
     assert flag in error and "more precise by design" in error
     assert "--optimizer-state drop" in error and "loses the main params' precision" in error
-    assert "core_r0.19" not in error and "--mains-from-model" not in error
+    assert "core_r0.19" not in error and "--rebuild-main-params" not in error
     assert main(["resume-check", str(path)]) == 0
     printed = capsys.readouterr().out
     assert f"saved with {flag}" in printed and "by design" in printed
@@ -100,11 +100,11 @@ def test_remainders_saved_as_floats(tmp_path, capsys):
         set_args(runs.checkpoint(run, iteration), use_precision_aware_optimizer=True)
     error = merge_fails(run, tmp_path / "out", capsys, EXIT_FAILED)
     assert "low 16 bits" in error and "--use-precision-aware-optimizer" in error
-    assert "core_r0.19" not in error and "--mains-from-model" not in error
+    assert "core_r0.19" not in error and "--rebuild-main-params" not in error
     assert main(["resume-check", str(run)]) == EXIT_DOES_NOT_RESUME
     printed = capsys.readouterr().out
     assert "low 16 bits" in printed and "--no-load-optim" in printed
-    assert "other weights" not in printed and "--mains-from-model" not in printed
+    assert "other weights" not in printed and "--rebuild-main-params" not in printed
     found = check_mains(read_layout(runs.checkpoint(run, 8)))
     assert found.wrong == () and len(found.remainders) == found.keyed == 9
 

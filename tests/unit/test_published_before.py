@@ -9,7 +9,7 @@ import pytest
 
 from tests.reference import RUNS, load_tensors, same_bits
 from tests.runs import DENSE, FULLY
-from wsm_megatron import MergeConfig, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
 
@@ -48,16 +48,16 @@ def test_of_several_the_missing_ones_are_made(tmp_path: Path) -> None:
 def test_sources_of_what_is_missing_are_read_alone(tmp_path: Path, parallel: bool) -> None:
     """Checkpoint 8 is in no window that is left, and what is copied from it is there already."""
     run = RUNS / FULLY
-    one = MergeConfig(load=run, save=tmp_path / "out", last=2, source_parallel=parallel)
-    one = replace(one, optimizer_state="last")
-    merge(one)
-    report = merge(replace(one, sliding_every=2))
+    one = MergeConfig(load=run, save=tmp_path / "out", last=2, optimizer_state="last")
+    execution = ExecutionOptions(node_local=parallel)
+    merge(one, execution)
+    report = merge(replace(one, sliding_every=2), execution)
     assert [merged.iterations for merged in report.merged] == [(2, 4), (4, 6), (6, 8)]
     entries = read_layout(report.output).entries.values()
     copied = sum(e.nbytes for e in entries if e.role not in (Role.MODEL, Role.MAIN))
     summed = sum(e.nbytes for e in entries) - copied
     assert report.bytes_read == 3 * summed + 2 * copied
-    clean = merge(replace(one, sliding_every=2, save=tmp_path / "clean"))
+    clean = merge(replace(one, sliding_every=2, save=tmp_path / "clean"), execution)
     for left, right in zip(report.merged, clean.merged, strict=True):
         ours, theirs = load_tensors(left.output), load_tensors(right.output)
         assert ours.keys() == theirs.keys()

@@ -242,7 +242,7 @@ def test_two_folders_of_one_save(run, wsm):
     assert "iter_0000004 and " in output and "iter_0000008 are copies of one save" in output
     assert plan(wsm, run, "--iterations", "2,6,8")[0] == 0
     assert "the same save as iter_0000004" in wsm("inspect", run)[1]
-    assert plan(wsm, run, "--source-parallel")[0] == EXIT_USAGE
+    assert plan(wsm, run, "--node-local")[0] == EXIT_USAGE
 
 
 def test_merges_of_merges_are_no_copies(run, tmp_path, wsm):
@@ -256,7 +256,7 @@ def test_merges_of_merges_are_no_copies(run, tmp_path, wsm):
     assert "holds the state" not in wsm("inspect", tmp_path / "as")[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--source-parallel"]], ids=["plain", "source-parallel"])
+@pytest.mark.parametrize("options", [[], ["--node-local"]], ids=["plain", "source-parallel"])
 def test_a_change_of_sequence_length(run, wsm, options):
     """The length grows eightfold after iteration 4: 1, 2, 10 and 18 times 256 tokens."""
     for iteration in (6, 8):
@@ -296,7 +296,7 @@ def test_the_unit_is_said_and_why_it_is_not_tokens(run, wsm):
     assert "positions in iterations: checkpoint of iteration 6 does not say" in output
 
 
-@pytest.mark.parametrize("options", [[], ["--source-parallel"]], ids=["plain", "source-parallel"])
+@pytest.mark.parametrize("options", [[], ["--node-local"]], ids=["plain", "source-parallel"])
 def test_a_decaying_learning_rate(tmp_path, wsm, options):
     run = runs.copy_run(runs.FLAT, tmp_path / "run")
     for path in run.glob("iter_*"):

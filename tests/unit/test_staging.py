@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, same_bits
-from wsm_megatron import MergeConfig, MergeError, merge
+from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge
 from wsm_megatron.execution import device, gpu_tiles, rank
 from wsm_megatron.execution.device import Device, Rates, choose_device, measure
 
@@ -26,13 +26,13 @@ def staged_merge(monkeypatch, **options):
         patch.setattr(rank, "choose_device", lambda *_: STAND_IN)
         patch.setattr(device, "STAGED_BYTES", 2**14)
         patch.setattr("wsm_megatron.execution.memory_budget.LEAST_ELEMENTS", 64)
-        return merge(MergeConfig(**options))
+        return merge(MergeConfig(**options), ExecutionOptions(threads=2))
 
 
 @pytest.mark.parametrize("run", [runs.FULLY, runs.FLAT, runs.MOE])
 @pytest.mark.parametrize("options", [{}, {"optimizer_state": "merge", "decay": "mean,ema"}])
 def test_staged_merges_have_the_same_bits(tmp_path, monkeypatch, run, options):
-    options = {"load": RUNS / run, "threads": 2, **options}
+    options = {"load": RUNS / run, **options}
     started = []
     start = gpu_tiles.StagedTile.start
     monkeypatch.setattr(
@@ -83,8 +83,8 @@ def interpreted(folder: str) -> None:
     from wsm_megatron import kernels
     from wsm_megatron.kernels import triton_kernel
 
-    options = {"load": RUNS / runs.FULLY, "iterations": (4, 8), "threads": 1}
-    expected = load_tensors(merge(MergeConfig(save=Path(folder) / "cpu", **options)).output)
+    options, alone = {"load": RUNS / runs.FULLY, "iterations": (4, 8)}, ExecutionOptions(threads=1)
+    expected = load_tensors(merge(MergeConfig(save=Path(folder) / "cpu", **options), alone).output)
     kernels._native = kernels._triton
     kernels._path.cache_clear()
     calls = []
@@ -92,7 +92,8 @@ def interpreted(folder: str) -> None:
     triton_kernel.launch = lambda *arguments: (calls.append(1), launch(*arguments))[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank, "choose_device", lambda *_: STAND_IN)
-        found = load_tensors(merge(MergeConfig(save=Path(folder) / "triton", **options)).output)
+        config = MergeConfig(save=Path(folder) / "triton", **options)
+        found = load_tensors(merge(config, alone).output)
     assert calls
     assert all(same_bits(found[key], tensor) for key, tensor in expected.items())
     print("same bits")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig
+from wsm_megatron import ExecutionOptions, MergeConfig, UsageError
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_USAGE
-from wsm_megatron.option_values import count, local_path, number, several, size
+from wsm_megatron.options import count, local_path, number, several, size
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,12 @@ def test_addresses_are_no_paths(address: str, tmp_path: Path) -> None:
     for path in (address, Path(address)):
         with pytest.raises(ValueError, match="is an address, not a path"):
             local_path(path)
-        for name in ("load", "save", "log_json"):
+        for name in ("load", "save"):
             paths = {"load": tmp_path / "a", "save": tmp_path / "b", name: path}
-            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* is an address"):
+            with pytest.raises(UsageError, match=f"--{name} .* is an address"):
                 MergeConfig(**paths)
+        with pytest.raises(UsageError, match="--log-json .* is an address"):
+            ExecutionOptions(log_json=path)
     with pytest.raises(ValueError, match="--decay .* is an address"):
         MergeConfig(load=tmp_path / "a", save=tmp_path / "b", decay=f"mean,{address}.csv")
 

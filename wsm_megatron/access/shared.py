@@ -9,7 +9,7 @@ from pathlib import Path
 from wsm_megatron.access.protocol import Distribution, Estimate
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_rank
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.job import Job
@@ -24,13 +24,13 @@ from wsm_megatron.storage.fingerprint import check_unchanged
 class Shared:
     """:class:`.Access` of ranks that see the same files."""
 
-    def __init__(self, config: MergeConfig, ranks: Ranks):
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: MergeConfig, execution: ExecutionOptions, ranks: Ranks):
+        self._config, self._execution, self._ranks = config, execution, ranks
 
     def check_options(self) -> None:
         with self._ranks.together("checking the options"):
             if self._ranks.rank == 0:
-                check_outputs(self._config)
+                check_outputs(self._config, self._execution)
 
     def prepare(self) -> Job:
         planned: list[Job] = []
@@ -39,7 +39,9 @@ class Shared:
             if rank != 0:
                 return outline(planned[0])
             # minutes for large runs, in which a rank may be lost
-            planned.append(in_background(lambda: prepare_job(self._config), self._ranks.check))
+            planned.append(
+                in_background(lambda: prepare_job(self._config, self._execution), self._ranks.check)
+            )
             return planned[0]
 
         return self._ranks.deal(plan, "planning")

@@ -247,7 +247,7 @@ def _check_files(path: Path, ends: dict[str, int]) -> None:
             raise MergeError(
                 f"{path}: file {file} is missing; the checkpoint is damaged, leave it out. Where "
                 "each node keeps the files of its own ranks, start a rank on every node with "
-                "--source-parallel"
+                "--node-local"
             )
         check_size(path, file, (path / file).stat().st_size, end)
 

@@ -20,7 +20,6 @@ from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.archive import check_archive
 from wsm_megatron.storage.buffer import Buffer
-from wsm_megatron.storage.direct import DirectFiles
 from wsm_megatron.storage.files import Read, SourceFiles
 from wsm_megatron.storage.retry import RETRIES, patiently
 
@@ -43,20 +42,13 @@ class CheckpointReader:
     Args:
         retries: how often a read that failed is tried again.
         ahead: bytes of a chunk that are read in advance; 0: as the kernel decides.
-        direct: past the page cache, in blocks of ``ahead`` bytes.
     """
 
-    def __init__(
-        self, layout: Layout, retries: int = RETRIES, ahead: int = 0, direct: bool = False
-    ):
+    def __init__(self, layout: Layout, retries: int = RETRIES, ahead: int = 0):
         self.layout = layout
         self.bytes_read = 0
         self.ledger: Ledger = {}
-        self._files = (
-            DirectFiles(layout.path, retries, ahead)
-            if direct
-            else SourceFiles(layout.path, retries)
-        )
+        self._files = SourceFiles(layout.path, retries)
         self._ahead = ahead
         self._indices: dict[str, ChunkIndex] = {}
         self._lock = threading.Lock()

@@ -12,28 +12,43 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from wsm_megatron.api import merge, plan
 from wsm_megatron.cli import text
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.comm.communicator import job_ranks
 from wsm_megatron.comm.local_ranks import run_forked
-from wsm_megatron.config import MergeConfig, flag
+from wsm_megatron.config import JOB, WHICH, ExecutionOptions, MergeConfig
 from wsm_megatron.errors import (
     EXIT_DOES_NOT_RESUME,
     EXIT_FAILED,
     MergeError,
     StoppedError,
+    UsageError,
     exit_code,
 )
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.inspection.verify import SOURCES, verify
-from wsm_megatron.option_values import count, local_path, number, several, size
+from wsm_megatron.options import (
+    COUNT,
+    PATH,
+    Given,
+    Option,
+    Options,
+    add_flags,
+    count,
+    given_flags,
+    local_path,
+    option,
+    read_yaml,
+    several,
+    typed,
+)
 from wsm_megatron.planning.selection import select_checkpoints
 from wsm_megatron.process.signals import Stop, ending_signals
 from wsm_megatron.process.streams import say, show
@@ -43,12 +58,36 @@ from wsm_megatron.storage.retry import check_storage
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 GRACE = 10.0
 """Seconds that a merge has to end by itself once storage hangs."""
 
-_GROUPS = {"run": "run", "which": "which checkpoints", "how": "how they are merged", "job": "job"}
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLaunch(Options):
+    """How the command starts its ranks, where no launcher does."""
+
+    local_ranks: int | None = option(
+        "start N ranks on this machine, without torchrun or srun: one for each GPU, or for every "
+        "16 cores",
+        COUNT,
+        None,
+        default_text="this process alone",
+        group=JOB,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(Options):
+    config: Path | None = option(
+        "YAML file of the options below (last: 8, decay: 1-sqrt); flags win over it",
+        PATH,
+        None,
+        metavar="FILE",
+    )
+
+
+JOB_OPTIONS = (*MergeConfig.options(), *ExecutionOptions.options(), *LocalLaunch.options())
+"""What ``--config`` may set."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,15 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="wsm", description="Merge Megatron checkpoints: the effect of LR decay, without it."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = _add_merge(commands, "merge", _merge, "merge checkpoints of a run into one")
-    command.add_argument(
-        "--local-ranks",
-        type=_count,
-        metavar="N",
-        help="start N ranks on this machine, without torchrun or srun: one for each GPU, or for "
-        "every 16 cores (default: this process alone)",
-    )
-    _add_merge(commands, "plan", _plan, "say everything that merge would do; write nothing")
+    _add_job(commands, "merge", _merge, "merge checkpoints of a run into one", JOB_OPTIONS)
+    planned = [one for one in JOB_OPTIONS if one not in LocalLaunch.options()]
+    _add_job(commands, "plan", _plan, "say everything that merge would do; write nothing", planned)
     _add_coefficients(commands)
     command = _add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
     command.add_argument("directory", type=_path)
@@ -164,35 +197,12 @@ def _add(commands: Any, name: str, run: _Command, help: str) -> argparse.Argumen
     return command
 
 
-def _add_merge(commands: Any, name: str, run: _Command, help: str) -> argparse.ArgumentParser:
+def _add_job(commands: Any, name: str, run: _Command, help: str, options: Sequence[Option]) -> None:
     command = _add(commands, name, run, help)
-    groups = {key: command.add_argument_group(title) for key, title in _GROUPS.items()}
-    for option in fields(MergeConfig):
-        _add_option(groups[option.metadata["group"]], option)
-    return command
-
-
-def _add_option(parser: Any, option: Field) -> None:
-    """One option of the config as a flag; its type follows the field's annotation."""
-    more: dict[str, Any] = {"help": option.metadata["help"], "dest": option.name}
-    required = option.default is MISSING
-    if option.default is False:
-        more["action"] = "store_true"
-    elif option.default == ():
-        more.update(action="append", metavar="PATTERN")
-    else:
-        kind = option.metadata.get("parse", str(option.type).removesuffix(" | None"))
-        more["type"] = _TYPES[kind]
-        more["choices"] = option.metadata.get("choices")
-        more["metavar"] = option.metadata.get("metavar")
-        if option.default not in (MISSING, None):
-            more["help"] += f" (default: {option.default})"
-    parser.add_argument(
-        flag(option.name),
-        default=argparse.SUPPRESS if not required else None,
-        required=required,
-        **more,
-    )
+    add_flags(command, _File.options())
+    for title in dict.fromkeys(one.group for one in options):
+        group = command.add_argument_group(title)
+        add_flags(group, [one for one in options if one.group == title])
 
 
 def _add_coefficients(commands: Any) -> None:
@@ -201,37 +211,17 @@ def _add_coefficients(commands: Any) -> None:
     where.add_argument("--num", type=_count, help="N checkpoints, evenly spaced")
     where.add_argument("--positions", type=_counts, help="positions: 1000,2000,4000")
     where.add_argument("--load", type=_path, help="a run directory")
-    window = command.add_argument_group("which checkpoints of --load")
-    how = command.add_argument_group("how")
-    for option in fields(MergeConfig):
-        if option.metadata["group"] == "which":
-            _add_option(window, option)
-        elif option.name in ("decay", "min_decay", "weights", "allow_unnormalized"):
-            _add_option(how, option)
+    add_flags(command.add_argument_group("which checkpoints of --load"), _WINDOW)
+    add_flags(command.add_argument_group("how"), _COEFFICIENTS)
 
 
-def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """For argparse, which shows the message of its own exception only."""
-
-    def read(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
-
-
-_path, _count, _counts = _typed(local_path), _typed(count), _typed(several(count))
-_TYPES: dict[str, Callable[[str], Any]] = {
-    "Path": _path,
-    "int": _count,
-    "float": _typed(number),
-    "str": str,
-    "tuple[int, ...]": _counts,
-    "tuple[float, ...]": _typed(several(number)),
-    "bytes": _typed(size),
-}
+_path, _count, _counts = typed(local_path), typed(count), typed(several(count))
+_WINDOW = [one for one in MergeConfig.options() if one.group == WHICH]
+_COEFFICIENTS = [
+    one
+    for one in MergeConfig.options()
+    if one.name in ("decay", "min_decay", "weights", "allow_unnormalized")
+]
 
 
 def _with_negative_values(arguments: Sequence[str]) -> list[str]:
@@ -246,25 +236,30 @@ def _with_negative_values(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
-    given = {
-        option.name: getattr(arguments, option.name)
-        for option in fields(MergeConfig)
-        if hasattr(arguments, option.name)
-    }
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return MergeConfig(**{**given, **more})
+def _given(arguments: argparse.Namespace) -> Given:
+    """What the flags of a merge say, and its ``--config`` file where they say nothing."""
+    file = _File(**given_flags(arguments, _File.options()).values).config
+    given = given_flags(arguments, JOB_OPTIONS)
+    if file is not None:
+        given = read_yaml(file, JOB_OPTIONS, "--config") | given
+    missing = [one.flag for one in JOB_OPTIONS if one.required and one.name not in given.values]
+    if missing:
+        raise UsageError(f"give {' and '.join(missing)}, as flags or in the file of --config")
+    return given
 
 
 def _merge(arguments: argparse.Namespace) -> _Answer:
-    if arguments.local_ranks is None:
-        return _merge_on_rank(arguments)
-    rank = partial(_status, arguments, _merge_on_rank)
-    return _Answer(status=run_forked(arguments.local_ranks, rank))
+    given = _given(arguments)
+    ranks = LocalLaunch(**given.of(LocalLaunch)).local_ranks
+    if ranks is None:
+        return _merge_on_rank(given)
+    rank = partial(_status, arguments, lambda _: _merge_on_rank(given))
+    return _Answer(status=run_forked(ranks, rank))
 
 
-def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
-    config = _config(arguments)
+def _merge_on_rank(given: Given) -> _Answer:
+    config = MergeConfig(**given.of(MergeConfig))
+    execution = ExecutionOptions(**given.of(ExecutionOptions))
     stop = Stop()
     with (
         ending_signals(stop),
@@ -272,7 +267,9 @@ def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
         job_ranks() as ranks,
         ranks.watching(stop.check),
     ):
-        done = merge(config, progress_bar)
+        if ranks.rank == 0:
+            given.tell_renamed()
+        done = merge(config, execution, progress_bar)
         if ranks.rank != 0:
             return _Answer()
     return _Answer(text.merged(done), done.as_data)
@@ -307,7 +304,13 @@ def _say_last(message: str) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> _Answer:
-    planned = plan(_config(arguments))
+    given = _given(arguments)
+    config = MergeConfig(**given.of(MergeConfig))
+    execution = ExecutionOptions(**given.of(ExecutionOptions))
+    with job_ranks() as ranks:
+        if ranks.rank == 0:
+            given.tell_renamed()
+        planned = plan(config, execution)
     if planned is None:
         return _Answer()
     job, moved = planned
@@ -323,32 +326,27 @@ def _coefficients(arguments: argparse.Namespace) -> _Answer:
 
 def _decay(arguments: argparse.Namespace) -> MergeCoefficients:
     root = arguments.load or Path("run")
-    config = _config(arguments, load=root, save=root / "wsm")
+    given = given_flags(arguments, [*_WINDOW, *_COEFFICIENTS]).values
+    config = MergeConfig(load=root, save=root / "wsm", **given)
     if arguments.load is None:
-        if chosen := [
-            f.name for f in fields(MergeConfig) if _is_window(f) and hasattr(arguments, f.name)
-        ]:
-            raise ValueError(f"{flag(chosen[0])} selects checkpoints of a run: give --load")
+        if chosen := [one.flag for one in _WINDOW if one.name in given]:
+            raise UsageError(f"{chosen[0]} selects checkpoints of a run: give --load")
         checkpoints = _numbered(arguments)
     else:
         (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
-        raise ValueError("coefficients shows one decay over one window at a time")
+        raise UsageError("coefficients shows one decay over one window at a time")
     return MergeCoefficients.over(
         checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
     )
 
 
-def _is_window(option: Field) -> bool:
-    return option.metadata["group"] == "which"
-
-
 def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
     if arguments.num is not None and arguments.num < 2:
-        raise ValueError(f"--num {arguments.num}: a merge needs at least two checkpoints")
+        raise UsageError(f"--num {arguments.num}: a merge needs at least two checkpoints")
     numbers = arguments.positions or tuple(range(1, arguments.num + 1))
     if list(numbers) != sorted(set(numbers)):
-        raise ValueError("--positions must increase")
+        raise UsageError("--positions must increase")
     return tuple(Checkpoint(number) for number in numbers)
 
 
@@ -367,7 +365,7 @@ def _verify(arguments: argparse.Namespace) -> _Answer:
     if directory is None and sources not in (None, *SOURCES):  # `--sources DIRECTORY`
         directory, sources = Path(sources), "sample"
     if directory is None:
-        raise ValueError("name the checkpoint, an iter_XXXXXXX directory")
+        raise UsageError("name the checkpoint, an iter_XXXXXXX directory")
     done = verify(
         directory,
         sources=sources or False,

@@ -54,7 +54,7 @@ def planned(job: Job, moved: Estimate) -> Iterator[str]:
         yield f"  copied beside        {file.name}"
     for key in job.plan.left_out:
         yield f"  left out             {key}"
-    if job.config.source_parallel:
+    if job.execution.node_local:
         yield f"sums of {size(moved.sent)} would go from rank to rank"
     yield f"would read {size(moved.read)}, write {size(moved.written)}; nothing was written"
 

@@ -61,7 +61,6 @@ def make_budget(
     merges: int,
     recipes: Iterable[Recipe],
     *,
-    blocks: int = 1,
     depth: int = 1,
     wanted_bytes: int = TILE_BYTES,
 ) -> Budget:
@@ -69,7 +68,6 @@ def make_budget(
 
     Args:
         memory: bytes. threads: at most.
-        blocks: how many pieces of ``ahead`` bytes a thread keeps of each source.
         depth: tiles of a thread that are under way at once.
         wanted_bytes: of all sources in one tile, where memory allows.
 
@@ -85,8 +83,8 @@ def make_budget(
         )
     threads = min(threads, memory // max(least, 1))
     each = memory // threads
-    ahead = min(AHEAD, max(0, each - 2 * max(least, depth * wanted_bytes)) // (sources * blocks))
+    ahead = min(AHEAD, max(0, each - 2 * max(least, depth * wanted_bytes)) // sources)
     if ahead < _LEAST_AHEAD:
         ahead = 0
-    tile_bytes = (each - ahead * sources * blocks) // depth
+    tile_bytes = (each - ahead * sources) // depth
     return Budget(threads, tile_bytes, wanted_bytes, ahead)

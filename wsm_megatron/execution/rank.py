@@ -29,7 +29,6 @@ from wsm_megatron.planning.job import Job, Part, places
 from wsm_megatron.planning.tasks import Rule, Stage, Task, bytes_read, whole_stages
 from wsm_megatron.process.worker_threads import work_through
 from wsm_megatron.storage.descriptors import check_room
-from wsm_megatron.storage.direct import STREAMS
 from wsm_megatron.storage.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.storage.retry import check_storage
 from wsm_megatron.storage.visibility import wait_for_directory
@@ -133,8 +132,8 @@ def _open(
     phases: Phases,
     stack: ExitStack,
 ) -> RankWork:
-    config = job.config
-    memory, threads = config.memory or default_memory(), config.threads or default_threads()
+    config, options = job.config, job.execution
+    memory, threads = options.memory or default_memory(), options.threads or default_threads()
     device = _device(job, part.tasks, threads)
     budget = make_budget(
         memory,
@@ -142,7 +141,6 @@ def _open(
         len(job.sources),
         len(job.products),
         job.plan.recipes,
-        blocks=STREAMS if config.direct_io else 1,
         depth=device.depth,
         wanted_bytes=device.wanted_bytes,
     )
@@ -157,7 +155,7 @@ def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
     summed = [task for task in tasks if task.recipe.rule is not Rule.COPY]
     nbytes, sources = sum(bytes_read(summed, job.merges)), len(job.sources)
     merges = len(job.products)
-    device = choose_device(job.config.device, sources, merges, nbytes, threads, local_rank())
+    device = choose_device(job.execution.device, sources, merges, nbytes, threads, local_rank())
     logger.info("sums on %s: %s", device.torch_device, device.reason)
     return device
 
@@ -165,9 +163,7 @@ def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
 def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[CheckpointReader]:
     readers = []
     for source in job.sources:
-        reader = CheckpointReader(
-            source.layout, job.config.retries, budget.ahead, job.config.direct_io
-        )
+        reader = CheckpointReader(source.layout, job.execution.retries, budget.ahead)
         stack.callback(reader.close)
         readers.append(reader)
     return readers

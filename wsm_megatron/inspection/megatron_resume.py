@@ -182,7 +182,7 @@ def _problems(
 
 def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
     if mains.wrong:
-        again = "" if mains.buckets else ", or merge again with --mains-from-model"
+        again = "" if mains.buckets else ", or merge again with --rebuild-main-params"
         yield (
             f"the main params of {len(mains.wrong)} model tensors are of other weights "
             f"({some(mains.wrong)}): one step after a load they replace the model's; launch with "

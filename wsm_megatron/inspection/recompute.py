@@ -6,7 +6,6 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.state_diff import differences
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.errors import MergeError, some
+from wsm_megatron.errors import MergeError, UsageError, some
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.kernels import reference
 from wsm_megatron.optimizer.flat_main_params import find_flat_mains
@@ -124,17 +123,12 @@ def _place(source: dict[str, Any], run: Path | None) -> Path:
 
 
 def _config_of(merged: Path, provenance: dict[str, Any]) -> MergeConfig:
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in provenance["options"].items()
-    }
-    known = {option.name for option in fields(MergeConfig)}
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(
-            f"{merged}: merged by another version, with options not known here: "
-            f"{', '.join(unknown)}; verify with that version, or without --sources"
-        )
-    return MergeConfig(load=Path("sources"), save=Path("merged"), **options)
+    try:
+        return MergeConfig.of_record(provenance["options"])
+    except UsageError as error:
+        raise UsageError(
+            f"{merged}: {error}; verify with the version that merged it, or without --sources"
+        ) from error
 
 
 def _check_tensors(merged: Layout, plan: MergePlan) -> None:

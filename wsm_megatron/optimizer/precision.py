@@ -87,8 +87,8 @@ def explain(path: Path, main: str, values: torch.Tensor | None = None) -> str:
         )
     return (
         "Megatron-LM through core_r0.19 can save such mains with fully_reshardable optimizer state "
-        "and several DDP buckets; the model tensors are right then. Merge with --mains-from-model, "
-        "or --optimizer-state drop"
+        "and several DDP buckets; the model tensors are right then. Merge with "
+        "--rebuild-main-params, or --optimizer-state drop"
     )
 
 

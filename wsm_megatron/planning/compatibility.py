@@ -88,10 +88,10 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
             f"{newest.path}: no optimizer state to keep (saved with --no-save-optim?); use "
             "--optimizer-state drop"
         )
-    if config.mains_from_model and any(map(is_flat_bucket, needed)):
+    if config.rebuild_main_params and any(map(is_flat_bucket, needed)):
         raise ValueError(
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
-            "each; --mains-from-model cannot rebuild them; use --optimizer-state drop"
+            "each; --rebuild-main-params cannot rebuild them; use --optimizer-state drop"
         )
     _check_shapes(newest, needed)
     _check_dtypes(newest, needed, choice)
@@ -153,7 +153,7 @@ def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
     """
     if not config.keeps_optimizer:
         return False
-    if config.mains_from_model:
+    if config.rebuild_main_params:
         return True
     mains = [_merged_keys(Role.MAIN, layout, config) for layout in layouts]
     for layout, keys in zip(layouts, mains, strict=True):
@@ -163,7 +163,7 @@ def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
                     f"{layout.path}: the main param {key} is {_short(entry.dtype)}, but "
                     f"{_short(layouts[-1].tensors[key].dtype)} in {layouts[-1].path}: damaged, or "
                     "of another optimizer; leave this checkpoint out, or have main params rebuilt "
-                    "from the merged model with --mains-from-model"
+                    "from the merged model with --rebuild-main-params"
                 )
     return any(keys != mains[-1] for keys in mains)
 

@@ -49,7 +49,7 @@ def check_integers(job: Job) -> None:
             read.
     """
     keys = copied_integers(job)
-    readers = [CheckpointReader(one.layout, job.config.retries) for one in job.sources if keys]
+    readers = [CheckpointReader(one.layout, job.execution.retries) for one in job.sources if keys]
     try:
         _judge(job, [key for key in keys if any(_differ(readers[-1], r, key) for r in readers)])
     finally:
@@ -63,7 +63,7 @@ def checksums(job: Job, rank: int) -> Checksums:
     keys = copied_integers(job)
     for j, source in enumerate(job.sources if keys else ()):
         files = {name for name, *_ in source.fingerprints[rank]}
-        reader = CheckpointReader(source.layout, job.config.retries)
+        reader = CheckpointReader(source.layout, job.execution.retries)
         for key in keys:
             entry = source.layout.tensors.get(key)
             for chunk in entry.chunks if entry is not None else ():

@@ -13,7 +13,7 @@ from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import Files, copy_side_files
 from wsm_megatron.checkpoint.writer import Item, Placed, place
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.planning.plan import MergePlan
 from wsm_megatron.planning.sources import Source
 from wsm_megatron.planning.tasks import Merge, Task, bytes_read, costs
@@ -86,6 +86,7 @@ class Job:
     products: tuple[Product, ...]
     plan: MergePlan
     dealt_for: tuple[Merge, ...] = ()
+    execution: ExecutionOptions = ExecutionOptions()
 
     def iterations(self, product: Product) -> tuple[int, ...]:
         return tuple(self.sources[j].iteration for j in product.members)

@@ -144,7 +144,7 @@ def describe_resume(state: Mapping[str, Any], config: MergeConfig) -> dict[str, 
         state: the common state before optimizer and scheduler are dropped, with the merge's
             iteration.
     """
-    mains = "rebuilt from the merged model" if config.mains_from_model else "merged"
+    mains = "rebuilt from the merged model" if config.rebuild_main_params else "merged"
     moments = {"drop": "dropped", "last": "of the newest source", "merge": "merged"}
     kept = config.keeps_optimizer
     return {

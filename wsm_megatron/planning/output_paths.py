@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.planning.prepare import product_roots
 
 _Id = tuple[int, int]
 """Device and inode: the same for all names of a directory, through links and bind mounts too."""
 
 
-def check_outputs(config: MergeConfig) -> None:
+def check_outputs(config: MergeConfig, execution: ExecutionOptions = ExecutionOptions()) -> None:
     """Everything that a merge writes is outside of the run and of its checkpoints.
 
     A root of merged checkpoints may lie below the run, in a directory of its own. Looks at the
@@ -35,8 +35,8 @@ def check_outputs(config: MergeConfig) -> None:
                 f"the merges with {other} and with {merge} would both be saved to {root}; give "
                 "files of other names, or make them one by one"
             )
-    if config.log_json is not None:
-        run.refuse_file(config.log_json, f"--log-json {config.log_json}")
+    if execution.log_json is not None:
+        run.refuse_file(execution.log_json, f"--log-json {execution.log_json}")
 
 
 def _describe(one: MergeConfig) -> str:

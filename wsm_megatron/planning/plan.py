@@ -89,7 +89,7 @@ def make_plan(
         check_optimizer(layouts, choice, config)
         check_flat(newest, choice, flat)
     rebuilds = rebuilds_mains(layouts, config)
-    recipes = _recipes(newest, replace(config, mains_from_model=rebuilds), choice)
+    recipes = _recipes(newest, replace(config, rebuild_main_params=rebuilds), choice)
     if all(recipe.rule is Rule.COPY for recipe in recipes):
         raise ValueError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     check_inputs(layouts, recipes)
@@ -156,7 +156,7 @@ def _recipes(newest: Layout, config: MergeConfig, choice: Choice) -> list[Recipe
 def _pair(main: TensorEntry, model: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
     dtype = model.dtype if copied else _model_dtype(model, config)
     outputs = _output(main, main.dtype), _output(model, dtype)
-    if config.mains_from_model:
+    if config.rebuild_main_params:
         rule = Rule.COPY if copied else Rule.SUM_MODEL
         return Recipe(rule, Role.MODEL, (model.key,), outputs, (model.dtype,))
     rule = Rule.COPY if copied else Rule.SUM_MAIN

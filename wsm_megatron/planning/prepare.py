@@ -13,7 +13,7 @@ from wsm_megatron.checkpoint.common_state import dump_common, load_common, prepa
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.optimizer.flat_main_params import FlatMains, find_flat_mains
 from wsm_megatron.planning.adapters import adapter_pairs
 from wsm_megatron.planning.compatibility import check_alike
@@ -38,7 +38,7 @@ Wanted = Sequence[tuple[MergeConfig, tuple[Checkpoint, ...]]]
 """Every single merge, and the checkpoints that it is of, oldest first."""
 
 
-def prepare_job(config: MergeConfig) -> Job:
+def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOptions()) -> Job:
     """Select, open and plan. Reads metadata and common states only; writes nothing.
 
     Raises:
@@ -51,6 +51,7 @@ def prepare_job(config: MergeConfig) -> Job:
         *older, newest = (source.layout for source in sources)
         flat = find_flat_mains(newest, older) if config.keeps_optimizer else None
         job = plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
+        job = replace(job, execution=execution)
         check_integers(job)
         return job
 
@@ -71,13 +72,13 @@ def plan_job(
     check_saves(sources)
     layouts = [source.layout for source in sources]
     plan = make_plan(layouts, config, flat)
-    if plan.rebuilds_mains and not config.mains_from_model:
+    if plan.rebuilds_mains and not config.rebuild_main_params:
         logger.warning(
             "the sources keep their optimizer state differently: main params are rebuilt from the "
-            "merged model, as with --mains-from-model"
+            "merged model, as with --rebuild-main-params"
         )
-        config = replace(config, mains_from_model=True)
-        wanted = [(replace(one, mains_from_model=True), chosen) for one, chosen in wanted]
+        config = replace(config, rebuild_main_params=True)
+        wanted = [(replace(one, rebuild_main_params=True), chosen) for one, chosen in wanted]
     products = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
     job = Job(config, sources, products, plan)
     _check_copied(job)

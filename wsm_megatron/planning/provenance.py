@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def describe(
         "unit": decay.unit,
         "coefficients": list(decay.coefficients),
         "effective_lr": list(decay.effective_lr),
-        "options": _options(config),
+        "options": config.recorded(),
         "versions": {
             "wsm_megatron": wsm_megatron.__version__,
             "torch": str(torch.__version__),
@@ -148,15 +147,3 @@ def _check_parts(path: Path, contents: dict[str, Any]) -> None:
             wrong.append("sources")
     if wrong:
         raise MergeError(f"{path}: damaged: {', '.join(wrong)} missing or of another kind")
-
-
-def _options(config: MergeConfig) -> dict[str, Any]:
-    """What is merged and how; not how the job runs, which leaves no trace in the result."""
-    values = {
-        option.name: getattr(config, option.name)
-        for option in fields(config)
-        if option.metadata["group"] in ("which", "how")
-    }
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-    }

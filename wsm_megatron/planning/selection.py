@@ -34,7 +34,7 @@ from wsm_megatron.schedule.window import (
 logger = logging.getLogger(__name__)
 
 _ELSEWHERE = (
-    ". Where metadata.json lies on another node, start a rank on every node with --source-parallel"
+    ". Where metadata.json lies on another node, start a rank on every node with --node-local"
 )
 
 Selections = tuple[tuple[Checkpoint, ...], ...]

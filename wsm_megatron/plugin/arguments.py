@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.option_values import local_path
-from wsm_megatron.plugin.config import WSMConfig, flag_of, read_yaml
+from wsm_megatron.errors import UsageError
+from wsm_megatron.options import (
+    PATH,
+    SWITCH,
+    Options,
+    add_flags,
+    given_flags,
+    local_path,
+    option,
+    read_yaml,
+)
+from wsm_megatron.plugin.config import WSMConfig
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = "wsm_merge_"
 
 _UNSUPPORTED = {
     "use_megatron_fsdp": "Megatron FSDP",
@@ -25,68 +33,70 @@ _UNSUPPORTED = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Switch(Options):
+    """What is no option of a merge: whether there is one, and the file of its options."""
+
+    wsm_merge: bool = option(
+        "keep checkpoints and merge them; without it the other flags are refused", SWITCH, False
+    )
+    wsm_merge_config: Path | None = option(
+        "YAML file of the options below (num: 8, decay: 1-sqrt); flags win over it",
+        PATH,
+        None,
+        metavar="FILE",
+    )
+
+
+OPTIONS = (*_Switch.options(), *WSMConfig.options())
+"""All ``--wsm-merge*`` flags, the switch first."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for each field of :class:`WSMConfig`, beside ``--wsm-merge`` itself.
 
     Flags that are not given leave no trace in the namespace: the YAML file may set them.
     """
-    group = parser.add_argument_group("wsm", "merging of checkpoints in training (WSM)")
-    group.add_argument("--wsm-merge", action="store_true", help="keep checkpoints and merge them")
-    group.add_argument(
-        "--wsm-merge-config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="YAML file of the options below; flags win over it",
-    )
-    for f in fields(WSMConfig):
-        given = {k: v for k, v in f.metadata.items() if k != "help"}
-        if isinstance(f.default, bool):
-            given["action"] = "store_true"
-        group.add_argument(
-            flag_of(f.name), default=argparse.SUPPRESS, help=f.metadata["help"], **given
-        )
+    add_flags(parser.add_argument_group("wsm", "merging of checkpoints in training (WSM)"), OPTIONS)
     return parser
 
 
 def config_from_args(args: argparse.Namespace) -> WSMConfig | None:
     """The config of a run, or None where ``--wsm-merge`` is not given.
 
-    Raises ``ValueError`` for flags that contradict each other or would have no effect.
+    Raises ``UsageError`` for flags that contradict each other or would have no effect.
     """
-    given = {
-        f.name: getattr(args, _PREFIX + f.name)
-        for f in fields(WSMConfig)
-        if hasattr(args, _PREFIX + f.name)
-    }
-    file = getattr(args, "wsm_merge_config", None)
-    if not getattr(args, "wsm_merge", False):
-        if flags := [flag_of(name) for name in given] + ["--wsm-merge-config"] * (file is not None):
-            raise ValueError(f"{', '.join(flags)} without effect: --wsm-merge is not given")
+    given = given_flags(args, OPTIONS)
+    switch = _Switch(**given.of(_Switch))
+    if not switch.wsm_merge:
+        if flags := [one.flag for one in OPTIONS[1:] if one.name in given.values]:
+            raise UsageError(f"{', '.join(flags)} without effect: --wsm-merge is not given")
         return None
-    if file is None:
-        return WSMConfig(**given)
-    options = {name.replace("-", "_"): value for name, value in read_yaml(file).items()}
-    return WSMConfig.from_mapping(options | given, f"--wsm-merge-config {file}")
+    if switch.wsm_merge_config is not None:
+        options = WSMConfig.options()
+        given = read_yaml(switch.wsm_merge_config, options, "--wsm-merge-config") | given
+    given.tell_renamed()
+    return WSMConfig(**given.of(WSMConfig))
 
 
 def merged_root(args: Any, config: WSMConfig) -> Path | None:
     """The folder of merged checkpoints, or None where the run saves nowhere."""
     if config.save is not None:
-        return local_path(config.save, "--wsm-merge-save")
+        return config.save
     return local_path(args.save, "without --wsm-merge-save, --save") / "wsm" if args.save else None
 
 
 def shards_dir(args: Any, config: WSMConfig) -> Path | None:
     """The folder of the disk store, or None for the memory store.
 
-    Raises ``ValueError`` where the disk store has no folder to be in.
+    Raises ``UsageError`` where the disk store has no folder to be in.
     """
     if config.store != "disk":
         return None
     if config.dir is None and not args.save:
-        raise ValueError("--wsm-merge-store disk: give --wsm-merge-dir, the run has no --save")
+        raise UsageError("--wsm-merge-store disk: give --wsm-merge-dir, the run has no --save")
     if config.dir is not None:
-        return local_path(config.dir, "--wsm-merge-dir")
+        return config.dir
     return local_path(args.save, "without --wsm-merge-dir, --save") / "wsm_shards"
 
 
@@ -100,7 +110,7 @@ def keep_interval(args: Any, config: WSMConfig) -> int | None:
 def check_run(args: Any, config: WSMConfig) -> None:
     """Refuse what cannot work in this run, warn about what may surprise.
 
-    Raises ``ValueError``. Called before the model is built.
+    Raises ``UsageError``. Called before the model is built.
     """
     _check_supported(args)
     _check_schedule(args, config)
@@ -114,18 +124,18 @@ def _check_supported(args: Any) -> None:
     for name, what in _UNSUPPORTED.items():
         if getattr(args, name, False):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--wsm-merge does not support {what}: remove {flag}")
+            raise UsageError(f"--wsm-merge does not support {what}: remove {flag}")
     if args.ckpt_format != "torch_dist":
-        raise ValueError(f"--wsm-merge needs --ckpt-format torch_dist, not {args.ckpt_format}")
+        raise UsageError(f"--wsm-merge needs --ckpt-format torch_dist, not {args.ckpt_format}")
     if getattr(args, "optimizer", "adam").startswith("dist_"):
-        raise ValueError(f"--wsm-merge does not support --optimizer {args.optimizer}")
+        raise UsageError(f"--wsm-merge does not support --optimizer {args.optimizer}")
 
 
 def _check_schedule(args: Any, config: WSMConfig) -> None:
     style = args.lr_decay_style
     if style == "constant" or config.allow_lr_decay or (style == "WSD" and _stays_stable(args)):
         return
-    raise ValueError(
+    raise UsageError(
         f"--wsm-merge replaces LR decay, but --lr-decay-style {style} decays the LR in this run: "
         "use --lr-decay-style constant, or --wsm-merge-allow-lr-decay to have both"
     )
@@ -143,23 +153,23 @@ def _stays_stable(args: Any) -> bool:
 def _check_intervals(args: Any, config: WSMConfig) -> None:
     every = keep_interval(args, config)
     if every is None:
-        raise ValueError(
+        raise UsageError(
             "--wsm-merge would keep nothing: give --save and --save-interval, or "
             "--wsm-merge-interval"
         )
     if config.save_interval is not None and config.save_interval % every:
         what = "--wsm-merge-interval" if config.interval else "--save-interval"
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
             f"{every}: a merged checkpoint ends in a kept one"
         )
     if config.window_iters is not None and config.window_iters < every:
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-window-iters {config.window_iters} holds fewer than two checkpoints: "
             f"one is kept every {every} iterations"
         )
     if args.train_iters is not None and config.start_iter >= args.train_iters:
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-start-iter {config.start_iter} is not before the end of training, "
             f"iteration {args.train_iters}"
         )
@@ -168,12 +178,12 @@ def _check_intervals(args: Any, config: WSMConfig) -> None:
 def _check_results(args: Any, config: WSMConfig) -> None:
     root = merged_root(args, config)
     if root is None and (config.save_interval is not None or not config.eval):
-        raise ValueError(
+        raise UsageError(
             "the merge would go nowhere: give --wsm-merge-save (or --save), or --wsm-merge-eval "
             "without --wsm-merge-save-interval"
         )
     if root is None and config.optimizer_state != "last":
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-optimizer-state {config.optimizer_state} has no effect: no merged "
             "checkpoint is saved, as there is neither --save nor --wsm-merge-save"
         )
@@ -199,7 +209,7 @@ def _check_folders(args: Any, config: WSMConfig) -> None:
             continue
         for other, path in taken.items():
             if folder.resolve() == path:
-                raise ValueError(f"{flag} {folder} is the run's own {other}: {what}; give another")
+                raise UsageError(f"{flag} {folder} is the run's own {other}: {what}; give another")
         taken[flag] = folder.resolve()
 
 

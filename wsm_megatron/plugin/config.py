@@ -1,159 +1,120 @@
-"""WSMConfig: every option of the training plugin, documented and checked once.
-
-The ``--wsm-merge-*`` flags (``arguments.py``), the YAML file and Python callers all end here.
-"""
+"""Every option of the training plugin: the ``--wsm-merge-*`` flags."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
+from wsm_megatron.errors import UsageError
+from wsm_megatron.options import COUNT, NUMBER, PATH, SWITCH, TEXT, Options, one_of, option
 from wsm_megatron.schedule.decay import DECAYS, coefficients
 
 STORES = ("memory", "disk")
-OPTIMIZER_STATES = ("last", "merge", "drop")
-
-
-def _option(help: str, default: Any = None, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSMConfig:
+class WSMConfig(Options):
     """What is kept, how it is merged, and what is done with the merge.
 
     One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches.
-    Raises ``ValueError``, naming the flags, for contradictions and numbers out of range.
+    Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
 
-    num: int | None = _option("merge the last N kept checkpoints", type=int, metavar="N")
-    window_iters: int | None = _option(
+    prefix: ClassVar[str] = "--wsm-merge-"
+
+    num: int | None = option("merge the last N kept checkpoints", COUNT, None, least=1)
+    window_iters: int | None = option(
         "merge the checkpoints kept over the last I iterations, both ends included",
-        type=int,
+        COUNT,
+        None,
         metavar="I",
+        least=1,
     )
-    window_tokens: int | None = _option(
-        "merge the checkpoints kept over the last T tokens, both ends included",
-        type=int,
+    window_tokens: int | None = option(
+        "merge the checkpoints kept over the last T tokens, both ends included: 500M, 2B",
+        COUNT,
+        None,
         metavar="T",
+        least=1,
     )
-    interval: int | None = _option(
-        "keep shards every I iterations (default: at every save)", type=int, metavar="I"
-    )
-    start_iter: int = _option(
-        "keep nothing before iteration I, e.g. the switch to annealing data",
-        default=0,
-        type=int,
+    interval: int | None = option(
+        "keep shards every I iterations; what a job saves because it ends takes no place in the "
+        "window",
+        COUNT,
+        None,
+        default_text="at every --save-interval",
         metavar="I",
+        least=1,
     )
-    decay: str = _option(
+    start_iter: int = option(
+        "keep nothing before iteration I, e.g. the switch to annealing data",
+        COUNT,
+        0,
+        metavar="I",
+        least=0,
+    )
+    decay: str = option(
         f"decay shape: one of {', '.join(DECAYS)}, or a CSV file of t,s points",
-        default="linear",
+        TEXT,
+        "linear",
         metavar="SHAPE",
     )
-    min_decay: float = _option(
-        "floor of the decay: the minimum LR as a fraction of the maximum",
-        default=0.0,
-        type=float,
-        metavar="M",
+    min_decay: float = option(
+        "floor of the decay: the minimum LR as a fraction of the maximum", NUMBER, 0.0, metavar="M"
     )
-    store: str = _option("where kept shards live", default="memory", choices=STORES)
-    dir: str | None = _option(
-        "folder of the disk store, may be local to the node (default: SAVE/wsm_shards)",
+    store: str = option("where kept shards live", one_of(STORES), "memory")
+    dir: Path | None = option(
+        "folder of the disk store, may be local to the node",
+        PATH,
+        None,
+        default_text="SAVE/wsm_shards",
         metavar="DIR",
     )
-    save_interval: int | None = _option(
-        "emit a merged checkpoint every I iterations (always at the end of training, and at the "
-        "next keep after SIGUSR2)",
-        type=int,
+    save_interval: int | None = option(
+        "emit a merged checkpoint every I iterations; there is always one at the end of training, "
+        "and one at the next keep after SIGUSR2 to any rank",
+        COUNT,
+        None,
         metavar="I",
+        least=1,
     )
-    save: str | None = _option(
-        "root of the merged checkpoints, with its own tracker (default: SAVE/wsm)", metavar="DIR"
+    save: Path | None = option(
+        "root of the merged checkpoints, with its own tracker",
+        PATH,
+        None,
+        default_text="SAVE/wsm",
+        metavar="DIR",
     )
-    eval: bool = _option(
+    eval: bool = option(
         "evaluate the merged weights whenever Megatron evaluates, on the same batches",
-        default=False,
+        SWITCH,
+        False,
     )
-    optimizer_state: str = _option(
+    optimizer_state: str = option(
         "moments of merged checkpoints: the newest ones, merged ones (three times the memory), or "
         "no optimizer state at all",
-        default="last",
-        choices=OPTIMIZER_STATES,
+        one_of(("last", "merge", "drop")),
+        "last",
     )
-    allow_lr_decay: bool = _option(
+    allow_lr_decay: bool = option(
         "merge although the LR schedule decays too: the effective decay is then the product",
-        default=False,
+        SWITCH,
+        False,
     )
 
-    def __post_init__(self) -> None:
-        self._check_values()
-        given = [
-            f for f in ("num", "window_iters", "window_tokens") if getattr(self, f) is not None
-        ]
-        if len(given) != 1:
+    def check(self) -> None:
+        lengths = (self.num, self.window_iters, self.window_tokens)
+        if (given := sum(length is not None for length in lengths)) != 1:
             window = "--wsm-merge-num, --wsm-merge-window-iters and --wsm-merge-window-tokens"
-            raise ValueError(f"give exactly one of {window}, not {len(given)}")
+            raise UsageError(f"give exactly one of {window}, not {given}")
         if self.num == 1:
-            raise ValueError("--wsm-merge-num 1: a merge needs at least two checkpoints")
+            raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
         if self.interval is not None and (self.window_iters or self.interval) < self.interval:
-            raise ValueError(
+            raise UsageError(
                 f"--wsm-merge-window-iters {self.window_iters} is shorter than "
                 f"--wsm-merge-interval {self.interval}: a merge needs at least two checkpoints"
             )
         if self.dir is not None and self.store != "disk":
-            raise ValueError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
+            raise UsageError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
         coefficients((0, 1), self.decay, self.min_decay)  # refuses unknown shapes and bad floors
-
-    def _check_values(self) -> None:
-        for f in fields(self):
-            value, flag = getattr(self, f.name), flag_of(f.name)
-            choices = f.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
-            kind = f.metadata.get("type")
-            if kind is int and value is not None and (type(value) is not int or value < 0):
-                raise ValueError(f"{flag} must be a non-negative whole number, not {value!r}")
-            if kind is int and value == 0 and f.name != "start_iter":
-                raise ValueError(f"{flag} must be at least 1, not 0")
-            if kind is float and not isinstance(value, (int, float)):
-                raise ValueError(f"{flag} must be a number, not {value!r}")
-            if isinstance(f.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{flag} must be true or false, not {value!r}")
-            if kind is None and isinstance(value, (int, float)) and not isinstance(f.default, bool):
-                raise ValueError(f"{flag} must be text, not {value!r}")
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], where: str) -> WSMConfig:
-        """A config from option names (``save-interval`` or ``save_interval``) and their values.
-
-        ``where`` says in errors where the names came from. Raises ``ValueError`` for unknown names.
-        """
-        options = {name.replace("-", "_"): value for name, value in values.items()}
-        if unknown := sorted(set(options) - {f.name for f in fields(cls)}):
-            known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{where}: unknown option {', '.join(unknown)}; there are {known}")
-        return cls(**options)
-
-
-def flag_of(name: str) -> str:
-    """The command-line flag of a field of :class:`WSMConfig`."""
-    return "--wsm-merge-" + name.replace("_", "-")
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Options of a YAML file: one mapping of option names to values.
-
-    Raises ``ValueError`` naming the file where it cannot be read or is anything else.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--wsm-merge-config {path}: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"--wsm-merge-config {path}: expected a mapping of option names to values")
-    return values

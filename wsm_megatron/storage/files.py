@@ -22,6 +22,8 @@ try:
 except ImportError:  # not built: one read at a time
     _reads = None
 
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+
 
 class SourceFiles:
     """A checkpoint's files, each opened when it is read, and again where it had to be closed.
@@ -30,10 +32,6 @@ class SourceFiles:
         path: the checkpoint's directory.
         retries: how often an operation that failed is tried again.
     """
-
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    by_position = True
-    """Any position and length can be read at any address."""
 
     def __init__(self, path: Path, retries: int = RETRIES):
         self.path, self._retries = path, retries
@@ -95,7 +93,7 @@ class SourceFiles:
             descriptor = self._opened.get(name)
             if descriptor is None:
                 number = patiently(
-                    partial(_open_file, path, self.flags), lambda: f"{path}: opening", self._retries
+                    partial(_open_file, path), lambda: f"{path}: opening", self._retries
                 )
                 descriptor = Descriptor(number)
                 pool.keep(self._opened, name, descriptor)
@@ -106,13 +104,13 @@ class SourceFiles:
         return f"{self.path}: reading {what} from {name} at byte {position}"
 
 
-def _open_file(path: Path, flags: int) -> int:
+def _open_file(path: Path) -> int:
     try:
-        return os.open(path, flags)
+        return os.open(path, _FLAGS)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE) or not pool.shrink():
             raise
-    return os.open(path, flags)
+    return os.open(path, _FLAGS)
 
 
 def is_cached(descriptor: int, position: int) -> bool:
@@ -145,7 +143,7 @@ def read_all(reads: Sequence[Read]) -> None:
     their time waking each other up to hand Python's global lock around.
     """
     done = 0
-    if _reads is not None and all(read.files.by_position for read in reads):
+    if _reads is not None:
         while done < len(reads):
             some = reads[done : done + pool.share]
             filled = _fill(some)

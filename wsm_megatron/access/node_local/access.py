@@ -20,7 +20,7 @@ from wsm_megatron.access.protocol import Distribution, Estimate
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.launcher import local_rank
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.device import choose_device
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, RankWork, run_rank
 from wsm_megatron.execution.timing import Phases
@@ -36,18 +36,18 @@ from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
 class NodeLocal:
     """:class:`.Access` of ranks that see different files."""
 
-    def __init__(self, config: MergeConfig, ranks: Ranks):
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: MergeConfig, execution: ExecutionOptions, ranks: Ranks):
+        self._config, self._execution, self._ranks = config, execution, ranks
         self._spread = Spread((), (), (), ())
         self._transport: Wire | None = None
         self._digests = Digests()
 
     def check_options(self) -> None:
         with self._ranks.together("checking the options"):
-            check_outputs(self._config)
+            check_outputs(self._config, self._execution)
 
     def prepare(self) -> Job:
-        job, self._spread = prepare_node_local(self._config, self._ranks)
+        job, self._spread = prepare_node_local(self._config, self._execution, self._ranks)
         return job
 
     def only(self, job: Job, products: Sequence[int]) -> Job:
@@ -86,7 +86,7 @@ class NodeLocal:
             self._digests = run_pipeline(own, spread.held, steps, checks, self._transport)
 
         with ranks.together("merging"):
-            self._transport = _connect(self._config, spread.held, ranks)
+            self._transport = _connect(self._execution, spread.held, ranks)
             return run_rank(
                 work.job, ranks, work.part, directories, progress, phases, before=pipeline
             )
@@ -124,14 +124,14 @@ def _probe(directory: Path) -> str:
     return probe.name
 
 
-def _connect(config: MergeConfig, held: Sequence[Held], ranks: Ranks) -> Wire | None:
+def _connect(execution: ExecutionOptions, held: Sequence[Held], ranks: Ranks) -> Wire | None:
     """Connect the ranks where sums go from one to another. Collective.
 
     The connections stay until all ranks are done: closing one breaks the others'.
     """
     if not any(one.travels for one in held):
         return None
-    if config.device != "cuda":  # a GPU that only some ranks have or take connects no others
+    if execution.device != "cuda":  # a GPU that only some ranks have or take connects no others
         return open_wire(ranks)
     device = choose_device("cuda", 0, 0, 0, 0, local_rank())
     return open_wire(ranks, device.torch_device)

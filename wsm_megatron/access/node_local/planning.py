@@ -15,7 +15,7 @@ from wsm_megatron.access.node_local.shares import Spread
 from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary, read_common, read_summary
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.config import MergeConfig
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.optimizer.flat_buckets import Contents, Search, contents, flat_buckets, search
 from wsm_megatron.optimizer.flat_main_params import FlatMains, settle
 from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
@@ -36,7 +36,9 @@ class _Report:
     flat: Search | None
 
 
-def prepare_node_local(config: MergeConfig, ranks: Ranks) -> tuple[Job, Spread]:
+def prepare_node_local(
+    config: MergeConfig, execution: ExecutionOptions, ranks: Ranks
+) -> tuple[Job, Spread]:
     """:func:`.prepare_job` from what all ranks see together. Collective.
 
     Returns:
@@ -68,7 +70,8 @@ def prepare_node_local(config: MergeConfig, ranks: Ranks) -> tuple[Job, Spread]:
 
     job, spread = ranks.from_first(plan, "planning")
     sources = spread.seen_from(ranks.rank, config.load, job.sources)
-    job = replace(job, config=replace(job.config, load=config.load), sources=sources)
+    here = replace(job.config, load=config.load)
+    job = replace(job, config=here, execution=execution, sources=sources)
     if copied_integers(job):
         with ranks.together("comparing integer tensors"):
             own = checksums(job, ranks.rank)
