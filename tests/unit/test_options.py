@@ -283,6 +283,14 @@ def test_an_old_name_is_told_once_for_all_ranks(tmp_path: Path) -> None:
     assert done.stderr.count("--source-parallel is now --node-local") == 1
 
 
+def test_options_of_local_ranks_are_refused_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--load", "run", "--save", str(tmp_path), "--local-ranks", "3", "--threads", "0"]
+    assert main(["merge", *arguments]) == EXIT_USAGE
+    assert capfd.readouterr().err.count("--threads must be at least 1, not 0") == 1
+
+
 COMMANDS = ["", "merge", "plan", "coefficients", "inspect", "verify", "resume-check"]
 
 

@@ -49,6 +49,12 @@ def test_flags_become_the_config() -> None:
     assert parse(*flags) == WSMConfig(num=8, decay="1-sqrt", eval=True)
 
 
+def test_the_help_names_every_flag_and_its_default() -> None:
+    shown = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
+    for one in WSMConfig.options():
+        assert one.flag in shown and one.said_default in shown
+
+
 def test_no_flag_no_config() -> None:
     assert parse() is None
 

@@ -236,30 +236,42 @@ def _with_negative_values(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _given(arguments: argparse.Namespace) -> Given:
-    """What the flags of a merge say, and its ``--config`` file where they say nothing."""
-    file = _File(**given_flags(arguments, _File.options()).values).config
-    given = given_flags(arguments, JOB_OPTIONS)
-    if file is not None:
-        given = read_yaml(file, JOB_OPTIONS, "--config") | given
-    missing = [one.flag for one in JOB_OPTIONS if one.required and one.name not in given.values]
-    if missing:
-        raise UsageError(f"give {' and '.join(missing)}, as flags or in the file of --config")
-    return given
+@dataclass(frozen=True)
+class _Job:
+    """A merge, as flags and file say; both are read once, before any rank is started."""
+
+    given: Given
+    config: MergeConfig
+    execution: ExecutionOptions
+    launch: LocalLaunch
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> _Job:
+        file = _File(**given_flags(arguments, _File.options()).values).config
+        given = given_flags(arguments, JOB_OPTIONS)
+        if file is not None:
+            given = read_yaml(file, JOB_OPTIONS, "--config") | given
+        missing = [one.flag for one in JOB_OPTIONS if one.required and one.name not in given.values]
+        if missing:
+            raise UsageError(f"give {' and '.join(missing)}, as flags or in the file of --config")
+        return cls(
+            given,
+            MergeConfig(**given.of(MergeConfig)),
+            ExecutionOptions(**given.of(ExecutionOptions)),
+            LocalLaunch(**given.of(LocalLaunch)),
+        )
 
 
 def _merge(arguments: argparse.Namespace) -> _Answer:
-    given = _given(arguments)
-    ranks = LocalLaunch(**given.of(LocalLaunch)).local_ranks
+    job = _Job.of(arguments)
+    ranks = job.launch.local_ranks
     if ranks is None:
-        return _merge_on_rank(given)
-    rank = partial(_status, arguments, lambda _: _merge_on_rank(given))
+        return _merge_on_rank(job)
+    rank = partial(_status, arguments, lambda _: _merge_on_rank(job))
     return _Answer(status=run_forked(ranks, rank))
 
 
-def _merge_on_rank(given: Given) -> _Answer:
-    config = MergeConfig(**given.of(MergeConfig))
-    execution = ExecutionOptions(**given.of(ExecutionOptions))
+def _merge_on_rank(job: _Job) -> _Answer:
     stop = Stop()
     with (
         ending_signals(stop),
@@ -268,8 +280,8 @@ def _merge_on_rank(given: Given) -> _Answer:
         ranks.watching(stop.check),
     ):
         if ranks.rank == 0:
-            given.tell_renamed()
-        done = merge(config, execution, progress_bar)
+            job.given.tell_renamed()
+        done = merge(job.config, job.execution, progress_bar)
         if ranks.rank != 0:
             return _Answer()
     return _Answer(text.merged(done), done.as_data)
@@ -304,17 +316,15 @@ def _say_last(message: str) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> _Answer:
-    given = _given(arguments)
-    config = MergeConfig(**given.of(MergeConfig))
-    execution = ExecutionOptions(**given.of(ExecutionOptions))
+    job = _Job.of(arguments)
     with job_ranks() as ranks:
         if ranks.rank == 0:
-            given.tell_renamed()
-        planned = plan(config, execution)
+            job.given.tell_renamed()
+        planned = plan(job.config, job.execution)
     if planned is None:
         return _Answer()
-    job, moved = planned
-    return _Answer(text.planned(job, moved), lambda: text.plan_data(job, moved), shown=True)
+    found, moved = planned
+    return _Answer(text.planned(found, moved), lambda: text.plan_data(found, moved), shown=True)
 
 
 def _coefficients(arguments: argparse.Namespace) -> _Answer:
