@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wsm_megatron.api import MergeReport, merge
     from wsm_megatron.config import MergeConfig
-    from wsm_megatron.errors import MergeError
+    from wsm_megatron.errors import MergeError, UsageError
     from wsm_megatron.inspection.verify import VerifyReport, verify
     from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
     from wsm_megatron.schedule.decay import coefficients, effective_lr
@@ -20,6 +20,7 @@ __all__ = [
     "MergeConfig",
     "MergeError",
     "MergeReport",
+    "UsageError",
     "VerifyReport",
     "WSMConfig",
     "coefficients",
@@ -35,7 +36,7 @@ _HOMES = {
     "schedule.decay": ("coefficients", "effective_lr"),
     "api": ("MergeReport", "merge"),
     "inspection.verify": ("VerifyReport", "verify"),
-    "errors": ("MergeError",),
+    "errors": ("MergeError", "UsageError"),
     "plugin": ("WSM", "WSMConfig", "install", "uninstall"),
 }
 

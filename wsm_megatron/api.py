@@ -22,7 +22,7 @@ from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.errors import MergeError, PassingError
+from wsm_megatron.errors import MergeError, PassingError, UsageError
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_share
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
@@ -54,7 +54,7 @@ def merge(config: MergeConfig, progress: ProgressFactory | None = None) -> Merge
         progress: shows progress; called on every rank.
 
     Raises:
-        ValueError: the options do not fit the run.
+        UsageError: the options do not fit the run.
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
     started, phases = time.monotonic(), Phases()
@@ -172,7 +172,7 @@ def _merge_products(
     except BaseException as error:
         if wire is not None:
             wire.abandon()
-        in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
+        in_vain = isinstance(error, (UsageError, MergeError)) and not isinstance(
             error, PassingError
         )
         for one in staging:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.option_values import local_path
 from wsm_megatron.schedule.decay import DECAYS
 from wsm_megatron.schedule.window import Window
@@ -23,7 +24,7 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """One merge. Raises ``ValueError`` for contradictory or impossible options."""
+    """One merge. Raises ``UsageError`` for contradictory or impossible options."""
 
     load: Path = field(
         metadata={"help": "run directory: iter_XXXXXXX folders, torch_dist", "group": "run"}
@@ -164,7 +165,7 @@ class MergeConfig:
             choices = option.metadata.get("choices")
             value = getattr(self, option.name)
             if choices and value not in choices:
-                raise ValueError(f"{flag(option.name)} is {value!r}, not one of {choices}")
+                raise UsageError(f"{flag(option.name)} is {value!r}, not one of {choices}")
         for name in ("window_iterations", "window_tokens"):
             if isinstance(value := getattr(self, name), int):
                 object.__setattr__(self, name, (value,))
@@ -209,50 +210,50 @@ class MergeConfig:
     def _check_which(self) -> None:
         windows = self.windows  # contradictions between the window's options raise here
         if len(set(windows)) < len(windows) or len(set(self.decays)) < len(self.decays):
-            raise ValueError("the same window or decay is named twice")
+            raise UsageError("the same window or decay is named twice")
         if self.sliding_every is None:
             return
         if self.sliding_every < 1:
-            raise ValueError(f"--sliding-every {self.sliding_every} must be at least 1")
+            raise UsageError(f"--sliding-every {self.sliding_every} must be at least 1")
         if self.last is None and self.window_iterations is None:
-            raise ValueError("--sliding-every needs --last or --window-iterations to slide")
+            raise UsageError("--sliding-every needs --last or --window-iterations to slide")
         if self.output_iteration is not None:
-            raise ValueError("--sliding-every names each merge by its end: no --output-iteration")
+            raise UsageError("--sliding-every names each merge by its end: no --output-iteration")
 
     def _check_how(self) -> None:
         if not 0.0 <= self.min_decay <= 1.0:
-            raise ValueError(f"--min-decay {self.min_decay} is not between 0 and 1")
+            raise UsageError(f"--min-decay {self.min_decay} is not between 0 and 1")
         if self.weights is not None:
             self._check_weights(self.weights)
         elif self.allow_unnormalized:
-            raise ValueError("--allow-unnormalized has no effect without --weights")
+            raise UsageError("--allow-unnormalized has no effect without --weights")
         if self.mains_from_model and not self.keeps_optimizer:
-            raise ValueError(
+            raise UsageError(
                 "--mains-from-model has no effect with --optimizer-state drop: no mains are kept"
             )
         if self.output_iteration is not None and self.output_iteration < 0:
-            raise ValueError(f"--output-iteration {self.output_iteration} is negative")
+            raise UsageError(f"--output-iteration {self.output_iteration} is negative")
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads {self.threads} must be at least 1")
+            raise UsageError(f"--threads {self.threads} must be at least 1")
         if self.memory is not None and self.memory < 1:
-            raise ValueError(f"--memory {self.memory} must be positive")
+            raise UsageError(f"--memory {self.memory} must be positive")
         if self.retries < 0:
-            raise ValueError(f"--retries {self.retries} is negative")
+            raise UsageError(f"--retries {self.retries} is negative")
         if self.save.resolve() == self.load.resolve():
-            raise ValueError(
+            raise UsageError(
                 f"--save {self.save} is the run itself; sources are never written to, give another "
                 "directory"
             )
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
         if self.decay != "linear" or self.min_decay:
-            raise ValueError("--weights and --decay/--min-decay contradict each other: give one")
+            raise UsageError("--weights and --decay/--min-decay contradict each other: give one")
         if self.iterations is not None and list(self.iterations) != sorted(self.iterations):
-            raise ValueError(
+            raise UsageError(
                 "--weights are oldest first: give --iterations in ascending order with them"
             )
         if self.optimizer_state == "merge" and min(weights, default=0.0) < 0:
-            raise ValueError(
+            raise UsageError(
                 "negative --weights can make the merged second moment negative; use "
                 "--optimizer-state last or drop"
             )

@@ -1,20 +1,29 @@
-"""What a merge raises beside ``ValueError``, and the exit status that ``wsm`` then has."""
+"""What a merge raises, and the exit status that ``wsm`` then has."""
 
 from collections.abc import Sequence
 
 EXIT_FAILED = 1
-"""A merge or a check failed: a damaged checkpoint, no space, a rank lost. 128 + n: signal n."""
+"""A merge or a check failed: a damaged checkpoint, no space, a rank lost, or a defect of this
+package (with its traceback). 128 + n: signal n."""
 EXIT_USAGE = 2
 """The options are wrong, or do not fit the run."""
 EXIT_DOES_NOT_RESUME = 3
 """``resume-check``: plain ``--load`` does not resume from a checkpoint that is otherwise sound."""
 
 
+class UsageError(ValueError):
+    """The user's mistake: options or arguments that are wrong, or do not fit the run.
+
+    The message names the option and the way out. Any other ``ValueError`` that leaves this package
+    is a defect: it keeps its traceback, and work that can be continued.
+    """
+
+
 class MergeError(RuntimeError):
     """A merge, a verification or a keep failed for a reason outside the caller's arguments.
 
-    Bad arguments raise :class:`ValueError`. The message names the checkpoint, the tensor where
-    there is one, and the way out. In a distributed job the same error is raised on every rank.
+    The message names the checkpoint, the tensor where there is one, and the way out. In a
+    distributed job the same error is raised on every rank.
     """
 
 
@@ -39,10 +48,10 @@ class StoppedError(PassingError):
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit status of ``wsm`` after an error; Python's own for errors that are none of these."""
+    """Exit status of ``wsm`` after an error."""
     if isinstance(error, StoppedError):
         return 128 + error.number
-    return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
+    return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -1,6 +1,6 @@
 """What is typed for an option, as a value: whole numbers, weights, sizes, paths.
 
-Everything here raises ``ValueError`` with a message that shows what would be understood.
+Everything here raises ``UsageError`` with a message that shows what would be understood.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
+
+from wsm_megatron.errors import UsageError
 
 T = TypeVar("T")
 
@@ -28,9 +30,9 @@ def count(text: str) -> int:
     if found is not None:
         value = _fraction(found[1]) * 1000 ** " kmbt".index(found[2].lower() or " ")
     if value.denominator != 1:
-        raise ValueError(f"{text!r} is not a whole number such as 20000, 20k, 500M, 1e9 or 2.5B")
+        raise UsageError(f"{text!r} is not a whole number such as 20000, 20k, 500M, 1e9 or 2.5B")
     if abs(value) >= _LARGEST:
-        raise ValueError(f"{text!r} is too large")
+        raise UsageError(f"{text!r} is too large")
     return int(value)
 
 
@@ -38,12 +40,12 @@ def size(text: str) -> int:
     """Bytes: 1000000, 256MiB, 1.5GB."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is not a size such as 256MiB")
+        raise UsageError(f"{text!r} is not a size such as 256MiB")
     number, unit, binary = found.groups()
     scale = (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0)
     value = int(_fraction(number) * scale)
     if value >= _LARGEST:
-        raise ValueError(f"{text!r} is too large")
+        raise UsageError(f"{text!r} is too large")
     return value
 
 
@@ -54,8 +56,8 @@ def number(text: str) -> float:
             return float(text.strip()[:-1]) / 100
         above, slash, below = text.partition("/")
         return float(above) / float(below if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is not a number such as 0.25, 1/3 or 25%") from None
+    except (ValueError, ZeroDivisionError):  # of float()
+        raise UsageError(f"{text!r} is not a number such as 0.25, 1/3 or 25%") from None
 
 
 def several(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
@@ -64,7 +66,7 @@ def several(one: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     def read(text: str) -> tuple[T, ...]:
         parts = [part.strip() for part in text.split(",")]
         if not all(parts):
-            raise ValueError(f"{text!r} lacks a value before or after a comma")
+            raise UsageError(f"{text!r} lacks a value before or after a comma")
         return tuple(map(one, parts))
 
     return read
@@ -77,7 +79,7 @@ def local_path(text: str | Path, option: str = "") -> Path:
         option: it was given to, for the message.
     """
     if _ADDRESS.match(str(text)):
-        raise ValueError(
+        raise UsageError(
             f"{option}{' ' if option else ''}{text} is an address, not a path: only mounted file "
             "systems are read and written. Mount the storage or copy the checkpoints, and give the "
             "folder"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from wsm_megatron import MergeError
+from wsm_megatron import MergeError, UsageError
 from wsm_megatron.access.node_local.stages import check_shared
 from wsm_megatron.cli.main import _Log
 from wsm_megatron.comm import heartbeat
@@ -79,7 +79,7 @@ def test_values_larger_than_the_store_takes(
     assert on_all(ranks, lambda one: one.gather(values[one.rank])) == [values] * 3
 
 
-@pytest.mark.parametrize("kind", [MergeError, ValueError])
+@pytest.mark.parametrize("kind", [MergeError, UsageError])
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_failure_reaches_ranks_that_wait(
     ranks: list[Ranks], kind: type[Exception], failing: int

@@ -28,6 +28,7 @@ from wsm_megatron.errors import (
     EXIT_FAILED,
     MergeError,
     StoppedError,
+    UsageError,
     exit_code,
 )
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
@@ -101,7 +102,7 @@ def _status(arguments: argparse.Namespace, run: _Command) -> int:
         if lines and arguments.json:
             lines.append(json.dumps(answer.data()))
         failure = show(lines)
-    except (ValueError, MergeError) as error:
+    except (UsageError, MergeError) as error:
         say(f"{name}: {error}")
         return exit_code(error)
     except KeyboardInterrupt:
@@ -216,7 +217,7 @@ def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
     def read(text: str) -> T:
         try:
             return parse(text)
-        except ValueError as error:
+        except UsageError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
@@ -328,12 +329,12 @@ def _decay(arguments: argparse.Namespace) -> Decay:
         if chosen := [
             f.name for f in fields(MergeConfig) if _is_window(f) and hasattr(arguments, f.name)
         ]:
-            raise ValueError(f"{flag(chosen[0])} selects checkpoints of a run: give --load")
+            raise UsageError(f"{flag(chosen[0])} selects checkpoints of a run: give --load")
         checkpoints = _numbered(arguments)
     else:
         (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
-        raise ValueError("coefficients shows one decay over one window at a time")
+        raise UsageError("coefficients shows one decay over one window at a time")
     return decay_over(
         checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
     )
@@ -345,10 +346,10 @@ def _is_window(option: Field) -> bool:
 
 def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
     if arguments.num is not None and arguments.num < 2:
-        raise ValueError(f"--num {arguments.num}: a merge needs at least two checkpoints")
+        raise UsageError(f"--num {arguments.num}: a merge needs at least two checkpoints")
     numbers = arguments.positions or tuple(range(1, arguments.num + 1))
     if list(numbers) != sorted(set(numbers)):
-        raise ValueError("--positions must increase")
+        raise UsageError("--positions must increase")
     return tuple(Checkpoint(number) for number in numbers)
 
 
@@ -367,7 +368,7 @@ def _verify(arguments: argparse.Namespace) -> _Answer:
     if directory is None and sources not in (None, *SOURCES):  # `--sources DIRECTORY`
         directory, sources = Path(sources), "sample"
     if directory is None:
-        raise ValueError("name the checkpoint, an iter_XXXXXXX directory")
+        raise UsageError("name the checkpoint, an iter_XXXXXXX directory")
     done = verify(
         directory,
         sources=sources or False,

@@ -112,7 +112,7 @@ class Ranks:
         """Run a block on every rank and leave it together. Collective.
 
         Raises:
-            the rank's own exception where the block failed; ``ValueError`` or ``MergeError``,
+            the rank's own exception where the block failed; ``UsageError`` or ``MergeError``,
             naming the rank and the phase, on every other rank, also where that rank's failure
             led to one here.
         """
@@ -213,7 +213,7 @@ def job_ranks() -> Iterator[Ranks]:
     """The ranks of this job. Collective; within itself it gives the same ranks again.
 
     Raises:
-        ValueError: the environment speaks of several ranks, but not clearly.
+        UsageError: the environment speaks of several ranks, but not clearly.
         MergeError: they did not meet.
     """
     global _current

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.errors import MergeError, exit_code
+from wsm_megatron.errors import MergeError, UsageError, exit_code
 
 logger = logging.getLogger(__name__)
 _library = logging.getLogger("wsm_megatron")
@@ -38,7 +38,7 @@ class EventLog:
     hold up the merge. What cannot be written is warned about once.
 
     Raises:
-        ValueError: the file cannot be opened for writing.
+        UsageError: the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +50,7 @@ class EventLog:
             cut_short = path.is_file() and not _ends_a_line(path)
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
-            raise ValueError(f"--log-json {path}: cannot write: {error.strerror}") from error
+            raise UsageError(f"--log-json {path}: cannot write: {error.strerror}") from error
         if cut_short:  # by the end of an earlier job
             self._todo.put(partial(self._append, b"\n"))
         self._thread = threading.Thread(target=self._run, name="wsm-events", daemon=True)
@@ -166,7 +166,7 @@ def job_events(path: Path | None, ranks: Ranks, version: str, options: Any) -> I
         path: rank 0 appends to it; None: nothing is told.
 
     Raises:
-        ValueError: the file cannot be written.
+        UsageError: the file cannot be written.
     """
     if path is None:
         yield Events(ranks, None, wanted=False)

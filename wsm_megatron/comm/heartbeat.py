@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from wsm_megatron.comm.messages import Failure, Sign
-from wsm_megatron.errors import LostError, MergeError, PassingError, StoppedError
+from wsm_megatron.errors import LostError, MergeError, PassingError, StoppedError, UsageError
 from wsm_megatron.process.gc_paused import no_collection
 
 logger = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ class Line:
 
 def _kind(error: BaseException) -> type[Exception]:
     """What an error of one rank is on the others."""
-    if isinstance(error, ValueError):
-        return ValueError
+    if isinstance(error, UsageError):
+        return UsageError
     passing = isinstance(error, PassingError) or not isinstance(error, MergeError)
     return PassingError if passing else MergeError

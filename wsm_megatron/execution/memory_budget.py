@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.planning.tasks import Recipe, Rule
 
 MOST = 512 * 2**20
@@ -74,12 +75,12 @@ def make_budget(
         wanted_bytes: of all sources in one tile, where memory allows.
 
     Raises:
-        ValueError: not even one thread's smallest tiles fit.
+        UsageError: not even one thread's smallest tiles fit.
     """
     costs = [r.cost(sources, merges) for r in recipes if r.rule is not Rule.COPY]
     least = depth * LEAST_ELEMENTS * max(costs, default=0)
     if memory < least:
-        raise ValueError(
+        raise UsageError(
             f"--memory {memory} is too little: the smallest tiles of {sources} sources and "
             f"{merges} merges take {least} bytes a thread; merge fewer at a time"
         )

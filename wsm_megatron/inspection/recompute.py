@@ -23,7 +23,7 @@ from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.state_diff import differences
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.errors import MergeError, some
+from wsm_megatron.errors import MergeError, UsageError, some
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.kernels import reference
 from wsm_megatron.optimizer.flat_main_params import find_flat_mains
@@ -65,7 +65,7 @@ def recompute(
         the number of elements compared.
 
     Raises:
-        ValueError: a source is not there, or not what was merged.
+        UsageError: a source is not there, or not what was merged.
         MergeError: what is not the merge of its sources; a source is damaged.
     """
     path = merged.layout.path
@@ -95,7 +95,7 @@ def _places(merged: Path, provenance: dict[str, Any], run: Path | None) -> list[
     sources = provenance["sources"]
     unsaved = [str(source["iteration"]) for source in sources if "path" not in source]
     if unsaved and run is None:
-        raise ValueError(
+        raise UsageError(
             f"{merged}: iterations {', '.join(unsaved)} were kept in memory by the run and not "
             "saved as checkpoints, so the merge cannot be made again; without --sources verify "
             "checks all that was written. Where they are saved elsewhere, name that run directory "
@@ -104,13 +104,13 @@ def _places(merged: Path, provenance: dict[str, Any], run: Path | None) -> list[
     places = [_place(source, run) for source in sources]
     for place, source in zip(places, sources, strict=True):
         if not place.is_dir():
-            raise ValueError(
+            raise UsageError(
                 f"{place}: the source is gone; name the directory that its run has now with "
                 "--sources-from, or verify without --sources"
             )
         known = source.get("metadata_crc32")
         if known is not None and f"{crc32(read_file(place / METADATA_FILE)):08x}" != known:
-            raise ValueError(
+            raise UsageError(
                 f"{place} is not the checkpoint that was merged: its .metadata is another one "
                 "(saved again since?); verify without --sources"
             )
@@ -131,7 +131,7 @@ def _config_of(merged: Path, provenance: dict[str, Any]) -> MergeConfig:
     }
     known = {option.name for option in fields(MergeConfig)}
     if unknown := sorted(options.keys() - known):
-        raise ValueError(
+        raise UsageError(
             f"{merged}: merged by another version, with options not known here: "
             f"{', '.join(unknown)}; verify with that version, or without --sources"
         )

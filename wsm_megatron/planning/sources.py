@@ -20,7 +20,7 @@ from wsm_megatron.checkpoint.layout import (
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.schedule.decay import check_weights, coefficients, effective_lr
 from wsm_megatron.schedule.window import Checkpoint, positions, why_iterations
 from wsm_megatron.storage.retry import patiently, watched
@@ -127,13 +127,13 @@ _SAVE_ID = re.compile(rb"save_id.{0,12}?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]
 
 
 def check_saves(sources: Sequence[Source]) -> None:
-    """Raise ``ValueError`` for two sources that are one save under two names."""
+    """Raise ``UsageError`` for two sources that are one save under two names."""
     known: dict[str, Source] = {}
     for source in sources:
         if source.save_id is None:
             continue
         if other := known.get(source.save_id):
-            raise ValueError(
+            raise UsageError(
                 f"{other.path} and {source.path} are copies of one save (id {source.save_id}): "
                 "the merge would count it twice; leave one of them out (--iterations)"
             )

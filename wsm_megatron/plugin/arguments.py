@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.option_values import local_path
 from wsm_megatron.plugin.config import WSMConfig, flag_of, read_yaml
 
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def config_from_args(args: argparse.Namespace) -> WSMConfig | None:
     """The config of a run, or None where ``--wsm-merge`` is not given.
 
-    Raises ``ValueError`` for flags that contradict each other or would have no effect.
+    Raises ``UsageError`` for flags that contradict each other or would have no effect.
     """
     given = {
         f.name: getattr(args, _PREFIX + f.name)
@@ -61,7 +62,7 @@ def config_from_args(args: argparse.Namespace) -> WSMConfig | None:
     file = getattr(args, "wsm_merge_config", None)
     if not getattr(args, "wsm_merge", False):
         if flags := [flag_of(name) for name in given] + ["--wsm-merge-config"] * (file is not None):
-            raise ValueError(f"{', '.join(flags)} without effect: --wsm-merge is not given")
+            raise UsageError(f"{', '.join(flags)} without effect: --wsm-merge is not given")
         return None
     if file is None:
         return WSMConfig(**given)
@@ -79,12 +80,12 @@ def merged_root(args: Any, config: WSMConfig) -> Path | None:
 def shards_dir(args: Any, config: WSMConfig) -> Path | None:
     """The folder of the disk store, or None for the memory store.
 
-    Raises ``ValueError`` where the disk store has no folder to be in.
+    Raises ``UsageError`` where the disk store has no folder to be in.
     """
     if config.store != "disk":
         return None
     if config.dir is None and not args.save:
-        raise ValueError("--wsm-merge-store disk: give --wsm-merge-dir, the run has no --save")
+        raise UsageError("--wsm-merge-store disk: give --wsm-merge-dir, the run has no --save")
     if config.dir is not None:
         return local_path(config.dir, "--wsm-merge-dir")
     return local_path(args.save, "without --wsm-merge-dir, --save") / "wsm_shards"
@@ -100,7 +101,7 @@ def keep_interval(args: Any, config: WSMConfig) -> int | None:
 def check_run(args: Any, config: WSMConfig) -> None:
     """Refuse what cannot work in this run, warn about what may surprise.
 
-    Raises ``ValueError``. Called before the model is built.
+    Raises ``UsageError``. Called before the model is built.
     """
     _check_supported(args)
     _check_schedule(args, config)
@@ -114,18 +115,18 @@ def _check_supported(args: Any) -> None:
     for name, what in _UNSUPPORTED.items():
         if getattr(args, name, False):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--wsm-merge does not support {what}: remove {flag}")
+            raise UsageError(f"--wsm-merge does not support {what}: remove {flag}")
     if args.ckpt_format != "torch_dist":
-        raise ValueError(f"--wsm-merge needs --ckpt-format torch_dist, not {args.ckpt_format}")
+        raise UsageError(f"--wsm-merge needs --ckpt-format torch_dist, not {args.ckpt_format}")
     if getattr(args, "optimizer", "adam").startswith("dist_"):
-        raise ValueError(f"--wsm-merge does not support --optimizer {args.optimizer}")
+        raise UsageError(f"--wsm-merge does not support --optimizer {args.optimizer}")
 
 
 def _check_schedule(args: Any, config: WSMConfig) -> None:
     style = args.lr_decay_style
     if style == "constant" or config.allow_lr_decay or (style == "WSD" and _stays_stable(args)):
         return
-    raise ValueError(
+    raise UsageError(
         f"--wsm-merge replaces LR decay, but --lr-decay-style {style} decays the LR in this run: "
         "use --lr-decay-style constant, or --wsm-merge-allow-lr-decay to have both"
     )
@@ -143,23 +144,23 @@ def _stays_stable(args: Any) -> bool:
 def _check_intervals(args: Any, config: WSMConfig) -> None:
     every = keep_interval(args, config)
     if every is None:
-        raise ValueError(
+        raise UsageError(
             "--wsm-merge would keep nothing: give --save and --save-interval, or "
             "--wsm-merge-interval"
         )
     if config.save_interval is not None and config.save_interval % every:
         what = "--wsm-merge-interval" if config.interval else "--save-interval"
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
             f"{every}: a merged checkpoint ends in a kept one"
         )
     if config.window_iters is not None and config.window_iters < every:
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-window-iters {config.window_iters} holds fewer than two checkpoints: "
             f"one is kept every {every} iterations"
         )
     if args.train_iters is not None and config.start_iter >= args.train_iters:
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-start-iter {config.start_iter} is not before the end of training, "
             f"iteration {args.train_iters}"
         )
@@ -168,12 +169,12 @@ def _check_intervals(args: Any, config: WSMConfig) -> None:
 def _check_results(args: Any, config: WSMConfig) -> None:
     root = merged_root(args, config)
     if root is None and (config.save_interval is not None or not config.eval):
-        raise ValueError(
+        raise UsageError(
             "the merge would go nowhere: give --wsm-merge-save (or --save), or --wsm-merge-eval "
             "without --wsm-merge-save-interval"
         )
     if root is None and config.optimizer_state != "last":
-        raise ValueError(
+        raise UsageError(
             f"--wsm-merge-optimizer-state {config.optimizer_state} has no effect: no merged "
             "checkpoint is saved, as there is neither --save nor --wsm-merge-save"
         )
@@ -199,7 +200,7 @@ def _check_folders(args: Any, config: WSMConfig) -> None:
             continue
         for other, path in taken.items():
             if folder.resolve() == path:
-                raise ValueError(f"{flag} {folder} is the run's own {other}: {what}; give another")
+                raise UsageError(f"{flag} {folder} is the run's own {other}: {what}; give another")
         taken[flag] = folder.resolve()
 
 

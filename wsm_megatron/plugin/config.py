@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.schedule.decay import DECAYS, coefficients
 
 STORES = ("memory", "disk")
@@ -25,7 +26,7 @@ class WSMConfig:
     """What is kept, how it is merged, and what is done with the merge.
 
     One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches.
-    Raises ``ValueError``, naming the flags, for contradictions and numbers out of range.
+    Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
 
     num: int | None = _option("merge the last N kept checkpoints", type=int, metavar="N")
@@ -95,16 +96,16 @@ class WSMConfig:
         ]
         if len(given) != 1:
             window = "--wsm-merge-num, --wsm-merge-window-iters and --wsm-merge-window-tokens"
-            raise ValueError(f"give exactly one of {window}, not {len(given)}")
+            raise UsageError(f"give exactly one of {window}, not {len(given)}")
         if self.num == 1:
-            raise ValueError("--wsm-merge-num 1: a merge needs at least two checkpoints")
+            raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
         if self.interval is not None and (self.window_iters or self.interval) < self.interval:
-            raise ValueError(
+            raise UsageError(
                 f"--wsm-merge-window-iters {self.window_iters} is shorter than "
                 f"--wsm-merge-interval {self.interval}: a merge needs at least two checkpoints"
             )
         if self.dir is not None and self.store != "disk":
-            raise ValueError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
+            raise UsageError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
         coefficients((0, 1), self.decay, self.min_decay)  # refuses unknown shapes and bad floors
 
     def _check_values(self) -> None:
@@ -112,29 +113,29 @@ class WSMConfig:
             value, flag = getattr(self, f.name), flag_of(f.name)
             choices = f.metadata.get("choices")
             if choices and value not in choices:
-                raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+                raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
             kind = f.metadata.get("type")
             if kind is int and value is not None and (type(value) is not int or value < 0):
-                raise ValueError(f"{flag} must be a non-negative whole number, not {value!r}")
+                raise UsageError(f"{flag} must be a non-negative whole number, not {value!r}")
             if kind is int and value == 0 and f.name != "start_iter":
-                raise ValueError(f"{flag} must be at least 1, not 0")
+                raise UsageError(f"{flag} must be at least 1, not 0")
             if kind is float and not isinstance(value, (int, float)):
-                raise ValueError(f"{flag} must be a number, not {value!r}")
+                raise UsageError(f"{flag} must be a number, not {value!r}")
             if isinstance(f.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{flag} must be true or false, not {value!r}")
+                raise UsageError(f"{flag} must be true or false, not {value!r}")
             if kind is None and isinstance(value, (int, float)) and not isinstance(f.default, bool):
-                raise ValueError(f"{flag} must be text, not {value!r}")
+                raise UsageError(f"{flag} must be text, not {value!r}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> WSMConfig:
         """A config from option names (``save-interval`` or ``save_interval``) and their values.
 
-        ``where`` says in errors where the names came from. Raises ``ValueError`` for unknown names.
+        ``where`` says in errors where the names came from. Raises ``UsageError`` for unknown names.
         """
         options = {name.replace("-", "_"): value for name, value in values.items()}
         if unknown := sorted(set(options) - {f.name for f in fields(cls)}):
             known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{where}: unknown option {', '.join(unknown)}; there are {known}")
+            raise UsageError(f"{where}: unknown option {', '.join(unknown)}; there are {known}")
         return cls(**options)
 
 
@@ -146,14 +147,14 @@ def flag_of(name: str) -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Options of a YAML file: one mapping of option names to values.
 
-    Raises ``ValueError`` naming the file where it cannot be read or is anything else.
+    Raises ``UsageError`` naming the file where it cannot be read or is anything else.
     """
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--wsm-merge-config {path}: {error}") from error
+        raise UsageError(f"--wsm-merge-config {path}: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"--wsm-merge-config {path}: expected a mapping of option names to values")
+        raise UsageError(f"--wsm-merge-config {path}: expected a mapping of option names to values")
     return values

@@ -58,7 +58,7 @@ class Driver:
     ``--wsm-merge-save-interval``, SIGUSR2 and the end of training. Every method is collective. A
     merge that fails is left out on every rank with a warning, and training goes on.
 
-    Raises ``ValueError`` for flags that cannot work in this run.
+    Raises ``UsageError`` for flags that cannot work in this run.
     """
 
     def __init__(self, megatron: Megatron, args: Any, config: WSMConfig) -> None:
@@ -79,7 +79,7 @@ class Driver:
     def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Model and optimizer are built and loaded: take up the window.
 
-        Raises ``ValueError`` where memory or disk are too small, or the optimizer is unsupported.
+        Raises ``UsageError`` where memory or disk are too small, or the optimizer is unsupported.
         """
         args = self._args
         self._model, self._optimizer = model, optimizer

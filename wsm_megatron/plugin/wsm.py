@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.plugin.collectives import failures, is_first_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.restart import is_live, leads_to, take_stock
@@ -50,7 +50,7 @@ class WSM:
         config: what to keep and how to merge it.
         folder: where the disk store lives; needed with ``store="disk"``, refused otherwise.
 
-    Raises ``ValueError`` for an optimizer that is not supported.
+    Raises ``UsageError`` for an optimizer that is not supported.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class WSM:
     ) -> None:
         folder = folder if folder is not None else config.dir
         if (folder is None) != (config.store == "memory"):
-            raise ValueError(
+            raise UsageError(
                 f"store={config.store!r}: a folder belongs to store='disk', only to it"
             )
         self.config = config
@@ -123,7 +123,7 @@ class WSM:
         began = time.perf_counter()
         self.settle()
         if any(iteration <= checkpoint.iteration for checkpoint in self.kept):
-            raise ValueError(
+            raise UsageError(
                 f"keep({iteration}): iteration {self.kept[-1].iteration} is kept already"
             )
         self._put(_consumed(iteration, tokens))
@@ -249,7 +249,7 @@ class WSM:
     def _refuse_misfits(self, misfits: set[int]) -> None:
         missing = {i for i in misfits if i not in self and self._ring.may_hold(i)}
         if missing:
-            raise ValueError(
+            raise UsageError(
                 f"shards of iterations {sorted(missing)} were kept under another parallel layout, "
                 "and no checkpoint of the run is there to refill them from: restart with that "
                 "layout, or move the folder of kept shards away to begin with an empty window"

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.storage.descriptors import Descriptor
 from wsm_megatron.storage.files import SourceFiles
 from wsm_megatron.storage.retry import RETRIES
@@ -40,7 +40,7 @@ class DirectFiles(SourceFiles):
         block: bytes of one read from storage. Each thread keeps two such blocks.
 
     Raises:
-        ValueError: when a file is opened on a file system that has no ``O_DIRECT``.
+        UsageError: when a file is opened on a file system that has no ``O_DIRECT``.
     """
 
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
@@ -67,7 +67,7 @@ class DirectFiles(SourceFiles):
         except MergeError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno == errno.EINVAL:
-                raise ValueError(
+                raise UsageError(
                     f"{self.path / name}: this file system has no O_DIRECT; leave out --direct-io"
                 ) from error
             raise
