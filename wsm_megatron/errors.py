@@ -54,6 +54,15 @@ def exit_code(error: BaseException) -> int:
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
 
 
+def mark_logged(error: BaseException) -> None:
+    """Say of an error that a log tells why it came up: whoever ends with it need not."""
+    error.__dict__["_wsm_logged"] = True
+
+
+def is_logged(error: BaseException) -> bool:
+    return "_wsm_logged" in error.__dict__
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first few of many names, and how many more there are, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -30,6 +30,7 @@ from wsm_megatron.errors import (
     StoppedError,
     UsageError,
     exit_code,
+    is_logged,
 )
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
@@ -102,12 +103,15 @@ def _status(arguments: argparse.Namespace, run: _Command) -> int:
         if lines and arguments.json:
             lines.append(json.dumps(answer.data()))
         failure = show(lines)
-    except (UsageError, MergeError) as error:
-        say(f"{name}: {error}")
-        return exit_code(error)
     except KeyboardInterrupt:
         say(f"{name}: stopped by SIGINT")
         return 128 + signal.SIGINT
+    except Exception as error:
+        if not is_logged(error):  # by rank 0, for all ranks
+            if not isinstance(error, (UsageError, MergeError)):
+                raise
+            say(f"{name}: {error}")
+        return exit_code(error)
     if failure is not None:
         done = "" if answer.shown else "it is done, but "
         say(f"{name}: {done}standard output cannot be written: {failure.strerror}")
@@ -260,12 +264,12 @@ def _config(arguments: argparse.Namespace, **more: Any) -> MergeConfig:
 def _merge(arguments: argparse.Namespace) -> _Answer:
     if arguments.local_ranks is None:
         return _merge_on_rank(arguments)
+    _config(arguments)  # wrong options are refused once, and not by every rank
     rank = partial(_status, arguments, _merge_on_rank)
     return _Answer(status=run_forked(arguments.local_ranks, rank))
 
 
 def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
-    config = _config(arguments)
     stop = Stop()
     with (
         ending_signals(stop),
@@ -273,7 +277,7 @@ def _merge_on_rank(arguments: argparse.Namespace) -> _Answer:
         job_ranks() as ranks,
         ranks.watching(stop.check),
     ):
-        done = merge(config, progress_bar)
+        done = merge(_config(arguments), progress_bar)
         if ranks.rank != 0:
             return _Answer()
     return _Answer(text.merged(done), done.as_data)

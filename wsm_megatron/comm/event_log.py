@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.comm.messages import Failure
 from wsm_megatron.errors import MergeError, UsageError, exit_code
 
 logger = logging.getLogger(__name__)
@@ -183,9 +184,10 @@ def job_events(path: Path | None, ranks: Ranks, version: str, options: Any) -> I
         yield events
     except BaseException as error:
         if ranks.rank == 0:  # which holds the store: nothing to wait for
+            failures = ranks.failed(error)
             with suppress(MergeError):
                 ranks.exchange()
-        events.tell("failed", **_failure(error, ranks))
+            events.tell("failed", **_failure(error, failures))
         raise
     finally:
         _library.removeHandler(handler)
@@ -198,13 +200,14 @@ def _job(ranks: Ranks) -> dict[str, Any]:
     return {"ranks": ranks.size, "slurm": slurm}
 
 
-def _failure(error: BaseException, ranks: Ranks) -> dict[str, Any]:
-    first = ranks.failure
+def _failure(error: BaseException, failures: list[Failure]) -> dict[str, Any]:
+    first = failures[0]
     return {
-        "rank": first.rank if first else ranks.rank,
-        "phase": first.phase if first else ranks.phase,
+        "rank": first.rank,
+        "phase": first.phase,
         "message": str(error) or type(error).__name__,
         "exit_code": exit_code(error),
+        "failures": [one.as_data() for one in failures],
     }
 
 
