@@ -54,13 +54,19 @@ def exit_code(error: BaseException) -> int:
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
 
 
-def mark_logged(error: BaseException) -> None:
-    """Say of an error that a log tells why it came up: whoever ends with it need not."""
-    error.__dict__["_wsm_logged"] = True
+def is_internal(error: BaseException) -> bool:
+    """Whether an error is a defect, whose traceback belongs to its message."""
+    return isinstance(error, Exception) and not isinstance(error, (UsageError, MergeError))
 
 
-def is_logged(error: BaseException) -> bool:
-    return "_wsm_logged" in error.__dict__
+def mark_told(error: BaseException) -> None:
+    """Say of an error that all ranks know of it, and a log says why it came up: whoever ends with
+    it need not."""
+    error.__dict__["_wsm_told"] = True
+
+
+def is_told(error: BaseException) -> bool:
+    return "_wsm_told" in error.__dict__
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -30,7 +30,8 @@ from wsm_megatron.errors import (
     StoppedError,
     UsageError,
     exit_code,
-    is_logged,
+    is_internal,
+    is_told,
 )
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
@@ -107,8 +108,8 @@ def _status(arguments: argparse.Namespace, run: _Command) -> int:
         say(f"{name}: stopped by SIGINT")
         return 128 + signal.SIGINT
     except Exception as error:
-        if not is_logged(error):  # by rank 0, for all ranks
-            if not isinstance(error, (UsageError, MergeError)):
+        if not is_told(error):
+            if is_internal(error):
                 raise
             say(f"{name}: {error}")
         return exit_code(error)

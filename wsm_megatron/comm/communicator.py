@@ -19,7 +19,7 @@ from wsm_megatron.comm.heartbeat import Line
 from wsm_megatron.comm.launcher import launched_as
 from wsm_megatron.comm.messages import Failure
 from wsm_megatron.comm.rendezvous import Waiting, connect, forget_stores
-from wsm_megatron.errors import mark_logged
+from wsm_megatron.errors import mark_told
 from wsm_megatron.process.gc_paused import no_collection
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ def job_ranks() -> Iterator[Ranks]:
     except BaseException as error:
         ranks.failed(error)
         line.report()
-        mark_logged(error)
+        mark_told(error)
         forget_stores()
         raise
     finally:

@@ -15,6 +15,7 @@ from wsm_megatron.errors import (
     StoppedError,
     StorageError,
     UsageError,
+    is_internal,
     some,
 )
 
@@ -54,14 +55,14 @@ class Failure:
         """What a rank has to say of its own error."""
         name = type(error).__name__
         kind = next((one for one in _KINDS if isinstance(error, one)), None)
-        internal = kind is None and isinstance(error, Exception)
+        stack = "".join(traceback.format_exception(error)) if is_internal(error) else ""
         return cls(
             rank,
             name,
             _beginning(str(error) or name, MESSAGE_CHARS),
             PassingError.__name__ if kind is None else kind.__name__,
             phase,
-            _end("".join(traceback.format_exception(error)), TRACEBACK_CHARS) if internal else "",
+            _end(stack, TRACEBACK_CHARS),
             error.number if isinstance(error, StoppedError) else 0,
         )
 

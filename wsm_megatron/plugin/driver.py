@@ -15,6 +15,7 @@ from typing import Any
 from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import is_internal, is_told
 from wsm_megatron.plugin import arguments
 from wsm_megatron.plugin.collectives import gathered, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
@@ -223,7 +224,10 @@ class Driver:
                 try:
                     recipe = stack.enter_context(self._wsm.merged())
                 except Exception as error:  # on every rank, and weights are restored
-                    logger.warning("wsm: no %s, the merge failed: %s", purpose, error)
+                    stack = is_internal(error) and not is_told(error)
+                    logger.warning(
+                        "wsm: no %s, the merge failed: %s", purpose, error, exc_info=stack
+                    )
             yield recipe
 
     def _emit_last(self, progress: Progress) -> None:
@@ -251,7 +255,8 @@ class Driver:
                     return
                 target = self._save(progress, recipe, self._root)
         except Exception as error:  # on every rank, and weights are restored
-            logger.warning("wsm: no merged checkpoint at %d: %s", progress.iteration, error)
+            at, stack = progress.iteration, is_internal(error) and not is_told(error)
+            logger.warning("wsm: no merged checkpoint at %d: %s", at, error, exc_info=stack)
             return
         self._emitted = progress.iteration
         seconds = time.perf_counter() - began
