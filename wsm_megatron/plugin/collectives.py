@@ -109,8 +109,8 @@ def _gathered_failures(error: BaseException | None, what: str) -> list[Failure]:
         return []
     own = None
     if error is not None:
-        own = Failure.of(error, rank_and_size()[0], what)
-        own = (replace(own, traceback="") if is_told(error) else own).write()
+        failure = Failure.of(error, rank_and_size()[0], what)
+        own = (replace(failure, traceback="") if is_told(error) else failure).write()
     return [Failure.read(data) for data in gathered(own) if data is not None]
 
 

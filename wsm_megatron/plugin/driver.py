@@ -224,10 +224,7 @@ class Driver:
                 try:
                     recipe = stack.enter_context(self._wsm.merged())
                 except Exception as error:  # on every rank, and weights are restored
-                    stack = is_internal(error) and not is_told(error)
-                    logger.warning(
-                        "wsm: no %s, the merge failed: %s", purpose, error, exc_info=stack
-                    )
+                    _warn(f"no {purpose}, the merge failed", error)
             yield recipe
 
     def _emit_last(self, progress: Progress) -> None:
@@ -255,8 +252,7 @@ class Driver:
                     return
                 target = self._save(progress, recipe, self._root)
         except Exception as error:  # on every rank, and weights are restored
-            at, stack = progress.iteration, is_internal(error) and not is_told(error)
-            logger.warning("wsm: no merged checkpoint at %d: %s", at, error, exc_info=stack)
+            _warn(f"no merged checkpoint at {progress.iteration}", error)
             return
         self._emitted = progress.iteration
         seconds = time.perf_counter() - began
@@ -303,6 +299,12 @@ class Driver:
             optimizer_state=self._config.optimizer_state,
         )
         return emit(save, self._megatron.checkpointing, self._args, root, recipe, offline)
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Go on after an error of all ranks. A defect has its traceback in the log, here or already."""
+    stack = is_internal(error) and not is_told(error)
+    logger.warning("wsm: %s: %s", what, error, exc_info=stack)
 
 
 def _say(message: str, *values: Any) -> None:
