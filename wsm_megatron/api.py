@@ -21,7 +21,7 @@ from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
 from wsm_megatron.config import ExecutionOptions, MergeConfig
-from wsm_megatron.errors import MergeError, PassingError
+from wsm_megatron.errors import MergeError, PassingError, UsageError
 from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
@@ -53,7 +53,7 @@ def merge(
         progress: shows progress; called on every rank.
 
     Raises:
-        ValueError: the options do not fit the run.
+        UsageError: the options do not fit the run.
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
     started, phases = time.monotonic(), Phases()
@@ -149,7 +149,7 @@ def _merge_products(
                 _publish(job, ranks, work.parts, staging, files, events)
     except BaseException as error:
         access.abandon()
-        in_vain = isinstance(error, (ValueError, MergeError)) and not isinstance(
+        in_vain = isinstance(error, (UsageError, MergeError)) and not isinstance(
             error, PassingError
         )
         for one in staging:

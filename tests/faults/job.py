@@ -30,17 +30,24 @@ class Run:
     files: dict[str, str] | None
     events: list[dict[str, Any]]
 
+    def errors(self, rank: int) -> list[str]:
+        """Lines of what a rank said that are no warnings."""
+        return [one for one in self.said[rank].splitlines() if not one.startswith("WARNING: ")]
+
 
 def run_all(
-    server: ForkServerContext, folders: list[Path], cases: Sequence[Case | None]
+    server: ForkServerContext,
+    folders: list[Path],
+    cases: Sequence[Case | None],
+    size: int = RANKS,
 ) -> list[Run]:
-    """A ``wsm merge`` of two ranks in every folder, side by side; killed when it hangs.
+    """A ``wsm merge`` of ``size`` ranks in every folder, side by side; killed when it hangs.
 
     Of the folder's ``run``, where it has one. Saved to its ``out``.
     """
     with reserved_ports(len(folders)) as ports:
         started = [
-            _start(server, folder, case, port)
+            _start(server, folder, case, port, size)
             for folder, case, port in zip(folders, cases, ports, strict=True)
         ]
         deadline = time.monotonic() + WITHIN
@@ -50,16 +57,16 @@ def run_all(
 
 
 def _start(
-    server: ForkServerContext, folder: Path, case: Case | None, port: int
+    server: ForkServerContext, folder: Path, case: Case | None, port: int, size: int
 ) -> list[ForkServerProcess]:
     run = folder / "run" if (folder / "run").exists() else RUNS / DENSE
     argv = ["merge", "--load", str(run), "--save", str(folder / "out"), "--threads", "2"]
     argv += ["--log-json", str(folder / "events.jsonl")]
     ranks = [
         server.Process(
-            target=run_rank, args=(case, rank, RANKS, port, folder / f"rank{rank}.log", argv)
+            target=run_rank, args=(case, rank, size, port, folder / f"rank{rank}.log", argv)
         )
-        for rank in range(RANKS)
+        for rank in range(size)
     ]
     for process in ranks:
         process.start()
@@ -74,7 +81,7 @@ def _end(ranks: list[ForkServerProcess], folder: Path, deadline: float) -> Run:
         process.kill()
         process.join()
     left = sorted(path.name for path in (folder / "out").glob("*"))
-    logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
+    logs = [folder / f"rank{rank}.log" for rank in range(len(ranks))]
     said = [log.read_text() if log.exists() else "" for log in logs]
     log = folder / "events.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -78,14 +78,18 @@ def _also(case: Case, merged: bool) -> list[list[str]]:
 
 
 def wsm(*arguments: str) -> tuple[int | str, str]:
-    """Exit status of a command, or the traceback that ended it, and what went to stderr."""
+    """Exit status of a command, or the traceback that ended it, and what went to stderr.
+
+    2 is the status of a ``UsageError`` alone: any other error that is no ``MergeError`` ends in a
+    traceback.
+    """
     out, err = io.StringIO(), io.StringIO()
     logging.getLogger("wsm_megatron").handlers.clear()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             return main(list(arguments)), err.getvalue()
-        except SystemExit as ended:
-            return int(ended.code or 0), err.getvalue()
+        except SystemExit as ended:  # of argparse: the test's own arguments are wrong
+            return f"SystemExit {ended.code}", err.getvalue()
         except Exception:
             return traceback.format_exc()[-1500:], err.getvalue()
 

@@ -116,7 +116,9 @@ def test_other_files_of_these_names_are_no_concern(run: Path, tmp_path: Path) ->
         output = merge(MergeConfig(load=run, save=tmp_path / str(state))).output
         assert not (output / "train_state.pt").exists()
         assert not (output.parent / "latest_train_state.pt").exists()
-    for number, text in enumerate(("a: [b", "- 1", "checkpoint: 3", "\x00", "checkpoint: {x: 1}")):
+    texts = ["a: [b", "- 1", "checkpoint: 3", "\x00", "checkpoint: {x: 1}"]
+    texts += ["!!int ''", "!!bool x", "!!timestamp x"]  # which PyYAML's constructors fall over
+    for number, text in enumerate(texts):
         (newest / "run_config.yaml").write_text(text)
         output = merge(MergeConfig(load=run, save=tmp_path / f"yaml{number}")).output
         assert (output / "run_config.yaml").read_text() == text

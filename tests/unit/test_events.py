@@ -113,6 +113,13 @@ def test_a_merge_that_fails(poisoned: Path, tmp_path: Path) -> None:
     failed = told(log)[-1]
     assert (failed["event"], failed["rank"], failed["phase"]) == ("failed", 0, "merging")
     assert failed["exit_code"] == status == 1 and "iter_0000006" in failed["message"]
+    (one,) = failed["failures"]
+    assert one == {
+        "rank": 0,
+        "phase": "merging",
+        "exception": "MergeError",
+        "message": failed["message"],
+    }
 
 
 def test_options_that_do_not_fit_the_run(config: MergeConfig, log: Path) -> None:

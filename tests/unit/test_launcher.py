@@ -166,7 +166,12 @@ def test_a_rank_that_waits_says_so_and_can_be_stopped(tmp_path: Path, rank: int)
         last = process.communicate()[1]
         timer.cancel()
     assert process.returncode == 128 + signal.SIGTERM
-    assert last == "wsm merge: stopped by SIGTERM; nothing was published\n"
+    stopped = f"rank {rank} failed in starting: stopped by SIGTERM; nothing was published\n"
+    assert last == (
+        f"ERROR: {stopped}"
+        if rank == 0
+        else "wsm merge: stopped by SIGTERM; nothing was published\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from wsm_megatron import MergeError
+from wsm_megatron import MergeError, UsageError
 from wsm_megatron.access.node_local.access import check_shared
 from wsm_megatron.cli.main import _Log
 from wsm_megatron.comm import heartbeat
@@ -54,7 +54,7 @@ def on_all(ranks: list[Ranks], call: Callable[[Ranks], Any]) -> list[Any]:
         except Exception as error:
             outcomes[one.rank] = error
 
-    threads = [threading.Thread(target=run, args=(one,)) for one in ranks]
+    threads = [threading.Thread(target=run, args=(o,), name=f"rank {o.rank}") for o in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -79,7 +79,7 @@ def test_values_larger_than_the_store_takes(
     assert on_all(ranks, lambda one: one.gather(values[one.rank])) == [values] * 3
 
 
-@pytest.mark.parametrize("kind", [MergeError, ValueError])
+@pytest.mark.parametrize("kind", [MergeError, UsageError])
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_failure_reaches_ranks_that_wait(
     ranks: list[Ranks], kind: type[Exception], failing: int
@@ -94,6 +94,75 @@ def test_a_failure_reaches_ranks_that_wait(
         assert type(outcome) is kind
         told = f"rank {failing} failed in the test: no luck"
         assert str(outcome) == ("no luck" if rank == failing else told)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 waits for the others to stop, and they for its report, however busy the machine."""
+    monkeypatch.setattr(heartbeat, "_STOP_WITHIN", 600)
+    monkeypatch.setattr(heartbeat, "_REPORT_WITHIN", 600)
+
+
+def reported(ranks: list[Ranks], work: Callable[[Ranks], None], log: Any) -> list[str]:
+    """What is logged at ERROR, by all ranks together, of a job in which ``work`` fails on each."""
+
+    def end(one: Ranks) -> None:
+        try:
+            work(one)
+        except Exception as error:
+            assert one._line is not None
+            one.failed(error)
+            one._line.report()
+
+    on_all(ranks, end)
+    return [one.getMessage() for one in log.records if one.levelno == logging.ERROR]
+
+
+def test_rank_0_logs_why_each_rank_failed(
+    ranks: list[Ranks], patient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = threading.Barrier(2)
+
+    def work(one: Ranks) -> None:
+        with one.together("the test"):
+            if one.rank > 0:
+                both.wait(30)
+                raise MergeError("no luck") if one.rank == 1 else KeyError("a defect")
+            one.gather(None)
+
+    one, other = sorted(reported(ranks, work, caplog))
+    assert one == "rank 1 failed in the test: no luck"
+    first, _, *frames, last = other.splitlines()
+    assert first == "rank 2 failed in the test:" and last == "KeyError: 'a defect'"
+    assert any("in work" in frame for frame in frames)
+    assert {record.threadName for record in caplog.records} == {"rank 0"}
+
+
+def test_ranks_that_fail_alike_are_logged_together(
+    ranks: list[Ranks], patient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    together = threading.Barrier(3)
+
+    def work(one: Ranks) -> None:
+        together.wait(30)
+        raise UsageError("--last 1: too few")
+
+    expected = ["ranks 0, 1, 2 failed in starting: --last 1: too few"]
+    assert reported(ranks, work, caplog) == expected
+
+
+def test_where_rank_0_is_gone_another_rank_logs_why(
+    ranks: list[Ranks], caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(one: Ranks) -> None:
+        one.gather(None)
+        if one.rank != 0:
+            one.gather(None)
+        assert one._line is not None
+        one._line._leaving.set()
+
+    (message,) = reported(ranks, work, caplog)
+    assert message.startswith("rank 0 (") and "is lost" in message
 
 
 def test_a_failure_reaches_ranks_that_work(ranks: list[Ranks]) -> None:

@@ -51,8 +51,8 @@ def without_optimizer(data: bytes) -> bytes:
     """
     try:
         config = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return data
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
+        return data  # a tag with a value that is none of its kind raises the last four
     settings = config.get("checkpoint") if isinstance(config, dict) else None
     if not isinstance(settings, dict) or not settings.keys() & _SAVED:
         return data

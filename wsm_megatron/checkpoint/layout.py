@@ -15,7 +15,7 @@ import torch
 from wsm_megatron.checkpoint.foreign_formats import kind_of, kind_of_format
 from wsm_megatron.checkpoint.keys import Role, object_role, tensor_role
 from wsm_megatron.checkpoint.tiling import tiling_fault
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.safe_pickle.metadata import load_metadata
 from wsm_megatron.safe_pickle.metadata_classes import Metadata, TensorStorageMetadata
 from wsm_megatron.storage.json_file import read_json
@@ -140,7 +140,7 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
         whole: the files that it names must be there; without, they may be on other nodes.
 
     Raises:
-        ValueError: the directory is not a finished ``torch_dist`` checkpoint.
+        UsageError: the directory is not a finished ``torch_dist`` checkpoint.
         MergeError: ``.metadata`` is damaged or names files that are missing or too short; a
             tensor's chunks do not tile it, or two entries lie in the same bytes.
     """
@@ -166,14 +166,14 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
 
 def _read_marker(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise ValueError(f"{path}: no such checkpoint directory")
+        raise UsageError(f"{path}: no such checkpoint directory")
     if not is_complete(path):
         what, way_out = kind_of(path)
-        raise ValueError(f"{path} is {what}: {way_out}")
+        raise UsageError(f"{path} is {what}: {way_out}")
     marker = read_json(path / MARKER_FILE)
     kind = kind_of_format(marker.get("sharded_backend") if isinstance(marker, dict) else None)
     if kind is not None:
-        raise ValueError(f"{path} is {kind.what}: {kind.way_out}")
+        raise UsageError(f"{path} is {kind.what}: {kind.way_out}")
     return marker
 
 
@@ -182,7 +182,7 @@ def _locations(path: Path, metadata: Metadata) -> dict[tuple, Location]:
     assert metadata.storage_data is not None
     for index, info in metadata.storage_data.items():
         if info.transform_descriptors:
-            raise ValueError(f"{path}: entry {index.fqn!r} is compressed or transformed on disk")
+            raise UsageError(f"{path}: entry {index.fqn!r} is compressed or transformed on disk")
         if info.relative_path in ("", ".", "..") or "/" in info.relative_path:
             raise MergeError(f"{path}: entry {index.fqn!r} points outside the checkpoint")
         if info.offset < 0 or info.length < 0:

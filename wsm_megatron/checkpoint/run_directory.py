@@ -11,6 +11,7 @@ from pathlib import Path
 from wsm_megatron.checkpoint.bridge import LATEST_FILE, TRAIN_STATE_FILE
 from wsm_megatron.checkpoint.foreign_formats import Kind, kind_of
 from wsm_megatron.checkpoint.layout import is_complete
+from wsm_megatron.errors import UsageError
 from wsm_megatron.storage.durable import fsync_path, replace_file
 from wsm_megatron.storage.retry import patiently
 
@@ -84,11 +85,11 @@ def scan_run(path: Path) -> RunDirectory:
     """List a run directory.
 
     Raises:
-        ValueError: no such directory, or nothing in it that looks like a checkpoint.
+        UsageError: no such directory, or nothing in it that looks like a checkpoint.
         MergeError: it cannot be listed.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: no such run directory")
+        raise UsageError(f"{path}: no such run directory")
     children = patiently(lambda: sorted(path.iterdir()), lambda: f"{path}: listing")
     finished, unusable = [], []
     for child in children:
@@ -100,7 +101,7 @@ def scan_run(path: Path) -> RunDirectory:
             finished.append(iteration)
     if not finished and not unusable:
         hint = "; give its parent" if _ITERATION.fullmatch(path.name) else ""
-        raise ValueError(f"{path}: no iter_XXXXXXX checkpoint in this directory{hint}")
+        raise UsageError(f"{path}: no iter_XXXXXXX checkpoint in this directory{hint}")
     return RunDirectory(path, tuple(sorted(finished)), tuple(unusable), read_tracker(path))
 
 

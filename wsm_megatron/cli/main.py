@@ -30,6 +30,8 @@ from wsm_megatron.errors import (
     StoppedError,
     UsageError,
     exit_code,
+    is_internal,
+    is_told,
 )
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
@@ -140,12 +142,15 @@ def _status(arguments: argparse.Namespace, run: _Command) -> int:
         if lines and arguments.json:
             lines.append(json.dumps(answer.data()))
         failure = show(lines)
-    except (ValueError, MergeError) as error:
-        say(f"{name}: {error}")
-        return exit_code(error)
     except KeyboardInterrupt:
         say(f"{name}: stopped by SIGINT")
         return 128 + signal.SIGINT
+    except Exception as error:
+        if not is_told(error):
+            if is_internal(error):
+                raise
+            say(f"{name}: {error}")
+        return exit_code(error)
     if failure is not None:
         done = "" if answer.shown else "it is done, but "
         say(f"{name}: {done}standard output cannot be written: {failure.strerror}")

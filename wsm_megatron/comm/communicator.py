@@ -19,6 +19,7 @@ from wsm_megatron.comm.heartbeat import Line
 from wsm_megatron.comm.launcher import launched_as
 from wsm_megatron.comm.messages import Failure
 from wsm_megatron.comm.rendezvous import Waiting, connect, forget_stores
+from wsm_megatron.errors import mark_told
 from wsm_megatron.process.gc_paused import no_collection
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,6 @@ class Ranks:
         self._hear: Callable[[Any], None] = lambda _: None
         if line is not None:
             line.health, line.count = self._check_here, lambda: self._count
-
-    @property
-    def failure(self) -> Failure | None:
-        """Why the job has failed, as far as it is known here."""
-        return None if self._line is None else self._line.failure
 
     def check(self) -> None:
         """Raise where the job has failed, on this rank or another. Not collective; cheap."""
@@ -107,14 +103,25 @@ class Ranks:
         if self._line is not None:
             self._line.exchange()
 
+    def failed(self, error: BaseException) -> list[Failure]:
+        """Tell the other ranks that this one ends with an error, unless they know it.
+
+        Returns:
+            on rank 0, once the others have stopped too, why each rank failed: the first one first.
+        """
+        if self._line is None:
+            return [Failure.of(error, self.rank, self.phase)]
+        self._line.fail(error, self.phase)
+        return self._line.failures() if self.rank == 0 else []
+
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
         """Run a block on every rank and leave it together. Collective.
 
         Raises:
-            the rank's own exception where the block failed; ``ValueError`` or ``MergeError``,
-            naming the rank and the phase, on every other rank, also where that rank's failure
-            led to one here.
+            the rank's own exception where the block failed; on every other rank a
+            ``UsageError`` or ``MergeError`` that names this rank and the phase, also where that
+            rank's failure led to one here.
         """
         self._enter(phase)
         try:
@@ -212,8 +219,11 @@ _jobs = 0
 def job_ranks() -> Iterator[Ranks]:
     """The ranks of this job. Collective; within itself it gives the same ranks again.
 
+    Where the block fails on one of several ranks, rank 0 logs why, at ERROR, for every rank that
+    failed; an internal error with its traceback.
+
     Raises:
-        ValueError: the environment speaks of several ranks, but not clearly.
+        UsageError: the environment speaks of several ranks, but not clearly.
         MergeError: they did not meet.
     """
     global _current
@@ -226,14 +236,16 @@ def job_ranks() -> Iterator[Ranks]:
         return
     logger.info("rank %d of %d", rank, size)
     line = Line(store, rank, size)
-    _current = Ranks(rank, size, line, store)
+    _current = ranks = Ranks(rank, size, line, store)
     try:
         line.exchange()  # heard from now on: a rank killed in its first second is lost, not late
         if waiting is not None:
             line.meet(waiting.tell)
-        yield _current
+        yield ranks
     except BaseException as error:
-        line.fail(error, "the job")
+        ranks.failed(error)
+        line.report()
+        mark_told(error)
         forget_stores()
         raise
     finally:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.errors import MergeError, exit_code
+from wsm_megatron.comm.messages import Failure
+from wsm_megatron.errors import MergeError, UsageError, exit_code
 
 logger = logging.getLogger(__name__)
 _library = logging.getLogger("wsm_megatron")
@@ -38,7 +39,7 @@ class EventLog:
     hold up the merge. What cannot be written is warned about once.
 
     Raises:
-        ValueError: the file cannot be opened for writing.
+        UsageError: the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +51,7 @@ class EventLog:
             cut_short = path.is_file() and not _ends_a_line(path)
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
-            raise ValueError(f"--log-json {path}: cannot write: {error.strerror}") from error
+            raise UsageError(f"--log-json {path}: cannot write: {error.strerror}") from error
         if cut_short:  # by the end of an earlier job
             self._todo.put(partial(self._append, b"\n"))
         self._thread = threading.Thread(target=self._run, name="wsm-events", daemon=True)
@@ -166,7 +167,7 @@ def job_events(path: Path | None, ranks: Ranks, version: str, options: Any) -> I
         path: rank 0 appends to it; None: nothing is told.
 
     Raises:
-        ValueError: the file cannot be written.
+        UsageError: the file cannot be written.
     """
     if path is None:
         yield Events(ranks, None, wanted=False)
@@ -183,9 +184,10 @@ def job_events(path: Path | None, ranks: Ranks, version: str, options: Any) -> I
         yield events
     except BaseException as error:
         if ranks.rank == 0:  # which holds the store: nothing to wait for
+            failures = ranks.failed(error)
             with suppress(MergeError):
                 ranks.exchange()
-        events.tell("failed", **_failure(error, ranks))
+            events.tell("failed", **_failure(error, failures))
         raise
     finally:
         _library.removeHandler(handler)
@@ -198,13 +200,14 @@ def _job(ranks: Ranks) -> dict[str, Any]:
     return {"ranks": ranks.size, "slurm": slurm}
 
 
-def _failure(error: BaseException, ranks: Ranks) -> dict[str, Any]:
-    first = ranks.failure
+def _failure(error: BaseException, failures: list[Failure]) -> dict[str, Any]:
+    first = failures[0]
     return {
-        "rank": first.rank if first else ranks.rank,
-        "phase": first.phase if first else ranks.phase,
+        "rank": first.rank,
+        "phase": first.phase,
         "message": str(error) or type(error).__name__,
         "exit_code": exit_code(error),
+        "failures": [one.as_data() for one in failures],
     }
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from wsm_megatron.comm.messages import Failure, Sign
-from wsm_megatron.errors import LostError, MergeError, PassingError, StoppedError
+from wsm_megatron.comm.messages import Failure, Sign, reports
+from wsm_megatron.errors import LostError, MergeError
 from wsm_megatron.process.gc_paused import no_collection
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ _TOLD_A_BEAT = 100
 """Values that a rank tells rank 0 in one beat at most; of more, the newest."""
 _STOP_WITHIN = 5
 """Beats within which every rank is to stop after a failure."""
+_REPORT_WITHIN = 15
+"""Beats within which rank 0 is to have said why the job failed; else another rank does."""
 
 
 class Line:
@@ -52,7 +54,7 @@ class Line:
         phase: what this rank is doing, for messages.
         health: called at every beat, on the line's thread; what it raises fails the job, also
             while the rank's own thread is stuck in a call to the system.
-        failure: why the job has failed; None while it has not.
+        failure: why the job has failed first; None while it has not.
         count: what this rank has done, in any unit; told with every beat.
         hear: called on rank 0, on the line's thread, with what other ranks tell.
     """
@@ -73,6 +75,9 @@ class Line:
         self._silence: dict[int, float] = {}
         self._heard: dict[int, bytes] = {}
         self._missing: set[int] = set()
+        self._own: Failure | None = None
+        self._lost: dict[int, Failure] = {}
+        self._has_ended = False
         self._contact = time.monotonic()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="wsm-line", daemon=True)
@@ -143,22 +148,56 @@ class Line:
         self._ask(self._beat)
 
     def fail(self, error: BaseException, phase: str) -> Exception | None:
-        """Tell the other ranks that this one has failed, and how it did.
+        """Tell the other ranks that this one has failed, and how it did. Again, it says no more.
 
         Rank 0 comes back only when all others have stopped too, or after a few seconds.
 
         Returns:
             the failure of another rank where that came first, and may have led to this one.
         """
-        failure = self._own(error, phase)
+        if not self._has_ended:
+            self._has_ended = True
+            if not self._follows(error):
+                self._own = self._own or Failure.of(error, self.rank, phase)
+            with contextlib.suppress(MergeError):  # the others are gone
+                self._ask(self._speak)
+                if self._own is not None:
+                    self._ask(partial(self._declare, self._own))
+                self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
+                if self.rank == 0:
+                    self._wait_for("ended", _STOP_WITHIN * BEAT)
+        first = self.failure
+        return first.error() if first is not None and first.rank != self.rank else None
+
+    def failures(self) -> list[Failure]:
+        """Of every rank that has failed, as far as is known here; what came first, first."""
+        found = {one.rank: one for one in tuple(self._lost.values())}
+        if self._own is not None:
+            found[self.rank] = self._own
         with contextlib.suppress(MergeError):  # the others are gone
-            self._ask(self._speak)
-            self._ask(partial(self._declare, failure))
-            self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
-            if self.rank == 0:
-                self._wait_for("ended", _STOP_WITHIN * BEAT)
-        first = self.failure or failure
-        return first.error() if first.rank != self.rank else None
+            found |= self._ask(self._read_failures)
+        first = self.failure
+        if first is not None:
+            found[first.rank] = first
+        return sorted(found.values(), key=lambda one: (one is not first, one.rank))
+
+    def report(self) -> None:
+        """Log why the job has failed, after :meth:`fail`: rank 0 does for all.
+
+        Where rank 0 cannot, or takes too long, another rank does; all do where no store is left
+        to settle which.
+        """
+        if self.rank == 0:
+            failures = self.failures()
+            with contextlib.suppress(MergeError):
+                self._ask(partial(self._store.set, "reported", b"1"))
+        elif self._is_reported():
+            logger.info("rank %d ends: see rank 0's log for why the job has failed", self.rank)
+            return
+        else:
+            failures = self.failures()
+        for text in reports(failures):
+            logger.error("%s", text)
 
     def leave(self) -> None:
         """Leave together: the rank that holds the store goes last, so that all can read it."""
@@ -173,12 +212,35 @@ class Line:
     def _wait_for(self, word: str, patience: float) -> None:
         """Until every other rank that has come, and is not lost, has said a word."""
         until = time.monotonic() + patience
-        failure = self.failure
-        lost = {failure.rank} if failure and failure.kind is LostError else set()
-        for rank in set(range(1, self.size)) - lost - self._missing:
+        for rank in set(range(1, self.size)) - self._missing:
             check = partial(self._store.check, [f"{word}/{rank}"])
-            while not self._ask(check) and time.monotonic() < until:
+            while not self._is_lost(rank) and not self._ask(check) and time.monotonic() < until:
                 time.sleep(0.02)
+
+    def _is_lost(self, rank: int) -> bool:
+        first = self.failure
+        return rank in self._lost or (first is not None and first.is_lost and first.rank == rank)
+
+    def _follows(self, error: BaseException) -> bool:
+        """Whether an error is only what another rank's failure, or this one's, is raised as."""
+        return self.failure is not None and str(error) == self.failure.text
+
+    def _read_failures(self) -> dict[int, Failure]:
+        keys = {rank: f"failure/{rank}" for rank in range(self.size)}
+        said = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return {rank: Failure.read(self._store.get(key)) for rank, key in said.items()}
+
+    def _is_reported(self) -> bool:
+        """Whether rank 0 reports for all, or another rank does in its place."""
+        until = time.monotonic() + _REPORT_WITHIN * BEAT
+        try:
+            while time.monotonic() < until and not self._is_lost(0):
+                if self._ask(lambda: self._store.check(["reported"])):
+                    return True
+                time.sleep(0.05)
+            return self._ask(lambda: self._store.add("reporters", 1)) > 1
+        except MergeError:  # the store is gone, with rank 0
+            return False
 
     def _set(self, key: str, data: bytes) -> None:
         self.check()
@@ -197,7 +259,8 @@ class Line:
                 return reply.get(timeout=0.2)
         with contextlib.suppress(queue.Empty):  # answered, and then the thread ended
             return reply.get_nowait()
-        raise self._gone().error()
+        self.failure = self._gone()
+        raise self.failure.error()
 
     def _serve(self) -> None:
         due = 0.0
@@ -222,12 +285,12 @@ class Line:
     def _beat(self) -> None:
         self._speak()
         if self.failure is None and self._store.check([_FAILED]):
-            self.failure = pickle.loads(self._store.get(_FAILED))
+            self.failure = Failure.read(self._store.get(_FAILED))
         if self.failure is None:
             try:
                 self.health()
             except MergeError as error:
-                self._declare(self._own(error, self.phase))
+                self._declare(self._own or Failure.of(error, self.rank, self.phase))
         # Rank 0 looks after all, all look after rank 0.
         for rank in range(1, self.size) if self.rank == 0 else (0,):
             self._listen(rank)
@@ -260,48 +323,36 @@ class Line:
             return
         self._silence[rank] = self._silence.get(rank, 0.0) + BEAT
         if self._silence[rank] >= (LOST_AFTER if sign else START_WITHIN):
-            self._declare(self._lost(rank))
+            self._declare(self._lost.setdefault(rank, self._silent(rank)))
 
     def _declare(self, failure: Failure) -> None:
+        if failure.rank == self.rank:
+            self._own = failure
+            self._store.set(f"failure/{self.rank}", failure.write())
         if self._store.add("failures", 1) == 1:
-            self._store.set(_FAILED, pickle.dumps(failure))
+            self._store.set(_FAILED, failure.write())
         else:
-            failure = pickle.loads(self._store.get(_FAILED))  # waits until it is there
+            failure = Failure.read(self._store.get(_FAILED))  # waits until it is there
         self.failure = self.failure or failure
 
-    def _own(self, error: BaseException, phase: str) -> Failure:
-        message = f"rank {self.rank} failed in {phase}: {error or type(error).__name__}"
-        stopped_by = error.number if isinstance(error, StoppedError) else 0
-        return Failure(self.rank, message, _kind(error), phase, stopped_by)
-
-    def _lost(self, rank: int) -> Failure:
+    def _silent(self, rank: int) -> Failure:
         if rank not in self._heard:
             message = f"rank {rank} did not start within {START_WITHIN:.0f} s"
-            return Failure(rank, message, LostError, self.phase)
-        return Failure(
-            rank,
-            f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out of "
-            "memory, or its node is gone)",
-            LostError,
-            self.phase,
-        )
+        else:
+            message = (
+                f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out "
+                "of memory, or its node is gone)"
+            )
+        return Failure.lost(rank, message, self.phase)
 
     def _gone(self) -> Failure:
         if self.failure is not None:
             return self.failure
         message = f"{self._who(0)} is lost, and with it the store that the job shares"
-        return Failure(0, message, LostError, self.phase)
+        return Failure.lost(0, message, self.phase)
 
     def _who(self, rank: int) -> str:
         if not (sign := self._heard.get(rank, b"")):
             return f"rank {rank}"
         seen = Sign.read(sign)
         return f"rank {rank} ({seen.host} pid {seen.pid})"
-
-
-def _kind(error: BaseException) -> type[Exception]:
-    """What an error of one rank is on the others."""
-    if isinstance(error, ValueError):
-        return ValueError
-    passing = isinstance(error, PassingError) or not isinstance(error, MergeError)
-    return PassingError if passing else MergeError

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from wsm_megatron.comm.slurm import PORTS, master_port, task_of_step, whole_number
+from wsm_megatron.errors import UsageError
 
 _HERE = "127.0.0.1"
 _JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PBS_JOBID", "LSB_JOBID")
@@ -75,7 +76,7 @@ def launched_as(environ: Mapping[str, str] = os.environ) -> Launch | None:
     ``RANK`` and ``WORLD_SIZE`` go first, then ``mpirun``, which may itself run under Slurm.
 
     Raises:
-        ValueError: the variables contradict each other, or do not say where to meet.
+        UsageError: the variables contradict each other, or do not say where to meet.
     """
     environ = {name: value for name, value in environ.items() if value}
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -117,7 +118,7 @@ def _by_mpi(environ: Mapping[str, str], names: _Names) -> Launch | None:
         port = None if job is None else _port_of(job)
         return _launch(environ, rank, size, given, job or "", port)
     if not _on_one_host(environ, names, rank, size):
-        raise ValueError(
+        raise UsageError(
             f"{_said(environ, given)}: the ranks are on several hosts, and no MASTER_ADDR says "
             "where they meet; give all of them MASTER_ADDR, the host of rank 0, and MASTER_PORT, a "
             "free port there (mpirun -x, mpiexec -genv)"
@@ -148,7 +149,7 @@ def _launch(
     if port is None or "MASTER_PORT" in environ:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
-                raise ValueError(
+                raise UsageError(
                     f"{_said(environ, names)} make this one of {size} ranks, and {name} does not "
                     f"say where they meet: set it, or unset {' and '.join(names)} to merge with "
                     "this process alone"
@@ -162,7 +163,7 @@ def _numbers(environ: Mapping[str, str], size: str, rank: str) -> tuple[int, int
     ranks = whole_number(environ, size, 1)
     this = whole_number(environ, rank)
     if this >= ranks:
-        raise ValueError(
+        raise UsageError(
             f"{_said(environ, (size, rank))}: ranks count from 0 to {ranks - 1}; correct them, or "
             "unset both to merge with this process alone"
         )
@@ -180,7 +181,7 @@ def _refuse_half(environ: Mapping[str, str]) -> None:
     for name in ("WORLD_SIZE", "RANK", "PMIX_RANK", *(names.rank for names in _MPI)):
         if name in environ and environ.get("WORLD_SIZE") != "1":
             missing = "which this one is" if name == "WORLD_SIZE" else "how many they are"
-            raise ValueError(
+            raise UsageError(
                 f"{name}={environ[name]} in the environment speaks of several ranks, and nothing "
                 f"says {missing}: set RANK and WORLD_SIZE, or unset {name} to merge with this "
                 "process alone"

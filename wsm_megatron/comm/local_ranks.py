@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from wsm_megatron.comm.launcher import launched_as
-from wsm_megatron.errors import EXIT_FAILED
+from wsm_megatron.errors import EXIT_FAILED, UsageError
 from wsm_megatron.process.signals import ending_signals
 from wsm_megatron.process.streams import finish, say_defect
 
@@ -38,13 +38,13 @@ def run_forked(ranks: int, main: Callable[[], int]) -> int:
         the first exit status that is not 0; 128 + n for a rank that signal n has ended.
 
     Raises:
-        ValueError: this process is one of several ranks already.
+        UsageError: this process is one of several ranks already.
     """
     launch = launched_as()
     if ranks < 1:
-        raise ValueError(f"--local-ranks {ranks}: at least one")
+        raise UsageError(f"--local-ranks {ranks}: at least one")
     if launch is not None:
-        raise ValueError(
+        raise UsageError(
             f"--local-ranks: this process is {launch} already; start more tasks, or unset "
             f"{' and '.join(launch.names)}"
         )

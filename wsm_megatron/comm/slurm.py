@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wsm_megatron.errors import UsageError
+
 PORTS = (20000, 30000)
 """Below the ports that Linux hands out by itself."""
 _STEPS = 31
@@ -55,13 +57,13 @@ def whole_number(
     """A number from the environment.
 
     Raises:
-        ValueError: it is none, or less than ``least``, or not below ``below``.
+        UsageError: it is none, or less than ``least``, or not below ``below``.
     """
     text = environ.get(name, "")
     value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
     if value < least or (below is not None and value >= below):
         limit = "" if below is None else f" to {below - 1}"
-        raise ValueError(f"{name}={text} in the environment is not a number from {least}{limit}")
+        raise UsageError(f"{name}={text} in the environment is not a number from {least}{limit}")
     return value
 
 
@@ -69,7 +71,7 @@ def first_host(nodes: str) -> str:
     """First host of a Slurm node list: ``gpu[07-09,12]-ib,login1`` -> ``gpu07-ib``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise ValueError(f"cannot read the node list {nodes!r}; set MASTER_ADDR")
+        raise UsageError(f"cannot read the node list {nodes!r}; set MASTER_ADDR")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
@@ -97,5 +99,5 @@ def _node_address(node: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
     if (found := re.search(r"\bNodeAddr=(\S+)", shown)) is None:
-        raise ValueError(f"the node {node} has no address that resolves here; set MASTER_ADDR")
+        raise UsageError(f"the node {node} has no address that resolves here; set MASTER_ADDR")
     return found[1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from isal.isal_zlib import crc32
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.execution.gpu_tiles import StagedWorkspace
 from wsm_megatron.execution.memory_budget import STAGED_BYTES, TILE_BYTES
 from wsm_megatron.execution.tiles import Workspace
@@ -104,7 +105,7 @@ def choose_device(
         local_rank: of the ranks on this machine; GPUs are dealt out in turn.
 
     Raises:
-        ValueError: ``cuda`` is wanted and there is none.
+        UsageError: ``cuda`` is wanted and there is none.
     """
     if wanted == "cpu":
         return host_device("--device cpu")
@@ -112,7 +113,7 @@ def choose_device(
         return host_device(f"less than {WORTH / 1e9:.0f} GB to read: too little to start CUDA for")
     if not torch.cuda.is_available():
         if wanted == "cuda":
-            raise ValueError("--device cuda: torch sees no CUDA device here")
+            raise UsageError("--device cuda: torch sees no CUDA device here")
         return host_device("no CUDA device")
     cuda = torch.device("cuda", local_rank % torch.cuda.device_count())
     if wanted == "cuda":

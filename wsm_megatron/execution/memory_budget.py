@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.planning.tasks import Recipe, Rule, Scope
 from wsm_megatron.process.memory import available_memory
 
@@ -72,12 +73,12 @@ def make_budget(
         wanted_bytes: of all sources in one tile, where memory allows.
 
     Raises:
-        ValueError: not even one thread's smallest tiles fit.
+        UsageError: not even one thread's smallest tiles fit.
     """
     costs = [r.cost(sources, merges) for r in recipes if r.rule is not Rule.COPY]
     least = depth * LEAST_ELEMENTS * max(costs, default=0)
     if memory < least:
-        raise ValueError(
+        raise UsageError(
             f"--memory {memory} is too little: the smallest tiles of {sources} sources and "
             f"{merges} merges take {least} bytes a thread; merge fewer at a time"
         )

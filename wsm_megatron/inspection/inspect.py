@@ -30,7 +30,7 @@ from wsm_megatron.checkpoint.run_directory import (
     scan_run,
     why_untracked,
 )
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.planning.provenance import read_provenance
 from wsm_megatron.planning.selection import branch_problem
 from wsm_megatron.planning.sources import save_id
@@ -88,7 +88,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
     """List one checkpoint's entries.
 
     Raises:
-        ValueError: not a finished torch_dist checkpoint. MergeError: a damaged one.
+        UsageError: not a finished torch_dist checkpoint. MergeError: a damaged one.
     """
     layout = read_layout(path)
     summary = summarize(load_common(*read_common(path, layout)))
@@ -146,7 +146,7 @@ def _look(run: RunDirectory, iteration: int) -> _Look:
             read_provenance(path) is not None,
             save_id(read_file(path / METADATA_FILE)),
         )
-    except (ValueError, MergeError) as error:
+    except (UsageError, MergeError) as error:
         return _Look(problem=str(error).removeprefix(f"{path}").lstrip(": "))
 
 

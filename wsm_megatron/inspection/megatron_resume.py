@@ -17,7 +17,7 @@ from wsm_megatron.checkpoint.common_state import (
 from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
-from wsm_megatron.errors import some
+from wsm_megatron.errors import UsageError, some
 from wsm_megatron.inspection.inspect import is_checkpoint
 from wsm_megatron.optimizer.main_params import MainsCheck, check_mains
 from wsm_megatron.optimizer.precision import REMAINDERS
@@ -84,7 +84,7 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
             ``path``: differences are reported.
 
     Raises:
-        ValueError: not a finished torch_dist checkpoint. MergeError: a damaged one.
+        UsageError: not a finished torch_dist checkpoint. MergeError: a damaged one.
     """
     path = _checkpoint(path)
     layout = read_layout(path)
@@ -145,12 +145,12 @@ def _checkpoint(path: Path) -> Path:
     if run.tracked is not None:
         return run.checkpoint(run.tracked)
     if not run.finished and run.tracker is None:
-        raise ValueError(f"{path}: no finished checkpoint in this directory")
+        raise UsageError(f"{path}: no finished checkpoint in this directory")
     if run.tracker is not None:
-        raise ValueError(
+        raise UsageError(
             f"{path / TRACKER_FILE} {why_untracked(run.tracker)}; name the checkpoint that is meant"
         )
-    raise ValueError(
+    raise UsageError(
         f"{path}: no tracker (latest_checkpointed_iteration.txt), so Megatron would load nothing "
         f"from here and start at iteration 0; name a checkpoint, such as "
         f"{run.checkpoint(run.finished[-1])}"

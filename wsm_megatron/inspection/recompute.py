@@ -63,7 +63,7 @@ def recompute(
         the number of elements compared.
 
     Raises:
-        ValueError: a source is not there, or not what was merged.
+        UsageError: a source is not there, or not what was merged.
         MergeError: what is not the merge of its sources; a source is damaged.
     """
     path = merged.layout.path
@@ -93,7 +93,7 @@ def _places(merged: Path, provenance: dict[str, Any], run: Path | None) -> list[
     sources = provenance["sources"]
     unsaved = [str(source["iteration"]) for source in sources if "path" not in source]
     if unsaved and run is None:
-        raise ValueError(
+        raise UsageError(
             f"{merged}: iterations {', '.join(unsaved)} were kept in memory by the run and not "
             "saved as checkpoints, so the merge cannot be made again; without --sources verify "
             "checks all that was written. Where they are saved elsewhere, name that run directory "
@@ -102,13 +102,13 @@ def _places(merged: Path, provenance: dict[str, Any], run: Path | None) -> list[
     places = [_place(source, run) for source in sources]
     for place, source in zip(places, sources, strict=True):
         if not place.is_dir():
-            raise ValueError(
+            raise UsageError(
                 f"{place}: the source is gone; name the directory that its run has now with "
                 "--sources-from, or verify without --sources"
             )
         known = source.get("metadata_crc32")
         if known is not None and f"{crc32(read_file(place / METADATA_FILE)):08x}" != known:
-            raise ValueError(
+            raise UsageError(
                 f"{place} is not the checkpoint that was merged: its .metadata is another one "
                 "(saved again since?); verify without --sources"
             )

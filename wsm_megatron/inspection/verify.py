@@ -13,7 +13,7 @@ from wsm_megatron.checkpoint.common_state import PROVENANCE_KEY, load_common, re
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.execution.value_checks import is_damaged
 from wsm_megatron.inspection.manifest import FilesCheck, check_files
 from wsm_megatron.inspection.recompute import recompute
@@ -70,14 +70,14 @@ def verify(
         seed: of the choice of samples.
 
     Raises:
-        ValueError: unfinished, or ``sources`` without provenance or without its sources.
+        UsageError: unfinished, or ``sources`` without provenance or without its sources.
         MergeError: what is wrong, where.
     """
     recomputed = _wanted(sources, sources_from)
     provenance = read_provenance(path) if path.is_dir() else None
     if provenance is None and recomputed is not None:
         read_layout(path)
-        raise ValueError(f"{path}: no {PROVENANCE_FILE}; not a checkpoint of this tool")
+        raise UsageError(f"{path}: no {PROVENANCE_FILE}; not a checkpoint of this tool")
     files = check_files(path, provenance) if provenance is not None else None
     if files is not None and files.problems:
         cause = _damaged_tensor(path, files, allow_nonfinite)
@@ -111,9 +111,9 @@ def _wanted(sources: bool | str, sources_from: Path | None) -> str | None:
     """How much is to be made again: one of :data:`SOURCES`, or None."""
     wanted = ("sample" if sources is True else sources) or None
     if wanted not in (None, *SOURCES):
-        raise ValueError(f"sources is {wanted!r}, not one of {', '.join(SOURCES)}")
+        raise UsageError(f"sources is {wanted!r}, not one of {', '.join(SOURCES)}")
     if sources_from is not None and wanted is None:
-        raise ValueError("--sources-from has no effect without --sources")
+        raise UsageError("--sources-from has no effect without --sources")
     return wanted
 
 
@@ -133,7 +133,7 @@ def _damaged_tensor(path: Path, files: FilesCheck, allow_nonfinite: bool) -> str
             _check_entries(reader, allow_nonfinite)
         finally:
             reader.close()
-    except (ValueError, MergeError) as error:
+    except (UsageError, MergeError) as error:
         return f"; {error}"
     return ""
 

@@ -15,14 +15,14 @@ from wsm_megatron.checkpoint.keys import (
 )
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.errors import some
+from wsm_megatron.errors import UsageError, some
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
 from wsm_megatron.planning.tasks import Recipe, Rule
 
 
 def check_unknown(layout: Layout, choice: Choice) -> None:
-    """Raise ``ValueError`` where there is no rule for an entry."""
+    """Raise ``UsageError`` where there is no rule for an entry."""
     known = choice.left_out | choice.copied
     unknown = sorted(
         key
@@ -30,14 +30,14 @@ def check_unknown(layout: Layout, choice: Choice) -> None:
         if entry.role is Role.UNKNOWN and key not in known
     )
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"{layout.path}: no rule for {some(unknown)}; let it through with --copy PATTERN "
             "(from the newest source) or leave it out with --drop PATTERN"
         )
 
 
 def check_same_model(layouts: Sequence[Layout], config: MergeConfig) -> None:
-    """Raise ``ValueError`` unless all sources have the same model tensors and buffers."""
+    """Raise ``UsageError`` unless all sources have the same model tensors and buffers."""
     keys = [_model_keys(layout, config) for layout in layouts]
     shared = set.intersection(*keys)
     differing = sorted(set.union(*keys) - shared)
@@ -52,7 +52,7 @@ def check_same_model(layouts: Sequence[Layout], config: MergeConfig) -> None:
     ways = [f"leave it out with --drop '{pattern}'"]
     if holds[-1]:
         ways.append(f"take the newest one's with --copy '{pattern}'")
-    raise ValueError(
+    raise UsageError(
         f"{layouts[holds.index(False)].path} and {layouts[holds.index(True)].path} are not of one "
         f"model: {some(alike)} is in {_names(layouts, holds, True)} only, not in "
         f"{_names(layouts, holds, False)}; {', or '.join([*ways, *_windows(layouts, holds)])}"
@@ -70,26 +70,26 @@ def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
 
 
 def check_remainders(layout: Layout) -> None:
-    """Raise ``ValueError`` where optimizer state holds remainders instead of main params."""
+    """Raise ``UsageError`` where optimizer state holds remainders instead of main params."""
     for key, entry in layout.tensors.items():
         if stores_remainders(key, entry.dtype):
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: {key} is int16: {REMAINDERS}; they are not merged yet. Use "
                 "--optimizer-state drop, which merges the bf16 weights and loses those bits"
             )
 
 
 def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConfig) -> None:
-    """Raise ``ValueError`` where optimizer state that is to be kept cannot be."""
+    """Raise ``UsageError`` where optimizer state that is to be kept cannot be."""
     newest = layouts[-1]
     needed = _keys_of(Role.MAIN, newest, config)
     if not needed:
-        raise ValueError(
+        raise UsageError(
             f"{newest.path}: no optimizer state to keep (saved with --no-save-optim?); use "
             "--optimizer-state drop"
         )
     if config.rebuild_main_params and any(map(is_flat_bucket, needed)):
-        raise ValueError(
+        raise UsageError(
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
             "each; --rebuild-main-params cannot rebuild them; use --optimizer-state drop"
         )
@@ -104,7 +104,7 @@ def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
     for key in mains:
         model = newest.tensors.get(main_of(key) or "")
         if model is not None and model.shape != newest.tensors[key].shape:
-            raise ValueError(
+            raise UsageError(
                 f"{newest.path}: {key} is {newest.tensors[key].shape}, its model tensor "
                 f"{model.shape}: flattened optimizer state (fully_sharded_model_space, core up to "
                 "0.14); use --optimizer-state drop"
@@ -118,7 +118,7 @@ def _check_dtypes(newest: Layout, mains: Iterable[str], choice: Choice) -> None:
         if model is None or model.dtype in MERGEABLE:
             continue
         if model.key not in choice.copied | choice.left_out:
-            raise ValueError(
+            raise UsageError(
                 f"{newest.path}: {model.key} is {model.dtype} and cannot be made from its merged "
                 f"main param {key}; take both as they are in the newest source with --copy "
                 f"'{model.key}', or use --optimizer-state drop"
@@ -129,7 +129,7 @@ def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -
     """What is merged of the optimizer state is there; keyed main params can do without."""
     mains = _merged_keys(Role.MAIN, newest, config)
     if any(map(is_flat_bucket, mains)) and mains != _merged_keys(Role.MAIN, layout, config):
-        raise ValueError(
+        raise UsageError(
             f"{newest.path} keeps its main params in flat buckets (dp_reshardable), {layout.path} "
             "does not keep the same ones: they can neither be merged nor be rebuilt from the "
             "merged model; use --optimizer-state drop, or end the window (--to) at one saved "
@@ -139,7 +139,7 @@ def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -
         return
     moments = _merged_keys(Role.MOMENT, newest, config)
     if differing := sorted(moments ^ _merged_keys(Role.MOMENT, layout, config)):
-        raise ValueError(
+        raise UsageError(
             f"{layout.path} and {newest.path} keep their moments differently: only one has "
             f"{some(differing)}; use --optimizer-state last (moments of {newest.path}) or drop"
         )
@@ -149,7 +149,7 @@ def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
     """Main params come from the merged model: asked for, or not all sources have the newest's.
 
     Raises:
-        ValueError: one has them in a dtype that no merge is made of.
+        UsageError: one has them in a dtype that no merge is made of.
     """
     if not config.keeps_optimizer:
         return False
@@ -159,7 +159,7 @@ def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
     for layout, keys in zip(layouts, mains, strict=True):
         for key in sorted(mains[-1] - keys):
             if (entry := layout.tensors.get(key)) is not None:
-                raise ValueError(
+                raise UsageError(
                     f"{layout.path}: the main param {key} is {_short(entry.dtype)}, but "
                     f"{_short(layouts[-1].tensors[key].dtype)} in {layouts[-1].path}: damaged, or "
                     "of another optimizer; leave this checkpoint out, or have main params rebuilt "
@@ -187,19 +187,19 @@ def check_inputs(layouts: Sequence[Layout], recipes: Iterable[Recipe]) -> None:
 
 
 def check_alike(layouts: Sequence[Layout], key: str) -> None:
-    """Raise ``ValueError`` unless a tensor has one shape and one dtype in all sources."""
+    """Raise ``UsageError`` unless a tensor has one shape and one dtype in all sources."""
     entries = [layout.tensors.get(key) for layout in layouts]
     newest = entries[-1]
     assert newest is not None
     for layout, entry in zip(layouts, entries, strict=True):
         if entry is None:
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: no {key}, which {layouts[-1].path} has; leave it out with "
                 f"--drop '{key}'"
             )
         if entry.shape != newest.shape:
             shapes = [one.shape for one in entries if one is not None]
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: {key} is {entry.shape}, but {newest.shape} in "
                 f"{layouts[-1].path}: not one model{_or_windows(layouts, shapes)}. A vocabulary is "
                 "padded to a multiple of --make-vocab-size-divisible-by x TP: load the others in "
@@ -207,7 +207,7 @@ def check_alike(layouts: Sequence[Layout], key: str) -> None:
             )
         if entry.dtype != newest.dtype:
             dtypes = [one.dtype for one in entries if one is not None]
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: {key} is {_short(entry.dtype)}, but {_short(newest.dtype)} in "
                 f"{layouts[-1].path}; sources must be of one dtype, --dtype is the merge's"
                 f"{_or_windows(layouts, dtypes)}. Load the others in Megatron with the newest "

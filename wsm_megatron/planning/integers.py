@@ -16,7 +16,7 @@ import torch
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.errors import some
+from wsm_megatron.errors import UsageError, some
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.patterns import matches, pattern_for
 from wsm_megatron.planning.tasks import Rule
@@ -45,7 +45,7 @@ def check_integers(job: Job) -> None:
     alike.
 
     Raises:
-        ValueError: one differs, and floats that scale it are merged. MergeError: a source cannot be
+        UsageError: one differs, and floats that scale it are merged. MergeError: a source cannot be
             read.
     """
     keys = copied_integers(job)
@@ -114,7 +114,7 @@ def _judge(job: Job, differing: Sequence[str]) -> None:
             both = [key, *partners]
             pattern = pattern_for(both, (other for other in newest.tensors if other not in both))
             patterns = [pattern] if pattern != "PATTERN" else both
-            raise ValueError(
+            raise UsageError(
                 f"{newest.path}: {key} is {newest.tensors[key].dtype} and differs between the "
                 f"sources: integers are copied from the newest one, and {some(partners)} would be "
                 "merged, which together are the weights of none. Merge before quantising, or take "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsm_megatron.config import ExecutionOptions, MergeConfig
+from wsm_megatron.errors import UsageError
 from wsm_megatron.planning.prepare import product_roots
 
 _Id = tuple[int, int]
@@ -21,7 +22,7 @@ def check_outputs(config: MergeConfig, execution: ExecutionOptions = ExecutionOp
     file system of this rank; writes nothing.
 
     Raises:
-        ValueError: naming the option and what it would write into.
+        UsageError: naming the option and what it would write into.
     """
     run = _Run.of(config.load)
     made: dict[_Id | Path, str] = {}
@@ -31,7 +32,7 @@ def check_outputs(config: MergeConfig, execution: ExecutionOptions = ExecutionOp
         place, merge = root.resolve(), _describe(one)
         other = made.setdefault(_id(place) or place, merge)
         if other != merge:
-            raise ValueError(
+            raise UsageError(
                 f"the merges with {other} and with {merge} would both be saved to {root}; give "
                 "files of other names, or make them one by one"
             )
@@ -88,7 +89,7 @@ class _Run:
                     self._refuse(f"{what} is a file of the checkpoint {checkpoint}")
 
     def _refuse(self, what: str) -> None:
-        raise ValueError(f"{what}; sources are never written to, give another one")
+        raise UsageError(f"{what}; sources are never written to, give another one")
 
 
 def _checkpoints(root: Path) -> Iterator[Path]:

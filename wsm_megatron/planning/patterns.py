@@ -21,6 +21,7 @@ from wsm_megatron.checkpoint.keys import (
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.flat_main_params import FlatMains
 
 
@@ -63,19 +64,19 @@ def matches(key: str, patterns: Sequence[str]) -> bool:
 
 
 def check_patterns(layouts: Sequence[Layout], config: MergeConfig) -> None:
-    """Raise ``ValueError`` where a pattern of ``--copy`` or ``--drop`` cannot mean what it says."""
+    """Raise ``UsageError`` where a pattern of ``--copy`` or ``--drop`` cannot mean what it says."""
     newest = layouts[-1]
     keys = {key for layout in layouts for key in layout.entries}
     for option, patterns in (("--copy", config.copy), ("--drop", config.drop)):
         for pattern in patterns:
             found = [key for key in keys if fnmatchcase(key, pattern)]
             if not found:
-                raise ValueError(
+                raise UsageError(
                     f"{option} {pattern!r} matches no entry of the sources; wsm inspect "
                     f"{newest.path} --entries lists them"
                 )
             if option == "--copy" and not config.keeps_optimizer and all(map(is_optimizer, found)):
-                raise ValueError(
+                raise UsageError(
                     f"--copy {pattern!r} names optimizer state only, which --optimizer-state drop "
                     "leaves out; use --optimizer-state last to keep it"
                 )
@@ -90,12 +91,12 @@ def _check_mains_alone(layout: Layout, option: str, patterns: Sequence[str]) -> 
             continue
         model = main_of(key)
         if model is None:
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: {option} takes {key}, the main params of many model tensors; "
                 "they are merged with these, or left out with --optimizer-state drop"
             )
         if model in layout.tensors and not matches(model, patterns):
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: {option} takes the main param {key} without its model tensor, "
                 f"which the first step after a load makes from it; {option} '{model}' takes both, "
                 "--optimizer-state drop leaves out all main params"
@@ -103,7 +104,7 @@ def _check_mains_alone(layout: Layout, option: str, patterns: Sequence[str]) -> 
 
 
 def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
-    """Raise ``ValueError`` where a model tensor is copied or left out, and its main param cannot be
+    """Raise ``UsageError`` where a model tensor is copied or left out, and its main param cannot be
     because it lies in a flat bucket."""
     mains = [key for key, entry in layout.tensors.items() if entry.role is Role.MAIN]
     if not any(is_flat_bucket(key) and key not in choice.left_out for key in mains):
@@ -113,19 +114,19 @@ def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
         if entry.role is not Role.MODEL or key in keyed:
             continue
         if key in choice.left_out:
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: --drop leaves out {key}, but its main param lies in a flat bucket "
                 "(dp_reshardable), which must be whole; use --optimizer-state drop with it"
             )
         if key in choice.copied and (key in flat.repeated or flat.unknown):
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: --copy takes {key}, of which several ranks keep main params in "
                 "the flat buckets (dp_reshardable): those of the others would be merged, and undo "
                 "the copy; use --optimizer-state drop with it"
             )
         chunks = ((key, Box(chunk.offsets, chunk.sizes)) for chunk in entry.chunks)
         if key in choice.copied and not all(chunk in flat.places for chunk in chunks):
-            raise ValueError(
+            raise UsageError(
                 f"{layout.path}: --copy takes {key}, but where its main param lies in the flat "
                 "buckets (dp_reshardable) is not known; use --optimizer-state drop with it"
             )

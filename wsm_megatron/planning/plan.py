@@ -18,7 +18,7 @@ from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.optimizer.flat_main_params import FlatMain, FlatMains
 from wsm_megatron.planning.compatibility import (
     check_inputs,
@@ -73,7 +73,7 @@ def make_plan(
             merged apart from each other.
 
     Raises:
-        ValueError: the checkpoints are not of one model, an entry is unknown, an option does not
+        UsageError: the checkpoints are not of one model, an entry is unknown, an option does not
             fit them, or the optimizer state that was asked for is not there. Names the checkpoint
             and the key.
         MergeError: what would be written is not every tensor, whole.
@@ -91,7 +91,7 @@ def make_plan(
     rebuilds = rebuilds_mains(layouts, config)
     recipes = _recipes(newest, replace(config, rebuild_main_params=rebuilds), choice)
     if all(recipe.rule is Rule.COPY for recipe in recipes):
-        raise ValueError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
+        raise UsageError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     check_inputs(layouts, recipes)
     placed = [
         ((location.file, location.offset, task.box.offsets), task)

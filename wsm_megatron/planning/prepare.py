@@ -42,7 +42,7 @@ def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOpti
     """Select, open and plan. Reads metadata and common states only; writes nothing.
 
     Raises:
-        ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
+        UsageError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
     with no_collection():
         select = selector(config.load, config.allow_lr_decay).select

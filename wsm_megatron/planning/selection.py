@@ -20,6 +20,7 @@ from wsm_megatron.checkpoint.run_directory import (
     scan_run,
     why_untracked,
 )
+from wsm_megatron.errors import UsageError
 from wsm_megatron.planning.learning_rate import lr_problem
 from wsm_megatron.schedule.window import (
     Checkpoint,
@@ -68,7 +69,7 @@ class Selector:
         Warns by name of what is left out, and of what looks like another run or branch.
 
         Raises:
-            ValueError: the window does not fit the run, or is of checkpoints that do not belong
+            UsageError: the window does not fit the run, or is of checkpoints that do not belong
                 together. MergeError: a checkpoint is damaged.
         """
         return tuple(map(self.place, self.choose(window, sliding_every)))
@@ -92,7 +93,7 @@ class Selector:
         for iteration in chosen:
             said = self._read(iteration).iteration
             if said is not None and said != iteration:
-                raise ValueError(self._misnamed(iteration, said))
+                raise UsageError(self._misnamed(iteration, said))
         self._report_branches(chosen)
         chain = [chosen[0]]
         for older, newer in pairwise(chosen):
@@ -113,14 +114,14 @@ class Selector:
         for one in run.unusable:
             what, way_out = one.kind
             if one.iteration in named and one.iteration not in run.finished:
-                raise ValueError(f"{run.path / one.name} is {what}: {way_out}")
+                raise UsageError(f"{run.path / one.name} is {what}: {way_out}")
             if one.iteration is not None and run.finished:
                 self._warn(f"{run.path / one.name} is {what} and left out: {way_out}")
         if not run.finished:
             hint = (
                 _ELSEWHERE if any(one.kind.what == UNFINISHED.what for one in run.unusable) else ""
             )
-            raise ValueError(f"{run.path}: no checkpoint is finished: {_by_kind(run)}{hint}")
+            raise UsageError(f"{run.path}: no checkpoint is finished: {_by_kind(run)}{hint}")
 
     def _reachable(self, window: Window) -> tuple[int, ...]:
         """The finished iterations; up to the tracker's, where the window does not say its end.
@@ -144,7 +145,7 @@ class Selector:
                 )
             return run.finished
         if len(newer) == len(run.finished):
-            raise ValueError(
+            raise UsageError(
                 f"{tracker} says {tracked}, and all finished checkpoints are newer "
                 f"({_folders(newer)}): name the newest with --to"
             )
@@ -213,7 +214,7 @@ class Selector:
         if problem is None:
             return
         if problem.refused and not self._allow_lr_decay:
-            raise ValueError(f"{self._run.path}: {problem.message}")
+            raise UsageError(f"{self._run.path}: {problem.message}")
         self._warn(f"{self._run.path}: {problem.message}")
 
     def _warn(self, message: str) -> None:

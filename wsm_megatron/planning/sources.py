@@ -13,6 +13,7 @@ from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
+from wsm_megatron.errors import UsageError
 from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 
 
@@ -71,13 +72,13 @@ _SAVE_ID = re.compile(rb"save_id.{0,12}?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]
 
 
 def check_saves(sources: Sequence[Source]) -> None:
-    """Raise ``ValueError`` for two sources that are one save under two names."""
+    """Raise ``UsageError`` for two sources that are one save under two names."""
     known: dict[str, Source] = {}
     for source in sources:
         if source.save_id is None:
             continue
         if other := known.get(source.save_id):
-            raise ValueError(
+            raise UsageError(
                 f"{other.path} and {source.path} are copies of one save (id {source.save_id}): "
                 "the merge would count it twice; leave one of them out (--iterations)"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from wsm_megatron.checkpoint.staging_dir import advance_tracker, leftovers, lock_path, remove
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.planning.job import Job, Product
 from wsm_megatron.planning.provenance import holds_merge
 from wsm_megatron.planning.staging_key import merge_digest
@@ -51,7 +51,7 @@ class Claims:
             check: called while this waits; what it raises ends the wait.
 
         Raises:
-            ValueError: a target exists and holds something else.
+            UsageError: a target exists and holds something else.
             MergeError: another merge of a target is running, or there is not enough space for all.
         """
         products = job.products
@@ -105,12 +105,12 @@ def _is_there(product: Product) -> bool:
     """Whether a product is published; where the merge that did it was killed, the tracker follows.
 
     Raises:
-        ValueError: something else has its name.
+        UsageError: something else has its name.
     """
     if not os.path.lexists(product.path):
         return False
     if not holds_merge(product.path, product.provenance):
-        raise ValueError(
+        raise UsageError(
             f"{product.path} exists and is left alone; give another --save or --output-iteration, "
             "or remove it"
         )

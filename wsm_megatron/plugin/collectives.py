@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.comm.messages import Failure, reports
+from wsm_megatron.errors import MergeError, UsageError, is_told, mark_told
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
+"""Ranks whose errors a message shows."""
 
 T = TypeVar("T")
 
@@ -77,20 +85,53 @@ def failures(error: BaseException | None) -> list[str]:
 
     One small all-reduce where nothing went wrong.
     """
-    if on_all_ranks(error is None):
-        return []
-    messages = all_gather(None if error is None else f"{type(error).__name__}: {error}")
-    return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
+    return [_shown(one) for one in _gathered_failures(error, "")]
 
 
 def raise_together(error: BaseException | None, what: str) -> None:
     """Raise on every rank if any rank has an error. Collective over all ranks.
 
-    A rank's own error is re-raised as it is; the others raise a ``MergeError`` that names the ranks
-    and what went wrong there.
+    The first rank that failed raises its own error as it is. All others raise a ``UsageError``
+    where that is one, else a ``MergeError``, which names the ranks and what went wrong there; an
+    error of their own is its cause. Rank 0 logs the tracebacks of internal errors, at ERROR.
+
+    An error that was raised here before, on every rank, is raised again as it is.
     """
-    failed = failures(error)
-    if error is not None:
+    failed = _gathered_failures(error, what)
+    if not failed:
+        return
+    if is_first_rank():
+        for text in reports(one for one in failed if one.traceback):
+            logger.error("wsm: %s", text)
+    if error is not None and (is_told(error) or _keeps(error, failed[0])):
+        mark_told(error)
         raise error
-    if failed:
-        raise MergeError(f"{what} failed on another rank: {'; '.join(failed)}")
+    kind = UsageError if failed[0].kind == UsageError.__name__ else MergeError
+    other = kind(f"{what} failed on another rank: {_all_shown(failed)}")
+    mark_told(other)
+    raise other from error
+
+
+def _keeps(error: BaseException, first: Failure) -> bool:
+    """Whether a rank ends with its own error: as the first that failed, or by a signal."""
+    return first.rank == rank_and_size()[0] or not isinstance(error, Exception)
+
+
+def _gathered_failures(error: BaseException | None, what: str) -> list[Failure]:
+    """Of every rank with an error. Collective; a small all-reduce where there is none."""
+    if on_all_ranks(error is None):
+        return []
+    own = None
+    if error is not None:
+        failure = Failure.of(error, rank_and_size()[0], what)
+        own = (replace(failure, traceback="") if is_told(error) else failure).write()
+    return [Failure.read(data) for data in all_gather(own) if data is not None]
+
+
+def _all_shown(failed: Sequence[Failure]) -> str:
+    more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+    return "; ".join(map(_shown, failed[:_SHOWN])) + more
+
+
+def _shown(failure: Failure) -> str:
+    return f"rank {failure.rank}: {failure.exception}: {failure.message}"

@@ -15,6 +15,7 @@ from typing import Any
 from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.errors import is_internal, is_told
 from wsm_megatron.plugin import arguments
 from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
@@ -59,7 +60,7 @@ class Driver:
     ``--wsm-merge-save-interval``, SIGUSR2 and the end of training. Every method is collective. A
     merge that fails is left out on every rank with a warning, and training goes on.
 
-    Raises ``ValueError`` for flags that cannot work in this run.
+    Raises ``UsageError`` for flags that cannot work in this run.
     """
 
     def __init__(self, megatron: Megatron, args: Any, config: WSMConfig) -> None:
@@ -80,7 +81,7 @@ class Driver:
     def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Model and optimizer are built and loaded: take up the window.
 
-        Raises ``ValueError`` where memory or disk are too small, or the optimizer is unsupported.
+        Raises ``UsageError`` where memory or disk are too small, or the optimizer is unsupported.
         """
         args = self._args
         self._model, self._optimizer = model, optimizer
@@ -224,7 +225,7 @@ class Driver:
                 try:
                     merge = stack.enter_context(self._wsm.merged())
                 except Exception as error:  # on every rank, and weights are restored
-                    logger.warning("wsm: no %s, the merge failed: %s", purpose, error)
+                    _warn(f"no {purpose}, the merge failed", error)
             yield merge
 
     def _emit_last(self, progress: Progress) -> None:
@@ -252,7 +253,7 @@ class Driver:
                     return
                 target = self._save(progress, merge, self._root)
         except Exception as error:  # on every rank, and weights are restored
-            logger.warning("wsm: no merged checkpoint at %d: %s", progress.iteration, error)
+            _warn(f"no merged checkpoint at {progress.iteration}", error)
             return
         self._emitted = progress.iteration
         seconds = time.perf_counter() - began
@@ -299,6 +300,12 @@ class Driver:
             optimizer_state=self._config.optimizer_state,
         )
         return emit(save, self._megatron.checkpointing, self._args, root, merge, offline)
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Go on after an error of all ranks. A defect has its traceback in the log, here or already."""
+    stack = is_internal(error) and not is_told(error)
+    logger.warning("wsm: %s: %s", what, error, exc_info=stack)
 
 
 def _say(message: str, *values: Any) -> None:

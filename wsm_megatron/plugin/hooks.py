@@ -92,7 +92,7 @@ def _setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
 
 
 def _driver_of_run() -> Driver | None:
-    """None without ``--wsm-merge``. Raises ``ValueError`` for flags that cannot work."""
+    """None without ``--wsm-merge``. Raises ``UsageError`` for flags that cannot work."""
     training = _module("training")
     run = training.get_args()
     config = config_from_args(run)

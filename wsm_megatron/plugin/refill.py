@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks, run_together
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.snapshots import Snapshots
@@ -130,7 +131,7 @@ class Refill:
     def _refuse_misfits(self, misfits: Iterable[int]) -> None:
         missing = [i for i in misfits if i not in self.snapshots and self.snapshots.may_hold(i)]
         if missing:
-            raise ValueError(
+            raise UsageError(
                 f"shards of iterations {sorted(missing)} were kept under another parallel layout, "
                 "and no checkpoint of the run is there to refill them from: restart with that "
                 "layout, or move the folder of kept shards away to begin with an empty window"

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.plugin.collectives import is_first_rank, raise_together
 from wsm_megatron.plugin.wsm import WSM
 from wsm_megatron.process.memory import available_memory
@@ -24,7 +25,7 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
         folder: of the disk store; None where the window is in host memory.
 
     Raises:
-        ValueError: it does not fit, on this rank's host. Collective: on every rank.
+        UsageError: it does not fit, on this rank's host. Collective: on every rank.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     window, aside = (number + 1) * wsm.nbytes * ranks, wsm.swap_nbytes * ranks
@@ -40,9 +41,9 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
         )
     error = None
     if needed > free:
-        error = ValueError(_too_large(number, needed - aside, aside, free, ranks, folder))
+        error = UsageError(_too_large(number, needed - aside, aside, free, ranks, folder))
     elif folder is not None and window > free_bytes(folder):
-        error = ValueError(
+        error = UsageError(
             f"a window of {number} snapshots needs {window / _GB:.3f} GB, and "
             f"{free_bytes(folder) / _GB:.3f} GB {where} are free: keep fewer (--wsm-merge-num), "
             "or give a larger --wsm-merge-dir"

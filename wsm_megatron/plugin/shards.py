@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wsm_megatron.errors import UsageError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -62,7 +64,7 @@ def collect(chunks: Sequence[torch.nn.Module], optimizer: Any, *, moments: bool)
         optimizer: a Megatron optimizer over them.
         moments: own ``exp_avg`` and ``exp_avg_sq`` as well.
 
-    Raises ``ValueError`` naming an optimizer class or option that is not supported.
+    Raises ``UsageError`` naming an optimizer class or option that is not supported.
     """
     names = _parameter_names(chunks)
     shards: list[Shard] = []
@@ -238,7 +240,7 @@ def _check_supported(part: Any) -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     if type(part) not in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
-        raise ValueError(
+        raise UsageError(
             f"cannot merge in training with optimizer {type(part).__name__}: supported are "
             "DistributedOptimizer, Float16OptimizerWithFloat16Params and FP32Optimizer"
         )
@@ -251,7 +253,7 @@ def _check_supported(part: Any) -> None:
         (ddp, "fp4_param_gather", "FP4 model weights"),
     ):
         if getattr(owner, name, False):
-            raise ValueError(f"cannot merge in training with {what} ({name})")
+            raise UsageError(f"cannot merge in training with {what} ({name})")
 
 
 def layout_of_rank() -> dict[str, int]:

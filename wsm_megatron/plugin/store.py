@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from wsm_megatron.errors import MergeError
 from wsm_megatron.plugin.copying import ShardCopier
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.schedule.window import Consumed
@@ -99,7 +100,7 @@ class Store(ABC):
             for shard, (start, stop) in zip(self._shards, self._spans, strict=True)
             if not bool(flat[start:stop].isfinite().all())
         ]
-        raise ValueError(f"NaN or Inf in {names[0]} ({len(names)} tensors of this rank)")
+        raise MergeError(f"NaN or Inf in {names[0]} ({len(names)} tensors of this rank)")
 
     @abstractmethod
     def _hold(self, checkpoint: Consumed, flat: torch.Tensor) -> None:
@@ -214,10 +215,11 @@ class DiskStore(Store):
                 checkpoint = Consumed(
                     int(header["iteration"]), *(_number(header.get(name)) for name in _COUNTED)
                 )
+                fits = self._fits(header)
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 logger.warning("%s: not a file of kept shards, not used: %s", path, error)
                 continue
-            if self._fits(header):
+            if fits:
                 checkpoints.append(checkpoint)
             else:
                 misfits.append(checkpoint.iteration)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wsm_megatron.errors import MergeError
 from wsm_megatron.kernels import weighted_sum
 from wsm_megatron.plugin.collectives import raise_together, run_together
 from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
@@ -79,7 +80,7 @@ def _merge_owned(
             sources = [store.get(iteration, index) for iteration in merge.iterations]
             merged = torch.empty(shard.size, dtype=shard.live().dtype)
             if not _sum_tiles(threads, sources, merge.coefficients, merged):
-                raise ValueError(f"the merge of {shard.name} overflows {merged.dtype}")
+                raise MergeError(f"the merge of {shard.name} overflows {merged.dtype}")
             shard.owned().copy_(merged)
 
 

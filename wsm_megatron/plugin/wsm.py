@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.refill import Load, Refill, consumed
 from wsm_megatron.plugin.shards import collect, layout_of_rank, parts
@@ -44,7 +44,7 @@ class WSM:
         config: what to keep and how to merge it.
         folder: where the disk store lives; needed with ``store="disk"``, refused otherwise.
 
-    Raises ``ValueError`` for an optimizer that is not supported.
+    Raises ``UsageError`` for an optimizer that is not supported.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class WSM:
     ) -> None:
         folder = folder if folder is not None else config.dir
         if (folder is None) != (config.store == "memory"):
-            raise ValueError(
+            raise UsageError(
                 f"store={config.store!r}: a folder belongs to store='disk', only to it"
             )
         self.config = config
@@ -115,7 +115,7 @@ class WSM:
         began = time.perf_counter()
         self.settle()
         if any(iteration <= checkpoint.iteration for checkpoint in self.kept):
-            raise ValueError(
+            raise UsageError(
                 f"snapshot({iteration}): iteration {self.kept[-1].iteration} is kept already"
             )
         self._snapshots.take(consumed(iteration, tokens), durable=durable)

@@ -21,6 +21,8 @@ from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 
+from wsm_megatron.errors import UsageError
+
 Shape = Callable[[float], float]
 
 EMA_REST = 0.1
@@ -76,12 +78,12 @@ def coefficients(
         n floats, oldest first, none negative, with sum 1 up to float64 rounding.
 
     Raises:
-        ValueError: bad positions, an unknown decay, a floor outside [0, 1], or a function that
+        UsageError: bad positions, an unknown decay, a floor outside [0, 1], or a function that
             leaves [0, 1] or increases.
     """
     points = _check_positions(positions)
     if not 0.0 <= min_decay <= 1.0:
-        raise ValueError(f"--min-decay must be in [0, 1], not {min_decay}")
+        raise UsageError(f"--min-decay must be in [0, 1], not {min_decay}")
     if decay == "mean":
         n = len(points)
         share = (1.0 - min_decay) / n
@@ -96,11 +98,11 @@ def from_effective_lr(multipliers: Sequence[float]) -> tuple[float, ...]:
     """Theorem 3.1, from effective LR multipliers ``w_1 .. w_k`` to coefficients ``c_0 .. c_k``.
 
     Any finite multipliers are taken; those that increase somewhere or exceed 1 give negative
-    coefficients. Raises ``ValueError`` for an empty or non-finite sequence.
+    coefficients. Raises ``UsageError`` for an empty or non-finite sequence.
     """
     w = [float(x) for x in multipliers]
     if not w or not all(map(math.isfinite, w)):
-        raise ValueError(f"effective LR multipliers must be finite and at least one, not {w}")
+        raise UsageError(f"effective LR multipliers must be finite and at least one, not {w}")
     return (1.0 - w[0], *(a - b for a, b in pairwise(w)), w[-1])
 
 
@@ -118,21 +120,21 @@ def check_weights(
 ) -> tuple[float, ...]:
     """Explicit weights for ``n`` checkpoints, oldest first, as floats: checked, never rescaled.
 
-    Negative weights (extrapolation) are allowed. Raises ``ValueError`` for a wrong count, a
+    Negative weights (extrapolation) are allowed. Raises ``UsageError`` for a wrong count, a
     non-finite weight, weights whose sum or a part of it overflows, or a sum further than
     :data:`SUM_TOLERANCE` from 1 unless ``allow_unnormalized``.
     """
     values = tuple(float(w) for w in weights)
     if len(values) != n:
-        raise ValueError(f"--weights gives {len(values)} weights for {n} checkpoints")
+        raise UsageError(f"--weights gives {len(values)} weights for {n} checkpoints")
     for j, w in enumerate(values):
         if not math.isfinite(w):
-            raise ValueError(f"--weights: weight {j + 1} of {n} is {w}")
+            raise UsageError(f"--weights: weight {j + 1} of {n} is {w}")
     if not math.isfinite(sum(map(abs, values))):
-        raise ValueError("--weights are too large: their sum overflows")
+        raise UsageError("--weights are too large: their sum overflows")
     total = math.fsum(values)
     if abs(total - 1.0) > SUM_TOLERANCE and not allow_unnormalized:
-        raise ValueError(
+        raise UsageError(
             f"--weights sum to {total:.9g}, not 1: the merged model would be scaled. Give shares "
             "of 1 (fractions such as 1/3 are exact), or --allow-unnormalized if that is meant"
         )
@@ -162,22 +164,22 @@ class Curve:
 def load_curve(path: str | Path) -> Curve:
     """Read a decay curve from a CSV file of two columns, ``t`` and ``s``.
 
-    A header line ``t,s`` and empty lines are allowed. Raises ``ValueError`` naming the file and
+    A header line ``t,s`` and empty lines are allowed. Raises ``UsageError`` naming the file and
     the line for anything that is not a :class:`Curve`.
     """
     points: list[tuple[float, float]] = []
     for line, row in _csv_rows(path):
         point = _point(row, f"{path}, line {line}")
         if not points and point[0] != 0.0:
-            raise ValueError(f"{path}, line {line}: the curve must start at t = 0, not {point[0]}")
+            raise UsageError(f"{path}, line {line}: the curve must start at t = 0, not {point[0]}")
         if points and point[0] <= points[-1][0]:
-            raise ValueError(f"{path}, line {line}: t must increase, {points[-1][0]} is before it")
+            raise UsageError(f"{path}, line {line}: t must increase, {points[-1][0]} is before it")
         if points and point[1] > points[-1][1]:
-            raise ValueError(f"{path}, line {line}: s must not increase, {points[-1][1]} is before")
+            raise UsageError(f"{path}, line {line}: s must not increase, {points[-1][1]} is before")
         points.append(point)
     if not points or points[-1][0] != 1.0:
         end = f"t = {points[-1][0]} (line {line})" if points else "no point"
-        raise ValueError(f"{path}: the curve must go from t = 0 to t = 1, it ends at {end}")
+        raise UsageError(f"{path}: the curve must go from t = 0 to t = 1, it ends at {end}")
     return Curve(tuple(t for t, _ in points), tuple(s for _, s in points))
 
 
@@ -188,22 +190,22 @@ def _csv_rows(path: str | Path) -> list[tuple[int, list[str]]]:
             reader = csv.reader(file)
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except OSError as error:
-        raise ValueError(f"decay curve {path}: {error.strerror}") from error
+        raise UsageError(f"decay curve {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"decay curve {path} is not a text file of t,s lines: {error}") from error
+        raise UsageError(f"decay curve {path} is not a text file of t,s lines: {error}") from error
     rows = [(line, row) for line, row in rows if row not in ([], [""])]
     return rows[1:] if rows and [cell.lower() for cell in rows[0][1]] == ["t", "s"] else rows
 
 
 def _point(row: list[str], where: str) -> tuple[float, float]:
     if len(row) != 2:
-        raise ValueError(f"{where}: expected two numbers t,s, not {','.join(row)!r}")
+        raise UsageError(f"{where}: expected two numbers t,s, not {','.join(row)!r}")
     try:
         t, s = float(row[0]), float(row[1])
     except ValueError:
-        raise ValueError(f"{where}: expected two numbers t,s, not {','.join(row)!r}") from None
+        raise UsageError(f"{where}: expected two numbers t,s, not {','.join(row)!r}") from None
     if not (0.0 <= t <= 1.0 and 0.0 <= s <= 1.0):  # also false for NaN
-        raise ValueError(f"{where}: t and s must be in [0, 1], not {t},{s}")
+        raise UsageError(f"{where}: t and s must be in [0, 1], not {t},{s}")
     return t, s
 
 
@@ -215,7 +217,7 @@ def _shape(decay: str | Shape) -> Shape:
         return _SHAPES[name]
     if Path(decay).suffix == ".csv" or Path(decay).is_file():
         return load_curve(decay)
-    raise ValueError(
+    raise UsageError(
         f"unknown decay {decay!r}{_did_you_mean(decay)}: use one of {', '.join(DECAYS)}, or a CSV "
         "file of t,s points"
     )
@@ -229,13 +231,13 @@ def _did_you_mean(decay: str) -> str:
 
 def _check_positions(positions: Sequence[float]) -> tuple[float, ...]:
     if len(positions) < 2:
-        raise ValueError(f"a merge needs at least two checkpoints, not {len(positions)}")
+        raise UsageError(f"a merge needs at least two checkpoints, not {len(positions)}")
     for p in positions:
         if not math.isfinite(p):
-            raise ValueError(f"position {p} is not a finite number")
+            raise UsageError(f"position {p} is not a finite number")
     for a, b in pairwise(positions):
         if not a < b:
-            raise ValueError(f"positions must increase strictly: {a} is followed by {b}")
+            raise UsageError(f"positions must increase strictly: {a} is followed by {b}")
     return tuple(positions)
 
 
@@ -249,6 +251,6 @@ def _fractions(positions: Sequence[float]) -> tuple[float, ...]:
 def _check_decay(values: Sequence[float], decay: str | Shape) -> None:
     bounded = all(0.0 <= s <= 1.0 for s in values)
     if not bounded or any(a < b for a, b in pairwise(values)):
-        raise ValueError(
+        raise UsageError(
             f"decay {decay!r} gives {list(values)}: it must stay in [0, 1] and never increase"
         )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from wsm_megatron.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -44,7 +46,7 @@ class Window:
     ``every``. Iterations that are named (``iterations``, ``from_``, ``to``) must be checkpoints of
     the run: a missing one would move an end of the window without a word.
 
-    Raises ``ValueError``, naming the flags, for contradictions and numbers out of range.
+    Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
 
     iterations: tuple[int, ...] | None = None
@@ -69,27 +71,27 @@ class Window:
         if self.iterations is not None:
             self._check_iterations(self.iterations)
         if len(back := self._given("from_", "last", "window_iterations", "window_tokens")) > 1:
-            raise ValueError(f"{' and '.join(back)} contradict each other: give one")
+            raise UsageError(f"{' and '.join(back)} contradict each other: give one")
         if self.from_ is not None and self.to is not None and self.from_ >= self.to:
-            raise ValueError(f"--from {self.from_} must be before --to {self.to}")
+            raise UsageError(f"--from {self.from_} must be before --to {self.to}")
         if self.last == 1:
-            raise ValueError("--last 1: a merge needs at least two checkpoints")
+            raise UsageError("--last 1: a merge needs at least two checkpoints")
 
     def _check_numbers(self) -> None:
         for name in ("from_", "to"):
             if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{_FLAGS[name]} must not be negative, not {value}")
+                raise UsageError(f"{_FLAGS[name]} must not be negative, not {value}")
         for name in ("last", "window_iterations", "window_tokens", "every"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{_FLAGS[name]} must be at least 1, not {value}")
+                raise UsageError(f"{_FLAGS[name]} must be at least 1, not {value}")
 
     def _check_iterations(self, iterations: tuple[int, ...]) -> None:
         if others := self._given("from_", "to", "last", "window_iterations", "window_tokens"):
-            raise ValueError(f"--iterations and {' and '.join(others)} contradict each other")
+            raise UsageError(f"--iterations and {' and '.join(others)} contradict each other")
         if len(iterations) < 2:
-            raise ValueError("--iterations: a merge needs at least two checkpoints")
+            raise UsageError("--iterations: a merge needs at least two checkpoints")
         if repeated := sorted({i for i in iterations if iterations.count(i) > 1}):
-            raise ValueError(f"--iterations names {_join(repeated)} more than once")
+            raise UsageError(f"--iterations names {_join(repeated)} more than once")
 
     def _given(self, *names: str) -> list[str]:
         return [_FLAGS[name] for name in names if getattr(self, name) is not None]
@@ -109,19 +111,19 @@ _LISTED = 40  # more checkpoints than that are not all listed in a message
 def select(available: Sequence[Checkpoint], window: Window) -> tuple[Checkpoint, ...]:
     """The checkpoints of ``window`` among ``available`` (any order), oldest first.
 
-    Raises ``ValueError`` for a named iteration that is not there, for fewer than two checkpoints,
+    Raises ``UsageError`` for a named iteration that is not there, for fewer than two checkpoints,
     and for ``--window-tokens`` over a checkpoint whose tokens are unknown.
     """
     run = sorted(available, key=lambda c: c.iteration)
     assert all(a.iteration < b.iteration for a, b in pairwise(run)), "an iteration twice in a run"
     if not run:
-        raise ValueError("the run has no finished checkpoint")
+        raise UsageError("the run has no finished checkpoint")
     selected = _thin(_unthinned(run, window), window.every)
     if len(selected) < 2:
         only = (
             f"only {_join(c.iteration for c in selected)} selected" if selected else "none selected"
         )
-        raise ValueError(f"a merge needs at least two checkpoints: {only}; {_existing(run)}")
+        raise UsageError(f"a merge needs at least two checkpoints: {only}; {_existing(run)}")
     return tuple(selected)
 
 
@@ -250,7 +252,7 @@ def _unthinned(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
 
 def _last(run: list[Checkpoint], number: int) -> list[Checkpoint]:
     if number > len(run):
-        raise ValueError(f"--last {number}: {_existing(run)} up to there")
+        raise UsageError(f"--last {number}: {_existing(run)} up to there")
     return run[-number:]
 
 
@@ -277,13 +279,13 @@ def _find(run: list[Checkpoint], iteration: int, flag: str) -> Checkpoint:
     for checkpoint in run:
         if checkpoint.iteration == iteration:
             return checkpoint
-    raise ValueError(f"{flag}: no finished checkpoint of iteration {iteration}; {_existing(run)}")
+    raise UsageError(f"{flag}: no finished checkpoint of iteration {iteration}; {_existing(run)}")
 
 
 def _tokens(checkpoint: Checkpoint) -> int:
     if checkpoint.tokens is None:
         reason = checkpoint.unknown or _silent(checkpoint.iteration)
-        raise ValueError(f"--window-tokens: {reason}; use --window-iterations")
+        raise UsageError(f"--window-tokens: {reason}; use --window-iterations")
     return checkpoint.tokens
 
 

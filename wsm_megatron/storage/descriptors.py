@@ -11,6 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from wsm_megatron.errors import UsageError
+
 RESERVED = 8
 """Descriptors left to whatever else the process opens: metadata, sockets, syncs."""
 _MANY = 2**20
@@ -111,11 +113,11 @@ def room_left() -> int:
 
 
 def check_room(files: int) -> None:
-    """Raise ``ValueError`` where this process cannot have ``files`` more open, and read beside."""
+    """Raise ``UsageError`` where this process cannot have ``files`` more open, and read beside."""
     left = room_left()
     if left < files + 2:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise ValueError(
+        raise UsageError(
             f"a rank may have {limit} files open (ulimit -n) and needs {files + 2 - left} more: "
             "raise the limit, or make fewer merges at once"
         )

@@ -20,7 +20,7 @@ from wsm_megatron.checkpoint.run_directory import (
     list_checkpoints,
     tracked_iteration,
 )
-from wsm_megatron.errors import MergeError
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.storage.fingerprint import Fingerprint
 from wsm_megatron.storage.retry import patiently
 
@@ -103,11 +103,11 @@ class View:
         """All checkpoints; those are finished of which some rank sees ``metadata.json``.
 
         Raises:
-            ValueError: there are none.
+            UsageError: there are none.
         """
         found = {iteration for sight in self.sights for iteration in sight}
         if not found:
-            raise ValueError(f"{self.root}: no rank sees an iter_XXXXXXX checkpoint there")
+            raise UsageError(f"{self.root}: no rank sees an iter_XXXXXXX checkpoint there")
         finished = {i for i in found if self.ranks(i).get(MARKER_FILE)}
         unusable = (Unusable(checkpoint_name(i), i, UNFINISHED) for i in sorted(found - finished))
         return RunDirectory(self.root, tuple(sorted(finished)), tuple(unusable), self.tracker())

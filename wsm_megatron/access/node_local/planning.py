@@ -16,6 +16,7 @@ from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary, read_co
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
+from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.flat_buckets import Contents, Search, contents, flat_buckets, search
 from wsm_megatron.optimizer.flat_main_params import FlatMains, settle
 from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
@@ -45,7 +46,7 @@ def prepare_node_local(
         the job, with the sources where this rank sees them, and who reads what.
 
     Raises:
-        ValueError: the options do not fit the run. MergeError: a checkpoint is damaged, or no rank
+        UsageError: the options do not fit the run. MergeError: a checkpoint is damaged, or no rank
             sees files that are needed.
     """
     with ranks.together("looking at the sources"):
@@ -157,7 +158,7 @@ def _flat_mains(
 
 def _check_seen(view: View, rank: int, source: Source) -> None:
     if not view.sees_all(rank, source.layout, source.iteration):
-        raise ValueError(
+        raise UsageError(
             f"{source.path} keeps its main params in flat buckets (dp_reshardable), which one rank "
             "has to search: no rank sees all files of it. Copy them to one node, or use "
             "--optimizer-state drop"
