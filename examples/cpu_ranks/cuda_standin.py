@@ -57,6 +57,8 @@ class _DeviceToCpu(TorchFunctionMode):
             name = func(*args)
             return _TYPE_STRINGS.get(name, name)
         if func is torch.Tensor.to:
+            if kwargs.get("non_blocking"):  # between device and host it would be a copy
+                kwargs["copy"] = True
             args = (args[0], *(_CPU if _is_cuda(arg) else arg for arg in args[1:]))
         return func(*args, **kwargs)
 

@@ -132,3 +132,17 @@ def _hang() -> None:
     import threading
 
     threading.Event().wait()
+
+
+def test_what_is_staged_to_the_host_stays_as_it_was(tmp_path: Path) -> None:
+    """Megatron stages tensors for an asynchronous save, and trains on before they are written."""
+    assert run_ranks(_stage, 1, tmp_path) == [True]
+
+
+def _stage() -> bool:
+    import torch
+
+    weight = torch.ones(4, device="cuda")
+    staged = weight.to("cpu", non_blocking=True)
+    weight += 1
+    return bool((staged == 1).all())

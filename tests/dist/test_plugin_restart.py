@@ -125,20 +125,41 @@ def _scenarios(run: Path, kept: dict[str, Path]) -> dict[str, dict[str, Any]]:
         "another run": _restart(run, kept["another"], nudge=True),
         "other layout": _restart(run, kept["layout"], config=TP2, available=every),
         "other layout, refused": _restart(run, kept["refused"], config=TP2),
+        "unreadable": {"error": _unreadable(run, kept["unreadable"])},
     }
+
+
+def _unreadable(run: Path, kept: Path) -> str:
+    """How a restart ends where rank 1 cannot read its folder."""
+    from wsm_megatron.plugin.store import DiskStore
+
+    def fail(self: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    found = DiskStore.found
+    if dist.get_rank() == 1:
+        DiskStore.found = fail  # type: ignore[assignment,method-assign]
+    try:
+        _restart(run, kept)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        DiskStore.found = found  # type: ignore[method-assign]
+    return "no error"
 
 
 @pytest.fixture(scope="module")
 def reports(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("restarts")
-    names = ("disk", "earlier", "gap", "another", "layout", "refused")
+    names = ("disk", "earlier", "gap", "another", "layout", "refused", "unreadable")
     kept = {name: shutil.copytree(run / "kept", folder / name) for name in names}
     (kept["gap"] / "iter_0000004" / "rank_00001.safetensors").unlink()
     first, second = run_ranks(_scenarios, 2, folder, run=run, kept=kept, timeout=200)
     for name, report in first.items():
         assert report.get("kept") == second[name].get("kept"), name
         assert report.get("unchanged", []) == second[name].get("unchanged", []) == [], name
-    return {**first, "folders": kept}
+    errors = [report["unreadable"]["error"] for report in (first, second)]
+    return {**first, "folders": kept, "unreadable": errors}
 
 
 def test_kept_files_are_found_again(reports: dict[str, Any]) -> None:
@@ -181,12 +202,18 @@ def test_another_layout_is_refilled_or_refused(reports: dict[str, Any]) -> None:
     )
 
 
+def test_a_store_that_one_rank_cannot_read_is_an_error_on_all(reports: dict[str, Any]) -> None:
+    first, second = reports["unreadable"]
+    assert second == "OSError: [Errno 5] Input/output error"
+    assert first.startswith("MergeError: looking for kept shards failed on another rank: rank 1")
+
+
 MOMENTS = ("before", "half", "renamed")
 
 
 @pytest.fixture(scope="module")
 def killed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kept shards after a SIGKILL while a snapshot of iteration 8 was taken, by the moment it came."""
+    """What a SIGKILL leaves that comes while a snapshot of 8 is taken, by its moment."""
     folder = tmp_path_factory.mktemp("killed")
     kept = {moment: Path(shutil.copytree(run / "kept", folder / moment)) for moment in MOMENTS}
     for moment in MOMENTS:

@@ -39,7 +39,7 @@ def _training_losses(outcome: Outcome) -> list[str]:
 @pytest.mark.parametrize(
     ("fault", "store", "published"),
     [
-        ("1 SIGKILL store save_file 2", "disk", 0),  # iteration 4 half kept, not yet saved
+        ("1 SIGKILL store save_file 2", "disk", 0),  # iteration 4 half copied, not yet saved
         ("0 SIGKILL driver emit 1", "memory", 0),
         ("1 SIGKILL emit checksums 1", "memory", 0),  # merged checkpoint whole, not yet published
         ("0 SIGKILL emit write_tracker 1", "disk", 1),  # published, tracker not yet moved
@@ -72,7 +72,7 @@ def test_a_killed_run_continues(
 
 
 def test_sigusr2_asks_for_a_merged_checkpoint(megatron: Path, tmp_path: Path) -> None:
-    """One rank gets it after iteration 3; the merge comes with the keep of iteration 4."""
+    """One rank gets it after iteration 3; the merge comes with the snapshot of iteration 4."""
     run = tmp_path / "run"
     flags = f"{FLAGS} --save {run} --wsm-merge --wsm-merge-num 2"
     outcome = pretrain(megatron, flags, env={"FAULT": "1 SIGUSR2 driver Driver.stepped 3"})
@@ -82,7 +82,7 @@ def test_sigusr2_asks_for_a_merged_checkpoint(megatron: Path, tmp_path: Path) ->
     assert_is_merge(run, (2, 4), "linear")
 
 
-def test_keeps_may_come_between_saves(megatron: Path, tmp_path: Path) -> None:
+def test_snapshots_may_come_between_saves(megatron: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = f"{FLAGS} --save {run} --wsm-merge --wsm-merge-window-iters 4 --wsm-merge-interval 1"
     outcome = pretrain(megatron, f"{flags} --wsm-merge-start-iter 6 --wsm-merge-store disk")
@@ -115,7 +115,7 @@ def test_tokens_are_counted_at_the_length_they_were_trained_with(
     [
         ("--wsm-merge-num 3", "without effect: --wsm-merge is not given"),
         ("--wsm-merge --wsm-merge-num 3 --lr-decay-style cosine", "cosine decays the LR"),
-        ("--wsm-merge --wsm-merge-num 99999999", "checkpoints needs"),
+        ("--wsm-merge --wsm-merge-num 99999999", "snapshots needs"),
     ],
 )
 def test_wrong_flags_are_refused_before_training(

@@ -2,9 +2,9 @@
 
     python tests/slurm/training.py ROOT
 
-Trains 8 iterations, keeps shards on disk and saves every 2, goes on from the newest checkpoint when
-it is started again, and saves the merge of the last three under ROOT/merged. With STARTED set, a
-job's first start waits after iteration 4, having said so by that file, until it is ended.
+Trains 8 iterations, saves and takes a snapshot on disk every 2, goes on from the newest checkpoint
+when it is started again, and saves the merge of the last three under ROOT/merged. With STARTED set,
+a job's first start waits after iteration 4, having said so by that file, until it is ended.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.plugin.refill import Refill, consumed, leads_to
+from wsm_megatron.plugin.refill import Refill, leads_to
 from wsm_megatron.plugin.snapshots import Snapshots
 from wsm_megatron.plugin.store import Found
 from wsm_megatron.schedule.window import Consumed
@@ -126,8 +126,3 @@ def test_what_leads_to_a_later_checkpoint() -> None:
     assert not leads_to(Consumed(8, 80, 16, 6), later)
     assert leads_to(Consumed(4, 40, 16, 0), later) and leads_to(Consumed(2, 20, 16, 0), later)
     assert leads_to(Consumed(8, 80, 16), later) and leads_to(later, Consumed(16, 160, 16))
-
-
-def test_tokens_can_stand_for_what_was_consumed() -> None:
-    assert consumed(4, 100) == Consumed(4, 100, 1)
-    assert consumed(4, Consumed(4, 10, 16, 0)) == Consumed(4, 10, 16, 0)

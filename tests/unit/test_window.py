@@ -236,3 +236,8 @@ def test_distances_are_what_was_trained_between(steps: list[tuple[int, int]]) ->
     tokens = [c.tokens or 0 for c in count_tokens(run)]
     trained = [b - a for a, b in pairwise(tokens)]
     assert trained == [batch * length for batch, length in steps[1:]]
+
+
+def test_tokens_can_stand_for_what_was_consumed():
+    assert Consumed.of(4, 100) == Consumed(4, 100, 1)
+    assert Consumed.of(4, Consumed(4, 10, 16, 0)) == Consumed(4, 10, 16, 0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 8
 """Ranks whose errors a message shows."""
-
-T = TypeVar("T")
 
 
 def on_all_ranks(value: bool) -> bool:
@@ -59,25 +58,23 @@ def broadcast(look: Callable[[], Any], what: str) -> Any:
 
     Raises on every rank where ``look`` raises on the first; ``what`` names it in the message.
     """
-    return all_gather(run_on_first(look, what))[0]
+    value = None
+    with together(what):
+        if is_first_rank():
+            value = look()
+    return all_gather(value)[0]
 
 
-def run_on_first(action: Callable[[], T], what: str) -> T | None:
-    """Run ``action`` on the first rank alone. Raises on every rank where it does. Collective over
-    all ranks."""
-    return run_together(action if is_first_rank() else lambda: None, what)
-
-
-def run_together(action: Callable[[], T], what: str) -> T:
-    """Run ``action`` on every rank; where it raises on one, this raises on every rank, as
-    :func:`raise_together` does. Collective over all ranks."""
-    error, result = None, None
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """What fails within it on one rank is raised on every rank, as :func:`raise_together` does, at
+    its end. Collective over all ranks: every rank comes to its end."""
+    error = None
     try:
-        result = action()
+        yield
     except Exception as caught:  # raised below, on every rank
         error = caught
     raise_together(error, what)
-    return cast(T, result)
 
 
 def failures(error: BaseException | None) -> list[str]:

@@ -24,10 +24,10 @@ from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.provenance import describe, write_provenance
 from wsm_megatron.plugin.collectives import (
     all_gather,
+    broadcast,
     is_first_rank,
     rank_and_size,
-    run_on_first,
-    run_together,
+    together,
 )
 from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.readback import check_written
@@ -65,7 +65,9 @@ def emit(
     """
     iteration = merge.iterations[-1]
     staging = root / f".iter_{iteration:07d}{_STAGING}"
-    run_on_first(lambda: root.mkdir(parents=True, exist_ok=True), f"making {root}")
+    with together(f"making {root}"):
+        if is_first_rank():
+            root.mkdir(parents=True, exist_ok=True)
     run = Path(args.save) if args.save else None
     sources = [_source(c.iteration, c.tokens, run) for c in merge.checkpoints]
     provenance = describe(sources, merge, config, iteration)
@@ -76,8 +78,10 @@ def emit(
         _save_below(staging, save, checkpointing, args, provenance, drop)
         check_written(written)
         files = checksums(written)
-        run_on_first(lambda: write_provenance(written, provenance, files), f"{written}")
-        run_on_first(lambda: _publish(written, target), f"publishing {target}")
+        with together(f"publishing {target}"):
+            if is_first_rank():
+                write_provenance(written, provenance, files)
+                _publish(written, target)
     except BaseException:
         if is_first_rank():
             shutil.rmtree(staging, ignore_errors=True)  # the run needs the space
@@ -96,6 +100,7 @@ def _save_below(
     """Let Megatron save to ``staging``, at once and without its optimizer where ``drop``."""
     generate = _generator(checkpointing.generate_state_dict, provenance, args)
     with (
+        together(f"saving below {staging}"),
         patched_attrs(checkpointing, generate_state_dict=generate),
         patched_attrs(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
         patched_attrs(
@@ -106,7 +111,7 @@ def _save_below(
             no_save_optim=args.no_save_optim or drop,
         ),
     ):
-        run_together(save, f"saving below {staging}")
+        save()
 
 
 def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:
@@ -130,10 +135,16 @@ def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, A
 
 def checksums(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and CRC-32 of every file, the files shared out among the ranks. Collective."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    names = broadcast(lambda: _files(directory), f"listing {directory}")
     rank, size = rank_and_size()
-    mine = {name: size_and_crc(directory / name) for name in names[rank::size]}
+    mine: dict[str, tuple[int, int]] = {}
+    with together(f"reading {directory} back"):
+        mine = {name: size_and_crc(directory / name) for name in names[rank::size]}
     return {name: found for part in all_gather(mine) for name, found in part.items()}
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
 
 
 def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:
@@ -157,9 +168,10 @@ def recover(root: Path, iteration: int) -> None:
 
     What the plugin did not write is left alone, with a warning. Collective.
     """
-    run_on_first(lambda: _recover(root), f"cleaning up {root}")
-    if is_first_rank():
-        _warn_of_newer(root, iteration)
+    with together(f"cleaning up {root}"):
+        if is_first_rank():
+            _recover(root)
+            _warn_of_newer(root, iteration)
 
 
 def _recover(root: Path) -> None:

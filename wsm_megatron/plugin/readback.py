@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry, read_layout
 from wsm_megatron.errors import MergeError
 from wsm_megatron.optimizer.main_params import check_mains
-from wsm_megatron.plugin.collectives import all_gather, rank_and_size, run_together
+from wsm_megatron.plugin.collectives import all_gather, rank_and_size, together
 
 
 def check_written(directory: Path) -> None:
@@ -21,9 +22,9 @@ def check_written(directory: Path) -> None:
 
     Raises ``MergeError`` on every rank, naming the tensors and the way out.
     """
-    wrong = run_together(
-        lambda: check_mains(_share(read_layout(directory))).wrong, f"reading {directory} back"
-    )
+    wrong: Sequence[str] = ()
+    with together(f"reading {directory} back"):
+        wrong = check_mains(_share(read_layout(directory))).wrong
     if names := sorted(set().union(*all_gather(wrong))):
         raise MergeError(
             f"{directory}: Megatron wrote main params that are not those of the weights, for "

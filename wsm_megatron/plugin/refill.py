@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from wsm_megatron.errors import UsageError
-from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks, run_together
+from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks, together
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.snapshots import Snapshots
 from wsm_megatron.plugin.store import Found, Store
@@ -122,7 +122,7 @@ class Refill:
             return None
         self.loaded = True
         tokens = self.load(iteration)
-        return None if tokens is None else consumed(iteration, tokens)
+        return None if tokens is None else Consumed.of(iteration, tokens)
 
     def _drop(self, iterations: Iterable[int]) -> None:
         for iteration in iterations:
@@ -147,7 +147,9 @@ def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[i
         The checkpoints that every rank has, by iteration, and the iterations that some rank has
         under another parallel layout.
     """
-    found = run_together(store.found, "looking for kept shards")
+    found = Found()
+    with together("looking for kept shards"):
+        found = store.found()
     everywhere: list[Found] = all_gather(found)
     whole = set.intersection(*({c.iteration for c in f.checkpoints} for f in everywhere))
     whole = {i for i in whole if i <= iteration}
@@ -165,15 +167,14 @@ def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[i
 def is_live(store: Store, shards: Sequence[Shard], iteration: int) -> bool:
     """Whether the main params and buffers of a snapshot equal the live ones on every rank.
     Collective."""
-
-    def same() -> bool:
-        return all(
+    same = False
+    with together(f"reading the shards kept at iteration {iteration}"):
+        same = all(
             torch.equal(store.get(iteration, index), shard.owned().float().cpu())
             for index, shard in enumerate(shards)
             if shard.name.startswith(("main.", "buffer."))
         )
-
-    return on_all_ranks(run_together(same, f"reading the shards kept at iteration {iteration}"))
+    return on_all_ranks(same)
 
 
 def leads_to(one: Consumed, later: Consumed) -> bool:
@@ -191,8 +192,3 @@ def leads_to(one: Consumed, later: Consumed) -> bool:
             *(one.iteration, one.began, later.iteration, later.began),
         )
     return one.began == later.began
-
-
-def consumed(iteration: int, tokens: int | Consumed) -> Consumed:
-    """Tokens alone are samples of one token each."""
-    return tokens if isinstance(tokens, Consumed) else Consumed(iteration, tokens, 1)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from wsm_megatron.errors import MergeError
 from wsm_megatron.kernels import weighted_sum
-from wsm_megatron.plugin.collectives import raise_together, run_together
+from wsm_megatron.plugin.collectives import raise_together, together
 from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
 from wsm_megatron.plugin.store import Store
 from wsm_megatron.schedule.coefficients import MergeCoefficients
@@ -45,8 +45,10 @@ def swapped(
     stash: list[tuple[torch.Tensor, torch.Tensor]] = []
     error: BaseException | None = None
     try:
-        run_together(lambda: _merge_owned(stash, chunks, shards, store, merge), "the merge")
-        run_together(lambda: _spread(chunks, optimizer, shards), "spreading the merged weights")
+        with together("the merge"):
+            _merge_owned(stash, chunks, shards, store, merge)
+        with together("spreading the merged weights"):
+            _spread(chunks, optimizer, shards)
         yield
     except BaseException as caught:
         error = caught

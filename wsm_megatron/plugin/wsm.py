@@ -13,7 +13,7 @@ import torch
 
 from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.plugin.refill import Load, Refill, consumed
+from wsm_megatron.plugin.refill import Load, Refill
 from wsm_megatron.plugin.shards import collect, layout_of_rank, parts
 from wsm_megatron.plugin.snapshots import Snapshots
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
@@ -118,7 +118,7 @@ class WSM:
             raise UsageError(
                 f"snapshot({iteration}): iteration {self.kept[-1].iteration} is kept already"
             )
-        self._snapshots.take(consumed(iteration, tokens), durable=durable)
+        self._snapshots.take(Consumed.of(iteration, tokens), durable=durable)
         return time.perf_counter() - began
 
     def confirm(self, iteration: int) -> None:
@@ -184,7 +184,7 @@ class WSM:
             snapshots=self._snapshots,
             store=self._store,
             shards=self._shards,
-            start=consumed(iteration, tokens),
+            start=Consumed.of(iteration, tokens),
             available=available,
             load=load,
         ).run()

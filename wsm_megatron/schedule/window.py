@@ -36,6 +36,11 @@ class Consumed:
     """Iteration from which that job had started (``args.iteration``, which Megatron sets on a load
     and leaves alone while it trains)."""
 
+    @classmethod
+    def of(cls, iteration: int, tokens: int | Consumed) -> Consumed:
+        """From tokens alone: as many samples of one token each."""
+        return tokens if isinstance(tokens, Consumed) else cls(iteration, tokens, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
