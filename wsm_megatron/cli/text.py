@@ -247,7 +247,8 @@ def _optimizer(found: ResumeReport) -> str:
     state = "NOT those of the model" if found.mains.wrong else "consistent with the model"
     if not found.mains.wrong and (found.mains.unlike or found.mains.remainders):
         state = "not comparable with the model"
-    return f"{found.optimizer} ({sizes}): {how_many}, {state}; {found.moments} moments"
+    mains = "the model is the main param" if found.mains.model else f"{how_many}, {state}"
+    return f"{found.optimizer} ({sizes}): {mains}; {found.moments} moments"
 
 
 def _scheduler(scheduler: dict[str, Any] | None) -> str:

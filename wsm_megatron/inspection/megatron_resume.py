@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.checkpoint.common_state import attributes, integer_in, load_common, summarize
-from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
+from wsm_megatron.checkpoint.keys import (
+    MAINS,
+    Role,
+    is_flat_bucket,
+    state_key,
+    state_of,
+)
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
 from wsm_megatron.errors import some
@@ -115,21 +121,18 @@ def optimizer_layout(layout: Layout, state: Mapping[str, Any]) -> str | None:
     """How a checkpoint's optimizer state is sharded; None where it has none.
 
     ``content_metadata`` names it (``distrib_optim_sharding_type``) with the distributed optimizer;
-    before Megatron-core 0.13 and without that optimizer the keys tell.
+    before Megatron-core 0.13 and without that optimizer the keys tell. Without main params the
+    model is what the optimizer steps on (``FP32Optimizer``).
     """
-    mains = [
-        key
-        for key, entry in layout.tensors.items()
-        if entry.role is Role.MAIN or stores_remainders(key, entry.dtype)
-    ]
-    if not mains:
+    keys = [key for key in layout.tensors if state_of(key)]
+    if not keys and "optimizer" not in state:
         return None
     named = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     if named:
-        return str(named)
-    if any(map(is_flat_bucket, mains)):
+        return str(named) if keys else None
+    if any(map(is_flat_bucket, keys)):
         return DP_RESHARDABLE
-    return REPLICATED if any(".fp32_param." in key for key in mains) else FULLY_RESHARDABLE
+    return FULLY_RESHARDABLE if any(".state.param." in key for key in keys) else REPLICATED
 
 
 def _checkpoint(path: Path) -> Path:
@@ -171,7 +174,7 @@ def _problems(
         if key not in state and not (key == "opt_param_scheduler" and "lr_scheduler" in state):
             yield f"the common state has no {key!r}: plain --load stops with KeyError"
     yield from _wrong_mains(layout, mains)
-    if unbacked := _without_moments(layout):
+    if unbacked := _without_moments(layout, args):
         yield f"no moments for {some(unbacked)}: Megatron will find keys missing"
 
 
@@ -191,24 +194,38 @@ def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
         )
 
 
-def _without_moments(layout: Layout) -> list[str]:
-    missing = []
-    for key, entry in layout.tensors.items():
-        if entry.role is not Role.MAIN:
-            continue
-        for name in ("exp_avg", "exp_avg_sq"):
-            if _moment_key(key, name) not in layout.tensors:
-                missing.append(_moment_key(key, name))
-    return missing
+def _without_moments(layout: Layout, args: Mapping[str, Any]) -> list[str]:
+    """Keys that Megatron will ask for and not find.
+
+    Adam has two moments of every main param. Of another optimizer's main params all have state
+    where some have.
+    """
+    names: dict[tuple[str, str], set[str]] = {}
+    mains: list[tuple[str, str]] = []
+    for key in layout.tensors:
+        if found := state_of(key):
+            group, param, name = found
+            known = names.setdefault((group, param), set())
+            if name in MAINS:
+                mains.append((group, param))
+            else:
+                known.add(name)
+    every = {name for found in names.values() for name in found}
+    if every <= _ADAM and args.get("optimizer", "adam") in ("adam", "adamw"):
+        return [
+            state_key(group, name, param)
+            for group, param in mains
+            for name in sorted(_ADAM - names[group, param])
+        ]
+    groups = {group for (group, _), found in names.items() if found}
+    return [
+        state_key(group, "*", param)
+        for group, param in mains
+        if group in groups and not names[group, param]
+    ]
 
 
-def _moment_key(main: str, name: str) -> str:
-    """Key of a moment, which differs from its main param's in one part."""
-    model = main_of(main)
-    if model is None:
-        return main.removesuffix("param") + name
-    prefix = main.removesuffix(model).removesuffix(".")
-    return f"{prefix.rpartition('.')[0]}.{name}.{model}"
+_ADAM = {"exp_avg", "exp_avg_sq"}
 
 
 def _notes(

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
+from wsm_megatron.checkpoint.keys import (
+    Role,
+    is_flat_bucket,
+    main_of,
+    state_of,
+    stores_remainders,
+)
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
@@ -37,6 +43,7 @@ class MainsCheck:
             from it by design.
         unlike: model tensors whose main params do.
         remainders: tensors of which 16-bit remainders are stored instead of main params.
+        model: the optimizer steps on the model itself: there are no main params (fp32).
         unknown: elements of flat buckets that are neither padding nor round to a model tensor.
     """
 
@@ -47,6 +54,7 @@ class MainsCheck:
     quantised: str | None = None
     unlike: tuple[str, ...] = ()
     remainders: tuple[str, ...] = ()
+    model: bool = False
     unknown: int = 0
 
     @property
@@ -89,6 +97,7 @@ def check_mains(layout: Layout, args: Mapping[str, Any] | None = None) -> MainsC
         quantised=quantised,
         unlike=tuple(wrong) if quantised else (),
         remainders=tuple(sorted(by_design)),
+        model=not mains and not by_design and any(map(state_of, tensors)),
         unknown=flat.unknown_elements,
     )
 

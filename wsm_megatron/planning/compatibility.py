@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from wsm_megatron.errors import some
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
 from wsm_megatron.planning.tasks import Recipe, Rule
+
+logger = logging.getLogger(__name__)
 
 
 def check_unknown(layout: Layout, choice: Choice) -> None:
@@ -83,10 +86,15 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
     """Raise ``ValueError`` where optimizer state that is to be kept cannot be."""
     newest = layouts[-1]
     needed = _keys_of(Role.MAIN, newest, config)
-    if not needed:
+    if not needed and not any(_keys_of(role, newest, config) for role in _STATE_ROLES):
         raise ValueError(
             f"{newest.path}: no optimizer state to keep (saved with --no-save-optim?); use "
             "--optimizer-state drop"
+        )
+    if not needed and config.dtype != "same":
+        raise ValueError(
+            f"{newest.path}: --dtype {config.dtype}: there are no main params, as the optimizer "
+            "steps on the model itself; it keeps its dtype, or use --optimizer-state drop"
         )
     if config.mains_from_model and any(map(is_flat_bucket, needed)):
         raise ValueError(
@@ -97,6 +105,19 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
     _check_dtypes(newest, needed, choice)
     for layout in layouts[:-1]:
         _check_same_optimizer(layout, newest, config)
+    _warn_of_copied(newest, choice, config)
+
+
+def _warn_of_copied(newest: Layout, choice: Choice, config: MergeConfig) -> None:
+    """Of state that is no moment there is no merge."""
+    if config.optimizer_state != "merge":
+        return
+    copied = _keys_of(Role.OPTIMIZER, newest, config) - choice.copied
+    if copied:
+        logger.warning(
+            "%s: optimizer state that is no floating moment of its param's shape is copied from "
+            "the newest source, not merged: %s", newest.path, some(sorted(copied)),
+        )  # fmt: skip
 
 
 def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
@@ -172,6 +193,10 @@ def _keys_of(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
     """Keys of a role that are not left out."""
     keys = {key for key, entry in layout.tensors.items() if entry.role is role}
     return keys - taken(layout, config.drop)
+
+
+_STATE_ROLES = (Role.MOMENT, Role.OPTIMIZER)
+"""Without main params these are there where the model is what the optimizer steps on (fp32)."""
 
 
 def _merged_keys(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
