@@ -52,7 +52,8 @@ def tensor_role(key: str, dtype: torch.dtype) -> Role:
     state = state_of(key)
     if state is not None:
         if state[2] in MAINS:
-            return Role.MAIN if dtype in MERGEABLE else Role.UNKNOWN
+            kept = dtype in MERGEABLE or stores_remainders(key, dtype)
+            return Role.MAIN if kept else Role.UNKNOWN
         return Role.MOMENT if dtype in MERGEABLE else Role.OPTIMIZER
     if is_optimizer(key) or dtype.is_complex:
         return Role.UNKNOWN

@@ -19,6 +19,7 @@ from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
 from wsm_megatron.errors import some
 from wsm_megatron.inspection.inspect import is_checkpoint
+from wsm_megatron.inspection.manifest import check_files
 from wsm_megatron.optimizer.main_params import MainsCheck, check_mains
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.launch_flags import Launch, launches, position_of
@@ -92,7 +93,10 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
     state = load_common(*read_common(path, layout))
     summary, optimizer = summarize(state), optimizer_layout(layout, state)
     mains = check_mains(layout, attributes(state.get("args")))
+    provenance = read_provenance(path)
     problems = [*_problems(layout, state, optimizer, mains)]
+    if mains.remainders and provenance is not None:
+        problems += _changed(path, provenance)
     notes = [*_notes(layout, state, optimizer, mains)]
     usable = optimizer is not None and not problems
     if against is not None:
@@ -101,7 +105,7 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
         path=path,
         iteration=summary.iteration,
         tokens=summary.tokens,
-        merged=read_provenance(path) is not None,
+        merged=provenance is not None,
         optimizer=optimizer,
         moments=sum(entry.role is Role.MOMENT for entry in layout.tensors.values()),
         mains=mains,
@@ -186,12 +190,25 @@ def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
             f"({some(mains.wrong)}): one step after a load they replace the model's; launch with "
             f"--no-load-optim{again}"
         )
-    if as_floats := [key for key in mains.remainders if key in _models(layout)]:
+    if as_floats := [key for key in mains.remainders if _is_float_remainder(layout, key)]:
         yield (
             f"in place of the main params of {len(as_floats)} model tensors lie {REMAINDERS}. "
-            "fully_reshardable saves them as float32, which Transformer Engine does not take back; "
-            "launch with --no-load-optim"
+            "fully_reshardable saves them as float32, which Transformer Engine does not take back "
+            "(Megatron-LM #4222); launch with --no-load-optim"
         )
+
+
+def _changed(path: Path, provenance: dict[str, Any]) -> list[str]:
+    """Whether a merge's files are those that it wrote, where their contents do not tell."""
+    problems = check_files(path, provenance).problems
+    return [f"not what the merge wrote, so remainders may be of other weights: {problems}"] * bool(
+        problems
+    )
+
+
+def _is_float_remainder(layout: Layout, model: str) -> bool:
+    mains = (layout.tensors.get(f"optimizer.state.param.{model}"), layout.tensors.get(model))
+    return not is_flat_bucket(model) and all(e and e.dtype.is_floating_point for e in mains)
 
 
 def _without_moments(layout: Layout, args: Mapping[str, Any]) -> list[str]:
@@ -232,17 +249,26 @@ def _notes(
     layout: Layout, state: Mapping[str, Any], optimizer: str | None, mains: MainsCheck
 ) -> Iterator[str]:
     args = attributes(state.get("args"))
-    if mains.unlike:
+    if mains.near:
+        within = "within the error of the format"
+        if not mains.bounded:
+            within = (
+                "in a format whose error is not known here: whether they belong to these cannot be "
+                "told"
+            )
         yield (
-            f"saved with {mains.quantised}: the main params of {len(mains.unlike)} model tensors "
-            "are more precise than these by design, and whether they belong to them cannot be told"
+            f"saved with {mains.why_unlike}: main params are more precise than their model tensors "
+            f"by design, {within}"
         )
-    if mains.remainders and not mains.present:
-        yield f"in place of main params lie {REMAINDERS}, which fit any weights"
+    if mains.remainders:
+        yield (
+            f"in place of main params lie {REMAINDERS}; these fit any weights, so whether they are "
+            "of these cannot be told by them"
+        )
     if mains.unknown:
         yield (
             f"{mains.unknown} elements of the flat buckets round to no model tensor"
-            + ("" if mains.wrong or mains.unlike else " (copies that drifted apart?)")
+            + ("" if mains.wrong else " (copies that drifted apart?)")
         )
     if mains.without:
         yield f"no main params for {some(mains.without)}: loaded from the model, frozen or not"

@@ -12,12 +12,12 @@ from wsm_megatron.checkpoint.keys import (
     Role,
     is_flat_bucket,
     main_of,
-    stores_remainders,
 )
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import some
-from wsm_megatron.optimizer.precision import REMAINDERS
+from wsm_megatron.optimizer.flat_buckets import flat_buckets
+from wsm_megatron.optimizer.precision import REMAINDERS, Kinds
 from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
 from wsm_megatron.planning.tasks import Recipe, Rule
 
@@ -72,14 +72,43 @@ def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
     }
 
 
-def check_remainders(layout: Layout) -> None:
-    """Raise ``ValueError`` where optimizer state holds remainders instead of main params."""
+def check_remainders(layout: Layout, kinds: Kinds, config: MergeConfig) -> None:
+    """Raise ``ValueError`` where optimizer state holds remainders that cannot be merged."""
     for key, entry in layout.tensors.items():
-        if stores_remainders(key, entry.dtype):
+        if entry.role is not Role.MAIN or not kinds.of(entry).rebuilt:
+            continue
+        if config.dtype not in ("same", "bf16"):
             raise ValueError(
-                f"{layout.path}: {key} is int16: {REMAINDERS}; they are not merged yet. Use "
-                "--optimizer-state drop, which merges the bf16 weights and loses those bits"
+                f"{layout.path}: {key} holds {REMAINDERS}: --dtype {config.dtype} would leave them "
+                "without these; use --optimizer-state drop with it"
             )
+        if is_flat_bucket(key) and not config.mains_from_model:
+            raise ValueError(
+                f"{layout.path}: {key} is {_short(entry.dtype)}: {REMAINDERS}. A flat bucket "
+                "(dp_reshardable) has no key for each, no order of params is saved, and any "
+                "remainder fits any weights: nothing proves whose each is. --mains-from-model "
+                "keeps the optimizer state, with the merged bf16 weights as main params; "
+                "--optimizer-state drop merges the bf16 weights alone; with "
+                "--dist-ckpt-optim-fully-reshardable remainders are saved by key and merge exactly"
+            )
+
+
+def warn_of_remainders(layout: Layout, kinds: Kinds, config: MergeConfig) -> None:
+    """Say what becomes of remainders where not all of them go on as they were."""
+    found = [e for e in layout.tensors.values() if e.role is Role.MAIN and kinds.of(e).rebuilt]
+    in_buckets = [entry.key for entry in found if is_flat_bucket(entry.key)]
+    floats = [entry.key for entry in found if entry.dtype.is_floating_point]
+    if in_buckets:
+        logger.warning(
+            "%s: %s holds %s: whose each is cannot be told, so the bf16 weights are merged and "
+            "those bits are lost", layout.path, some(in_buckets), REMAINDERS,
+        )  # fmt: skip
+    if floats and config.keeps_optimizer:
+        logger.warning(
+            "%s: %s, and others, hold %s, as float32: merged exactly, and written as they are. "
+            "Transformer Engine takes none back but int16 (Megatron-LM #4222): where a load stops "
+            "at that, launch with --no-load-optim", layout.path, floats[0], REMAINDERS,
+        )  # fmt: skip
 
 
 def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConfig) -> None:
@@ -96,7 +125,7 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
             f"{newest.path}: --dtype {config.dtype}: there are no main params, as the optimizer "
             "steps on the model itself; it keeps its dtype, or use --optimizer-state drop"
         )
-    if config.mains_from_model and any(map(is_flat_bucket, needed)):
+    if config.mains_from_model and needed & flat_buckets(newest).keys():
         raise ValueError(
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
             "each; --mains-from-model cannot rebuild them; use --optimizer-state drop"
@@ -149,7 +178,11 @@ def _check_dtypes(newest: Layout, mains: Iterable[str], choice: Choice) -> None:
 def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -> None:
     """What is merged of the optimizer state is there; keyed main params can do without."""
     mains = _merged_keys(Role.MAIN, newest, config)
-    if any(map(is_flat_bucket, mains)) and mains != _merged_keys(Role.MAIN, layout, config):
+    if (
+        any(map(is_flat_bucket, mains))
+        and not config.mains_from_model
+        and mains != _merged_keys(Role.MAIN, layout, config)
+    ):
         raise ValueError(
             f"{newest.path} keeps its main params in flat buckets (dp_reshardable), {layout.path} "
             "does not keep the same ones: they can neither be merged nor be rebuilt from the "
