@@ -11,6 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 RUNS = Path(__file__).parent / "data" / "runs"
+FRONTIER = RUNS.parent / "frontier"
+"""Runs of optimizers and precisions beyond Adam on bf16 weights; iterations 6 and 8."""
 
 
 def load_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -34,6 +36,29 @@ def weighted_sum64(coefficients: Sequence[float], tensors: Sequence[torch.Tensor
         total = product if total is None else total + product
     assert total is not None
     return total
+
+
+def rebuilt(model: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """float32 main params from bfloat16 weights and int16 remainders (integers of any dtype).
+
+    ``multi_tensor_adam.cu`` of Transformer Engine: where the remainder is negative the weight was
+    rounded up, which is undone; then they are the high and the low half of the bits.
+    """
+    low = remainder.to(torch.int16).numpy().copy()
+    high = model.contiguous().view(torch.int16).numpy().view(np.uint16).copy()
+    high[low < 0] -= np.uint16(1)
+    bits = (high.astype(np.uint32) << np.uint32(16)) | low.view(np.uint16)
+    return torch.from_numpy(bits.view(np.float32))
+
+
+def split(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other way: bfloat16 weights, rounded half up, and int16 remainders."""
+    bits = value.contiguous().numpy().view(np.uint32)
+    low = (bits & np.uint32(0xFFFF)).astype(np.uint16).view(np.int16)
+    high = (bits >> np.uint32(16)).astype(np.uint16)
+    high[low < 0] += np.uint16(1)
+    weights = torch.from_numpy(high.view(np.int16)).view(torch.bfloat16)
+    return weights, torch.from_numpy(low)
 
 
 def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -11,8 +11,8 @@ from tests.unit.test_flat import BUCKET, FC2, LAYER
 from tests.unit.test_staging import staged_merge
 from wsm_megatron import MergeConfig, MergeError, merge
 from wsm_megatron.checkpoint.keys import main_of
-from wsm_megatron.execution.tiles import round_main
 from wsm_megatron.kernels import reference
+from wsm_megatron.optimizer.representation import round_main
 
 KEY = "decoder.final_layernorm.weight"
 OVERFLOW = f"{KEY}: the merged values overflow torch.float16 although every source is finite"

@@ -1,22 +1,28 @@
-"""Main params that are not the rounded model by design: quantised weights, remainders."""
+"""Main params that are not the rounded model by design: quantised weights, fp16 main params."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests import runs
-from tests.flat_run import bucket_key, write_checkpoint
-from tests.reference import load_tensors
+from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
+from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.common_state import dump_common, load_common
-from wsm_megatron.checkpoint.keys import Role, main_of
+from wsm_megatron.checkpoint.keys import MAINS, Role, is_optimizer, main_of, state_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main
-from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_FAILED, EXIT_USAGE
+from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_FAILED
+from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.optimizer.main_params import check_mains
-from wsm_megatron.optimizer.precision import are_remainders, quantised_by
+from wsm_megatron.optimizer.precision import are_remainders, quantised_as, quantised_by
+
+WEIGHTS = (0.3, 0.7)
 
 
 def set_args(path: Path, **values) -> None:
@@ -27,44 +33,160 @@ def set_args(path: Path, **values) -> None:
 
 
 def quantised(tensor: torch.Tensor) -> torch.Tensor:
-    """As a checkpoint of FP8 weights holds them: dequantised."""
+    """As a checkpoint of FP8 weights holds them: E4M3 of the whole tensor's scale, dequantised."""
     scale = 448 / tensor.float().abs().max()
     return ((tensor.float() * scale).to(torch.float8_e4m3fn).float() / scale).to(tensor.dtype)
 
 
+def quantised_to_4_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same of NVFP4: E2M1, a scale for every 16 weights."""
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    blocks = tensor.float().reshape(-1, 16)
+    scale = (blocks.abs().amax(1, keepdim=True) / 6).clamp(min=1e-20)
+    nearest = (blocks.abs() / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
+    return (levels[nearest] * scale * blocks.sign()).reshape(tensor.shape).to(tensor.dtype)
+
+
+def _is_quantised(key: str, tensor: torch.Tensor) -> bool:
+    return "linear_" in key and tensor.dim() > 2 and not is_optimizer(key)
+
+
 def quantised_run(name: str, to: Path, option: str) -> Path:
     run = runs.copy_run(name, to)
+    coarse = quantised if option.startswith("fp8") else quantised_to_4_bits
     for iteration in runs.ITERATIONS:
         path = runs.checkpoint(run, iteration)
-        runs.rewrite(path, lambda key, t: quantised(t) if "linear_" in key and t.dim() > 2 else t)
+        runs.rewrite(path, lambda key, t: coarse(t) if _is_quantised(key, t) else t)
         set_args(path, **{option: True})
     return run
 
 
-def merge_fails(run: Path, out: Path, capsys, status: int) -> str:
-    command = ["merge", "--load", str(run), "--save", str(out), "--last", "2"]
-    assert main([*command, "--optimizer-state", "last"]) == status
-    error = capsys.readouterr().err
-    assert not list(out.glob("iter_*"))
-    assert main([*command, "--optimizer-state", "drop"]) == 0  # the way out that it names
-    capsys.readouterr()
-    return error
+def merged(run: Path, out: Path, **options) -> Path:
+    options = {"optimizer_state": "last", "weights": WEIGHTS, "last": 2, **options}
+    return merge(MergeConfig(load=run, save=out, **options)).output
 
 
-@pytest.mark.parametrize("run", [runs.FLAT, runs.FULLY, runs.FP32_PARAM])
-@pytest.mark.parametrize("option, flag", [
-    ("fp8_param_gather", "--fp8-param-gather"), ("fp4_param", "--fp4-param-gather"),
+QUANTISED = pytest.mark.parametrize("run", [runs.FLAT, runs.FULLY, runs.FP32_PARAM])
+FORMATS = pytest.mark.parametrize("option, flag, dtype", [
+    ("fp8_param_gather", "--fp8-param-gather", torch.float8_e4m3fn),
+    ("fp4_param", "--fp4-param-gather", None),
 ])  # fmt: skip
-def test_quantised_weights_are_no_defect(run, option, flag, tmp_path, capsys):
+
+
+@QUANTISED
+@FORMATS
+def test_quantised_weights_are_made_of_the_merged_main_params(
+    run, option, flag, dtype, tmp_path, caplog
+):
     path = quantised_run(run, tmp_path / "run", option)
-    error = merge_fails(path, tmp_path / "out", capsys, EXIT_FAILED)
-    assert flag in error and "more precise by design" in error
-    assert "--optimizer-state drop" in error and "loses the main params' precision" in error
-    assert "core_r0.19" not in error and "--rebuild-main-params" not in error
+    kept = merged(path, tmp_path / "last")
+    dropped = merged(path, tmp_path / "drop", optimizer_state="drop")
+    plain = merged(RUNS / run, tmp_path / "plain")  # the same main params, and weights of these
+    found, expected = load_tensors(kept), load_tensors(plain)
+    weights = load_tensors(dropped)
+    assert any(".state." in key or ".param" in key for key in found)
+    for key, tensor in found.items():
+        if key.endswith(".param"):  # a flat bucket: padding is of no account
+            continue
+        assert same_bits(tensor, expected[key]), key
+        assert is_optimizer(key) or same_bits(weights[key], tensor), key
+    assert not any(map(is_optimizer, weights))
+    for output in (kept, dropped):
+        verify(output, sources="all")
+    assert check_resume(kept).resumes and check_mains(read_layout(kept)).wrong == ()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+@QUANTISED
+@FORMATS
+def test_a_quantised_run_resumes_and_says_so(run, option, flag, dtype, tmp_path, capsys):
+    path = quantised_run(run, tmp_path / "run", option)
     assert main(["resume-check", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert f"saved with {flag}" in printed and "by design" in printed
+    assert f"saved with {flag}" in printed and "by design, within the error" in printed
     assert "other weights" not in printed and "NOT those of the model" not in printed
+    assert "near the quantised model" in printed
+
+
+@QUANTISED
+def test_quantised_weights_with_main_params_of_another_checkpoint(run, tmp_path, capsys):
+    path = quantised_run(run, tmp_path / "run", "fp8_param_gather")
+    stale = load_tensors(runs.checkpoint(path, 2))
+    checkpoint = runs.checkpoint(path, 8)
+    runs.rewrite(checkpoint, lambda key, t: stale[key] if _is_main(key) else t)
+    with pytest.raises(
+        MergeError, match="--fp8-param-gather.*coarse.*--rebuild-main-params|nothing"
+    ):
+        merged(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("iter_*"))
+    assert main(["resume-check", str(checkpoint)]) == EXIT_DOES_NOT_RESUME
+    assert "NOT those of the model" in capsys.readouterr().out
+
+
+def _is_main(key: str) -> bool:
+    state = state_of(key)
+    return state is not None and state[2] in MAINS
+
+
+def test_quantised_weights_can_be_merged_themselves(tmp_path):
+    path = quantised_run(runs.FULLY, tmp_path / "run", "fp8_param_gather")
+    output = merged(path, tmp_path / "out", rebuild_main_params=True)
+    sources = [load_tensors(runs.checkpoint(path, i)) for i in (6, 8)]
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    total = weighted_sum64(WEIGHTS, [source[key] for source in sources])
+    value = rounded(total, torch.float32)
+    assert same_bits(load_tensors(output)[f"optimizer.state.param.{key}"], value)
+
+
+def test_a_format_that_is_not_known_has_no_bound_and_says_so(tmp_path, capsys):
+    path = quantised_run(runs.FULLY, tmp_path / "run", "fp8_param_gather")
+    checkpoint = runs.checkpoint(path, 8)
+    set_args(checkpoint, fp8_recipe="custom")
+    assert main(["resume-check", str(checkpoint)]) == 0
+    assert "whose error is not known here" in capsys.readouterr().out
+    merged(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("args, relative", [
+    ({}, 2**-4), ({"fp8_recipe": "blockwise"}, 2**-4), ({"fp8_recipe": "custom"}, math.inf),
+])  # fmt: skip
+def test_the_bound_of_a_format(args, relative):
+    found = quantised_as({"fp8_param_gather": True, **args})
+    assert found is not None and found.relative >= relative
+    assert found.finer and not found.apart
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1.0, 1e-3, 300.0]))
+def test_what_fp8_makes_of_a_weight_is_within_the_bound(seed, scale):
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(seed)) * scale
+    bound = quantised_as({"fp8_param_gather": True})
+    assert bound is not None and not bound.differ(weights, quantised(weights).bfloat16())
+    assert bound.differ(weights * 1.2, quantised(weights).bfloat16())
+
+
+def test_weights_beyond_the_largest_of_the_format_are_cut_off():
+    bound = quantised_as({"fp8_param_gather": True})
+    model = torch.tensor([1.0, -2.0, 2.0])
+    assert bound is not None and not bound.differ(torch.tensor([1.0, -3.0, 2.5]), model)
+    assert bound.differ(torch.tensor([1.0, 3.0, 2.5]), model)  # of the other sign
+    assert bound.differ(torch.tensor([1.5, -3.0, 2.5]), model)
+
+
+def test_fp16_main_params_are_near_the_model(tmp_path):
+    """--main-params-dtype fp16: model and main param are each rounded from a float32 value."""
+    run = runs.copy_run(runs.FULLY, tmp_path / "run")
+    for i in runs.ITERATIONS:
+        path = runs.checkpoint(run, i)
+        set_args(path, use_precision_aware_optimizer=True, main_params_dtype=torch.float16)
+        runs.rewrite(path, lambda key, t: (t * 512).half().float() / 512 if main_of(key) else t)
+    output = merged(run, tmp_path / "out")
+    verify(output, sources="all")
+    sources, found = [load_tensors(runs.checkpoint(run, i)) for i in (6, 8)], load_tensors(output)
+    for key in [key for key in found if main_of(key)]:
+        expected = rounded(weighted_sum64(WEIGHTS, [s[key] for s in sources]), torch.float32)
+        assert same_bits(found[key], expected)
+        assert same_bits(found[main_of(key)], expected.bfloat16())
+    assert check_resume(output).resumes
 
 
 def test_a_defect_is_still_one_without_quantised_weights(tmp_path, capsys):
@@ -89,40 +211,24 @@ def remainder(numel: int, seed: int) -> torch.Tensor:
     return torch.randint(-(2**15), 2**15, (numel,), generator=generator)
 
 
-def test_remainders_saved_as_floats(tmp_path, capsys):
-    """As fully_reshardable saves them for the precision-aware optimizer."""
+def test_remainders_that_the_args_deny_are_not_guessed_at(tmp_path, capsys):
     run = runs.copy_run(runs.FULLY, tmp_path / "run")
-    for iteration in runs.ITERATIONS:
-        runs.rewrite(
-            runs.checkpoint(run, iteration),
-            lambda key, t: remainder(t.numel(), 1).view(t.shape).float() if main_of(key) else t,
-        )
-        set_args(runs.checkpoint(run, iteration), use_precision_aware_optimizer=True)
-    error = merge_fails(run, tmp_path / "out", capsys, EXIT_FAILED)
-    assert "low 16 bits" in error and "--use-precision-aware-optimizer" in error
-    assert "core_r0.19" not in error and "--rebuild-main-params" not in error
+    for i in runs.ITERATIONS:
+        path = runs.checkpoint(run, i)
+        runs.rewrite(path, lambda key, t: remainders(t) if main_of(key) else t)
+        set_args(path, use_precision_aware_optimizer=False)
+    with pytest.raises(MergeError, match="low 16 bits.*its args say.*--rebuild-main-params"):
+        merged(run, tmp_path / "out")
     assert main(["resume-check", str(run)]) == EXIT_DOES_NOT_RESUME
     printed = capsys.readouterr().out
     assert "low 16 bits" in printed and "--no-load-optim" in printed
-    assert "other weights" not in printed and "--rebuild-main-params" not in printed
+    assert "other weights" not in printed
     found = check_mains(read_layout(runs.checkpoint(run, 8)))
     assert found.wrong == () and len(found.remainders) == found.keyed == 9
 
 
-def test_remainders_in_flat_buckets(tmp_path, capsys):
-    """As dp_reshardable saves them: int16."""
-    run, key = tmp_path / "run", bucket_key()
-    for iteration in (2, 4):
-        model = {"a": torch.randn(300).bfloat16()}
-        buckets = {key: [remainder(300, iteration).to(torch.int16)]}
-        write_checkpoint(run, iteration, model, buckets)
-    error = merge_fails(run, tmp_path / "out", capsys, EXIT_USAGE)
-    assert f"{key} is int16" in error and "--use-precision-aware-optimizer" in error
-    assert "--copy" not in error
-    assert main(["resume-check", str(run)]) == 0
-    printed = capsys.readouterr().out
-    assert "dp_reshardable" in printed and "low 16 bits" in printed
-    assert "no optimizer state" not in printed
+def remainders(main: torch.Tensor) -> torch.Tensor:
+    return remainder(main.numel(), 1).view(main.shape).float()
 
 
 def test_weights_are_no_remainders():

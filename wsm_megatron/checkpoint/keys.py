@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import Enum
 
 import torch
@@ -30,29 +31,91 @@ OPTIMIZER_ROLES = frozenset({Role.MAIN, Role.MOMENT, Role.OPTIMIZER})
 PARAM_ALIGNMENT = 64
 """Megatron starts every param of a bucket at a multiple of this (``_ParamAndGradBuffer``)."""
 _CHAIN = r"(?:chained_\d+\.)?"
-_KEYED = re.compile(rf"{_CHAIN}optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
-_STATE = re.compile(rf"{_CHAIN}optimizer\.state\.[^.]+\.(.+)")
+_KEYED = re.compile(rf"({_CHAIN}optimizer\.state\.)([^.]+)\.(.+)")
 _OPTIMIZER = re.compile(rf"{_CHAIN}optimizer\b")
-_FLAT = re.compile(rf"{_CHAIN}optimizer\.distributed\..+\.(param|exp_avg|exp_avg_sq)")
+_FLAT = re.compile(rf"({_CHAIN}optimizer\.distributed\..+\.bucket_idx_\d+\.)([^.]+)")
 _OPTIMIZER_OBJECT = re.compile(
     rf"{_CHAIN}optimizer\.distributed\.dp_group_idx_\d+\."
     r"(optimizer|per_bucket_numel|per_bucket_numel_unpadded)/shard_.+"
 )
-_MAINS = ("fp32_param", "param")
+MAINS = ("fp32_param", "param")
+"""Names of main params among optimizer state."""
 _BUFFER = re.compile(r"(?:.*\.)?(expert_bias|running_mean|running_var|inv_freq)")
 _COPIED_OBJECT = re.compile(r"(rerun_state_machine_state|tokenizer)(/.*)?")
 
 
 def tensor_role(key: str, dtype: torch.dtype) -> Role:
-    """Role of a tensor entry (keys as in Megatron's ``sharded_state_dict``)."""
-    optimizer = _KEYED.fullmatch(key) or _FLAT.fullmatch(key)
-    if optimizer and dtype in MERGEABLE:
-        return Role.MAIN if optimizer[1] in _MAINS else Role.MOMENT
+    """Role of a tensor entry (keys as in Megatron's ``sharded_state_dict``).
+
+    Floating optimizer state counts as a moment here; :func:`state_roles` tells what is none.
+    """
+    state = state_of(key)
+    if state is not None:
+        if state[2] in MAINS:
+            kept = dtype in MERGEABLE or stores_remainders(key, dtype)
+            return Role.MAIN if kept else Role.UNKNOWN
+        return Role.MOMENT if dtype in MERGEABLE else Role.OPTIMIZER
     if is_optimizer(key) or dtype.is_complex:
         return Role.UNKNOWN
     if dtype in MERGEABLE:
         return Role.BUFFER if _BUFFER.fullmatch(key) else Role.MODEL
     return Role.UNKNOWN if dtype.is_floating_point else Role.COPY
+
+
+def state_roles(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Role]:
+    """Roles of the floating optimizer state that is no moment, by what all of it looks like.
+
+    A moment has an element for every element of its param. Preconditioners (SOAP), scales and code
+    books (8-bit Adam) have another shape for some param at least, so the whole of that name is
+    none; what stands beside codes, integers in the param's shape, goes with these. State of no
+    param in the checkpoint is unknown.
+
+    Args:
+        tensors: dtype and shape of every tensor of a checkpoint.
+    """
+    roles: dict[str, Role] = {}
+    others: set[tuple[str, str]] = set()
+    coded: set[tuple[str, str]] = set()
+    states = {key: found for key in tensors if (found := state_of(key)) and found[2] not in MAINS}
+    for key, (group, param, name) in states.items():
+        dtype, shape = tensors[key]
+        of_param = _param_shape(tensors, group, param)
+        if of_param is None:
+            roles[key] = Role.UNKNOWN
+        elif shape != of_param:
+            others.add((group, name))
+        elif not dtype.is_floating_point:
+            coded.add((group, param))
+    for key, (group, param, name) in states.items():
+        if (group, name) in others or (group, param) in coded:
+            roles.setdefault(key, Role.OPTIMIZER)
+    return roles
+
+
+def state_of(key: str) -> tuple[str, str, str] | None:
+    """What optimizer state is of: its group, its param (empty in a flat bucket), its name.
+
+    The group is what comes before the name: an optimizer of a chain, or a flat bucket. None for
+    keys of no optimizer state.
+    """
+    if keyed := _KEYED.fullmatch(key):
+        return keyed[1], keyed[3], keyed[2]
+    flat = _FLAT.fullmatch(key)
+    return (flat[1], "", flat[2]) if flat else None
+
+
+def state_key(group: str, name: str, param: str) -> str:
+    """Key of optimizer state, the other way round from :func:`state_of`."""
+    return f"{group}{name}.{param}".removesuffix(".")
+
+
+def _param_shape(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], group: str, param: str
+) -> tuple[int, ...] | None:
+    """Of the main param, or where there is none of the model tensor; None where neither is."""
+    mains = [state_key(group, name, param) for name in MAINS]
+    found = next((tensors[key] for key in (*mains, param) if key in tensors), None)
+    return None if found is None else found[1]
 
 
 def object_role(key: str) -> Role:
@@ -71,13 +134,13 @@ def object_role(key: str) -> Role:
 def main_of(key: str) -> str | None:
     """Key of a main param's model tensor; None for other keys and for flat buckets."""
     match = _KEYED.fullmatch(key)
-    return match[2] if match and match[1] in _MAINS else None
+    return match[3] if match and match[2] in MAINS else None
 
 
 def model_of(key: str) -> str | None:
     """Key of the model tensor that keyed optimizer state is of: a main param, a moment, another."""
-    match = _STATE.fullmatch(key)
-    return match[1] if match else None
+    match = _KEYED.fullmatch(key)
+    return match[3] if match else None
 
 
 def is_optimizer(key: str) -> bool:
@@ -96,8 +159,8 @@ def stores_remainders(key: str, dtype: torch.dtype) -> bool:
     The precision-aware optimizer does (``store_param_remainders``): the high bits are the bf16
     model weights, rounded half up. ``dp_reshardable`` saves them as int16.
     """
-    match = _KEYED.fullmatch(key) or _FLAT.fullmatch(key)
-    return dtype is torch.int16 and match is not None and match[1] in _MAINS
+    state = state_of(key)
+    return dtype is torch.int16 and state is not None and state[2] == "param"
 
 
 def is_variance(key: str) -> bool:

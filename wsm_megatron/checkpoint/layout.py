@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from wsm_megatron.checkpoint.foreign_formats import kind_of, kind_of_format
-from wsm_megatron.checkpoint.keys import Role, object_role, tensor_role
+from wsm_megatron.checkpoint.keys import Role, object_role, state_roles, tensor_role
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.safe_pickle.metadata import load_metadata
@@ -156,6 +156,8 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
         else:
             location = _location_of(path, key, locations, None)
             objects[key] = ObjectEntry(key, object_role(key), location)
+    roles = state_roles({key: (entry.dtype, entry.shape) for key, entry in tensors.items()})
+    tensors |= {key: replace(tensors[key], role=role) for key, role in roles.items()}
     layout = Layout(path, tensors, objects, marker, metadata.mcore_data)
     _check_tiling(layout)
     ends = _ends(layout)

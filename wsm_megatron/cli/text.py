@@ -70,7 +70,7 @@ def plan_data(job: Job, moved: Estimate) -> dict[str, Any]:
         "bytes_to_read": moved.read,
         "bytes_to_write": moved.written,
         "bytes_to_send": moved.sent,
-        "tensors": {recipe.key: recipe.rule.value for recipe in job.plan.recipes},
+        "tensors": {recipe.key: recipe.what for recipe in job.plan.recipes},
         "objects": list(product.objects),
         "left_out": list(job.plan.left_out),
         "side_files": [file.name for file in job.sources[product.newest].beside.copied],
@@ -245,9 +245,12 @@ def _optimizer(found: ResumeReport) -> str:
     if found.mains.buckets:
         how_many = f"main params in {found.mains.buckets} flat buckets"
     state = "NOT those of the model" if found.mains.wrong else "consistent with the model"
-    if not found.mains.wrong and (found.mains.unlike or found.mains.remainders):
-        state = "not comparable with the model"
-    return f"{found.optimizer} ({sizes}): {how_many}, {state}; {found.moments} moments"
+    if not found.mains.wrong and found.mains.near:
+        state = "near the quantised model" if found.mains.bounded else "not comparable with it"
+    if not found.mains.wrong and found.mains.remainders:
+        state = "of which the model holds the high bits"
+    mains = "the model is the main param" if found.mains.model else f"{how_many}, {state}"
+    return f"{found.optimizer} ({sizes}): {mains}; {found.moments} moments"
 
 
 def _scheduler(scheduler: dict[str, Any] | None) -> str:
@@ -283,7 +286,7 @@ def _recipe_lines(recipes: Iterable[Recipe]) -> Iterator[str]:
     for recipe in sorted(recipes, key=lambda recipe: (recipe.role.value, recipe.key)):
         for output in recipe.outputs:
             dtype = str(output.dtype).removeprefix("torch.")
-            yield f"  {recipe.rule.value:35} {output.key} {dtype} {list(output.shape)}"
+            yield f"  {recipe.what:35} {output.key} {dtype} {list(output.shape)}"
 
 
 def _rank_lines(ranks: Sequence[RankReport]) -> Iterator[str]:

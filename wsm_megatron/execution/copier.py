@@ -6,7 +6,7 @@ import threading
 from itertools import chain
 
 from wsm_megatron.execution.context import Context, Target, finish
-from wsm_megatron.execution.tiles import Memory, differ
+from wsm_megatron.execution.tiles import Memory
 from wsm_megatron.execution.value_checks import check_finite, wrong_main
 from wsm_megatron.planning.tasks import Recipe, Task
 from wsm_megatron.storage.buffer import Buffer
@@ -49,7 +49,10 @@ class Copier:
                 self._check(task, j, read)
                 for output, buffer in zip(task.recipe.outputs, outputs, strict=True):
                     if output.key not in read:
-                        buffer.elements.copy_(read[task.recipe.copied_from(output)].elements)
+                        model = read[task.recipe.copied_from(output)].elements
+                        task.recipe.main.from_model(model, buffer.elements)
+                    elif task.recipe.clears:
+                        buffer.elements.zero_()
             with phases("writing"):
                 for row in writers:
                     for writer, buffer in zip(row, outputs, strict=True):
@@ -64,7 +67,7 @@ class Copier:
             check_finite(task, layout, key, buffer.elements)
         if len(read) == 2:
             main, model = (buffer.elements for buffer in read.values())
-            if differ(main.to(model.dtype), model):
+            if task.recipe.main.differ(main, model):
                 raise wrong_main(task, layout, main)
 
 

@@ -16,7 +16,7 @@ from wsm_megatron.execution.tiles import (
     Tensors,
     Tile,
     Workspace,
-    carve,
+    carve_all,
     room_for,
     tile_dtypes,
 )
@@ -73,18 +73,17 @@ class _Slot(Workspace):
         self._there = torch.empty(0, dtype=torch.uint8, device=device)
 
     def _make(self, recipe: Recipe, scope: Scope, numel: int) -> Tile:
-        inputs, outputs = tile_dtypes(recipe, scope)
-        split = room_for(inputs, numel)
-        end = split + room_for(outputs, numel)
-        self._grow(end)
-        (there, to_sum), (host, to_read) = (
-            (memory[:end], (carve(memory, inputs, numel), carve(memory[split:], outputs, numel)))
-            for memory in (self._there, self._memory)
-        )
+        kinds = tile_dtypes(recipe, scope)
+        inputs, outputs, scratch = (room_for(rows, numel) for rows in kinds)
+        split, end = inputs, inputs + outputs
+        self._grow(end + scratch)
+        to_read, to_write, _ = carve_all(self._memory, kinds, numel)
+        sources, merged, between = carve_all(self._there, kinds, numel)
+        there, host = self._there, self._memory
         return StagedTile(
-            to_read,
-            Summation(*to_sum, recipe, scope, self._merges),
-            ((there[:split], host[:split]), (host[split:], there[split:])),
+            (to_read, to_write),
+            Summation(sources, merged, between, recipe, scope, self._merges),
+            ((there[:split], host[:split]), (host[split:end], there[split:end])),
             self._stream,
         )
 

@@ -46,7 +46,9 @@ class Budget:
             return min(TILE_BYTES, self.tile_bytes) // max(recipe.cost(1, 0), recipe.cost(0, 1))
         read = scope.bytes_read(recipe) + _SUM_BYTES * len(scope.arriving)
         written = scope.bytes_written(recipe) + _SUM_BYTES * len(scope.leaving)
-        wanted, within = self.wanted_bytes // read, self.tile_bytes // (read + written)
+        scratch = recipe.scratch(len(scope.sources), len(scope.ending))
+        within = self.tile_bytes // (read + written + scratch)
+        wanted = self.wanted_bytes // read
         return max(1, min(max(wanted, LEAST_ELEMENTS), within))
 
 
@@ -75,7 +77,11 @@ def make_budget(
     Raises:
         UsageError: not even one thread's smallest tiles fit.
     """
-    costs = [r.cost(sources, merges) for r in recipes if r.rule is not Rule.COPY]
+    costs = [
+        r.cost(sources, merges) + r.scratch(sources, merges)
+        for r in recipes
+        if r.rule is not Rule.COPY
+    ]
     least = depth * LEAST_ELEMENTS * max(costs, default=0)
     if memory < least:
         raise UsageError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from wsm_megatron.kernels import Finite, bind
-from wsm_megatron.planning.tasks import Merge, Recipe, Rule, Scope
+from wsm_megatron.planning.tasks import VALUE, Merge, Recipe, Rule, Scope
 from wsm_megatron.storage.buffer import Buffer
 
 _TILES = 64
@@ -41,22 +40,28 @@ class Summation:
         inputs: ``[source][input]``, of the scope's sources; then the sums that arrived, in one row.
         outputs: ``[merge][output]``, of the merges that end; then the sums that leave, in one row.
             All are of one size.
+        scratch: what is summed of each source where that is no input, and the sum of each merge
+            where that is no output; two rows.
     """
 
     def __init__(
         self,
         inputs: Tensors,
         outputs: Tensors,
+        scratch: Tensors,
         recipe: Recipe,
         scope: Scope,
         merges: Sequence[Merge],
     ):
         (*self._sources, arrived), (*written, leaving) = inputs, outputs
-        self._has_mains = recipe.rule is Rule.SUM_MAIN
+        self._recipe, self._has_mains = recipe, recipe.rule is Rule.SUM_MAIN
         self._written = dict(zip(scope.ending, written, strict=True))
+        values, sums = scratch
+        self._values = values or [source[0] for source in self._sources]
+        sums = sums or [outputs[0] for outputs in written]
         sums_in = dict(zip(scope.arriving, arrived, strict=True))
-        sums_out = {k: outputs[0] for k, outputs in self._written.items()}
-        sums_out |= zip(scope.leaving, leaving, strict=True)
+        sums_out = self._merged = dict(zip(scope.ending, sums, strict=True))
+        sums_out = sums_out | dict(zip(scope.leaving, leaving, strict=True))
         place = {j: i for i, j in enumerate(scope.sources)}
         self._groups = _groups(scope, merges)
         self._sums = []
@@ -66,7 +71,7 @@ class Summation:
             ones = [1.0] * len(before)  # 1.0 times a sum is that sum
             self._sums.append(
                 bind(
-                    [*before, *(self._sources[i][0] for i, _ in own)],
+                    [*before, *(self._values[i] for i, _ in own)],
                     [[*ones, *(merges[k].coefficients[n] for _, n in own)] for k in group],
                     [sums_out[k] for k in group],
                 )
@@ -77,18 +82,30 @@ class Summation:
 
     def start(self) -> None:
         """Compute; on CUDA without waiting, on the current stream."""
+        recipe = self._recipe
         if self._has_mains:
             self._wrong = [
-                (i, differ(main.to(model.dtype), model))
+                (i, recipe.main.differ(main, model))
                 for i, (main, *models) in enumerate(self._sources)
                 for model in models
             ]
+        if recipe.rebuilds:
+            for (main, model), value in zip(self._sources, self._values, strict=True):
+                recipe.main.rebuild(main, model, value)
         self._finite = [weighted_sum() for weighted_sum in self._sums]
         self._rounded = [
-            (k, round_main(main, model))
-            for k, (main, *models) in self._written.items()
-            for model in models
+            (k, recipe.main.write(self._merged[k], main, model))
+            for k, outputs in self._written.items()
+            for main, model in self._to_write(outputs)
         ]
+
+    def _to_write(
+        self, outputs: list[torch.Tensor]
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
+        """Main param and model tensor that are made from a sum; the sum may be the former."""
+        if self._recipe.splits:
+            return [(None if len(outputs) == 1 else outputs[0], outputs[-1])]
+        return [(None, model) for model in outputs[1:]]
 
     def outcome(self) -> Outcome:
         """What the last :meth:`start` found; waits for it."""
@@ -99,7 +116,8 @@ class Summation:
             if not finite
             for k in group
         ]
-        bad += [(k, 1) for k, finite in self._rounded if not finite]
+        last = len(self._recipe.outputs) - 1
+        bad += [(k, last) for k, finite in self._rounded if not finite]
         return Outcome(wrong[0] if wrong else None, tuple(bad))
 
 
@@ -168,11 +186,11 @@ class Workspace(Memory):
         return found
 
     def _make(self, recipe: Recipe, scope: Scope, numel: int) -> Tile:
-        inputs, outputs = tile_dtypes(recipe, scope)
-        self._grow(room_for(inputs, numel) + room_for(outputs, numel))
-        sources = carve(self._memory, inputs, numel)
-        merged = carve(self._memory[room_for(inputs, numel) :], outputs, numel)
-        return Tile(sources, merged, Summation(sources, merged, recipe, scope, self._merges))
+        kinds = tile_dtypes(recipe, scope)
+        self._grow(sum(room_for(rows, numel) for rows in kinds))
+        sources, merged, scratch = carve_all(self._memory, kinds, numel)
+        summation = Summation(sources, merged, scratch, recipe, scope, self._merges)
+        return Tile(sources, merged, summation)
 
     def _grow(self, nbytes: int) -> None:
         if self._memory.numel() < nbytes:
@@ -192,6 +210,15 @@ def carve(memory: torch.Tensor, dtypes: Dtypes, numel: int) -> Tensors:
     return carved
 
 
+def carve_all(memory: torch.Tensor, kinds: Sequence[Dtypes], numel: int) -> list[Tensors]:
+    """Several of :func:`carve`, end to end."""
+    carved, start = [], 0
+    for dtypes in kinds:
+        carved.append(carve(memory[start:], dtypes, numel))
+        start += room_for(dtypes, numel)
+    return carved
+
+
 def room_for(dtypes: Dtypes, numel: int) -> int:
     """Bytes that :func:`carve` needs."""
     return sum(_room(dtype, numel) for row in dtypes for dtype in row)
@@ -203,12 +230,21 @@ def _room(dtype: torch.dtype, numel: int) -> int:
     return room + 320 if room % 4096 == 0 else room
 
 
-def tile_dtypes(recipe: Recipe, scope: Scope) -> tuple[Dtypes, Dtypes]:
-    """Of what a tile reads and of what it makes, as :class:`Summation` takes them."""
+def tile_dtypes(recipe: Recipe, scope: Scope) -> tuple[Dtypes, Dtypes, Dtypes]:
+    """Of what a tile reads, of what it makes, and of what is in between, as :class:`Summation`
+    takes them."""
     read = [recipe.input_dtypes[: scope.inputs(recipe, j)] for j in scope.sources]
     written = [[output.dtype for output in recipe.outputs]] * len(scope.ending)
+    between = [
+        [VALUE] * len(scope.sources) if recipe.rebuilds else [],
+        [VALUE] * len(scope.ending) if recipe.splits else [],
+    ]
     sums = torch.float64
-    return [*read, [sums] * len(scope.arriving)], [*written, [sums] * len(scope.leaving)]
+    return (
+        [*read, [sums] * len(scope.arriving)],
+        [*written, [sums] * len(scope.leaving)],
+        between,
+    )
 
 
 def _groups(scope: Scope, merges: Sequence[Merge]) -> list[list[int]]:
@@ -218,24 +254,3 @@ def _groups(scope: Scope, merges: Sequence[Merge]) -> list[list[int]]:
         own = tuple(j for j in merges[k].members if j in scope.sources)
         groups.setdefault((own, k if k in scope.arriving else None), []).append(k)
     return list(groups.values())
-
-
-def round_main(main: torch.Tensor, model: torch.Tensor) -> Finite:
-    """Round a merged main param to its model tensor, as Megatron copies mains to weights.
-
-    Returns:
-        whether no finite value became an infinite one; on a CPU at once, on CUDA as a tensor.
-    """
-    model.copy_(main)
-    if model.numel() == 0 or torch.finfo(model.dtype).max >= torch.finfo(main.dtype).max:
-        return True
-    if model.device.type != "cpu":
-        return torch.isfinite(model).all()
-    ends = torch.aminmax(model)  # NaN where there is one; much faster than isfinite on a CPU
-    return all(math.isfinite(end) for end in ends)
-
-
-def differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
-    """Whether any bit differs; on a CPU at once, on CUDA as a tensor."""
-    left, right = left.view(torch.uint8), right.view(torch.uint8)
-    return not torch.equal(left, right) if left.device.type == "cpu" else (left != right).any()

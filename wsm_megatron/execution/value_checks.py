@@ -10,7 +10,8 @@ from wsm_megatron.checkpoint.keys import is_variance, may_be_padding
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.errors import MergeError
-from wsm_megatron.optimizer.precision import explain
+from wsm_megatron.optimizer.precision import REMAINDERS, explain
+from wsm_megatron.optimizer.representation import Bounded
 from wsm_megatron.planning.tasks import Output, Task
 from wsm_megatron.storage.buffer import Buffer
 
@@ -22,10 +23,18 @@ def wrong_main(task: Task, layout: Layout, values: torch.Tensor | None = None) -
         values: some of the main param's, where they were read.
     """
     (main, model), dtype = task.recipe.inputs, task.recipe.input_dtypes[1]
+    near = isinstance(task.recipe.main, Bounded)
+    differs = "it is not near it" if near else f"rounded to {dtype} it differs"
     where = f" (from element {task.flat.start} on)" if task.flat is not None else ""
+    if task.recipe.main.rebuilt:
+        return MergeError(
+            f"{layout.path}: values of {main}{where} are no remainders, as the newest source's are "
+            f"({REMAINDERS}), but main params themselves, or damaged: leave this checkpoint out, "
+            "or merge with --rebuild-main-params"
+        )
     return MergeError(
         f"{layout.path}: the main param {main}{where} does not belong to the model tensor {model}: "
-        f"rounded to {dtype} it differs. {explain(layout.path, main, values)}"
+        f"{differs}. {explain(layout.path, main, values)}"
     )
 
 

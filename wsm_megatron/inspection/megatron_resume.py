@@ -14,11 +14,18 @@ from wsm_megatron.checkpoint.common_state import (
     read_common,
     summarize,
 )
-from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
+from wsm_megatron.checkpoint.keys import (
+    MAINS,
+    Role,
+    is_flat_bucket,
+    state_key,
+    state_of,
+)
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.inspection.inspect import is_checkpoint
+from wsm_megatron.inspection.manifest import check_files
 from wsm_megatron.optimizer.main_params import MainsCheck, check_mains
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.launch_flags import Launch, launches, position_of
@@ -91,7 +98,10 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
     state = load_common(*read_common(path, layout))
     summary, optimizer = summarize(state), optimizer_layout(layout, state)
     mains = check_mains(layout, attributes(state.get("args")))
+    provenance = read_provenance(path)
     problems = [*_problems(layout, state, optimizer, mains)]
+    if mains.remainders and provenance is not None:
+        problems += _changed(path, provenance)
     notes = [*_notes(layout, state, optimizer, mains)]
     usable = optimizer is not None and not problems
     if against is not None:
@@ -100,7 +110,7 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
         path=path,
         iteration=summary.iteration,
         tokens=summary.tokens,
-        merged=read_provenance(path) is not None,
+        merged=provenance is not None,
         optimizer=optimizer,
         moments=sum(entry.role is Role.MOMENT for entry in layout.tensors.values()),
         mains=mains,
@@ -120,21 +130,18 @@ def optimizer_layout(layout: Layout, state: Mapping[str, Any]) -> str | None:
     """How a checkpoint's optimizer state is sharded; None where it has none.
 
     ``content_metadata`` names it (``distrib_optim_sharding_type``) with the distributed optimizer;
-    before Megatron-core 0.13 and without that optimizer the keys tell.
+    before Megatron-core 0.13 and without that optimizer the keys tell. Without main params the
+    model is what the optimizer steps on (``FP32Optimizer``).
     """
-    mains = [
-        key
-        for key, entry in layout.tensors.items()
-        if entry.role is Role.MAIN or stores_remainders(key, entry.dtype)
-    ]
-    if not mains:
+    keys = [key for key in layout.tensors if state_of(key)]
+    if not keys and "optimizer" not in state:
         return None
     named = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     if named:
-        return str(named)
-    if any(map(is_flat_bucket, mains)):
+        return str(named) if keys else None
+    if any(map(is_flat_bucket, keys)):
         return DP_RESHARDABLE
-    return REPLICATED if any(".fp32_param." in key for key in mains) else FULLY_RESHARDABLE
+    return FULLY_RESHARDABLE if any(".state.param." in key for key in keys) else REPLICATED
 
 
 def _checkpoint(path: Path) -> Path:
@@ -176,7 +183,7 @@ def _problems(
         if key not in state and not (key == "opt_param_scheduler" and "lr_scheduler" in state):
             yield f"the common state has no {key!r}: plain --load stops with KeyError"
     yield from _wrong_mains(layout, mains)
-    if unbacked := _without_moments(layout):
+    if unbacked := _without_moments(layout, args):
         yield f"no moments for {some(unbacked)}: Megatron will find keys missing"
 
 
@@ -188,49 +195,85 @@ def _wrong_mains(layout: Layout, mains: MainsCheck) -> Iterator[str]:
             f"({some(mains.wrong)}): one step after a load they replace the model's; launch with "
             f"--no-load-optim{again}"
         )
-    if as_floats := [key for key in mains.remainders if key in _models(layout)]:
+    if as_floats := [key for key in mains.remainders if _is_float_remainder(layout, key)]:
         yield (
             f"in place of the main params of {len(as_floats)} model tensors lie {REMAINDERS}. "
-            "fully_reshardable saves them as float32, which Transformer Engine does not take back; "
-            "launch with --no-load-optim"
+            "fully_reshardable saves them as float32, which Transformer Engine does not take back "
+            "(Megatron-LM #4222); launch with --no-load-optim"
         )
 
 
-def _without_moments(layout: Layout) -> list[str]:
-    missing = []
-    for key, entry in layout.tensors.items():
-        if entry.role is not Role.MAIN:
-            continue
-        for name in ("exp_avg", "exp_avg_sq"):
-            if _moment_key(key, name) not in layout.tensors:
-                missing.append(_moment_key(key, name))
-    return missing
+def _changed(path: Path, provenance: dict[str, Any]) -> list[str]:
+    """Whether a merge's files are those that it wrote, where their contents do not tell."""
+    problems = check_files(path, provenance).problems
+    return [f"not what the merge wrote, so remainders may be of other weights: {problems}"] * bool(
+        problems
+    )
 
 
-def _moment_key(main: str, name: str) -> str:
-    """Key of a moment, which differs from its main param's in one part."""
-    model = main_of(main)
-    if model is None:
-        return main.removesuffix("param") + name
-    prefix = main.removesuffix(model).removesuffix(".")
-    return f"{prefix.rpartition('.')[0]}.{name}.{model}"
+def _is_float_remainder(layout: Layout, model: str) -> bool:
+    mains = (layout.tensors.get(f"optimizer.state.param.{model}"), layout.tensors.get(model))
+    return not is_flat_bucket(model) and all(e and e.dtype.is_floating_point for e in mains)
+
+
+def _without_moments(layout: Layout, args: Mapping[str, Any]) -> list[str]:
+    """Keys that Megatron will ask for and not find.
+
+    Adam has two moments of every main param. Of another optimizer's main params all have state
+    where some have.
+    """
+    names: dict[tuple[str, str], set[str]] = {}
+    mains: list[tuple[str, str]] = []
+    for key in layout.tensors:
+        if found := state_of(key):
+            group, param, name = found
+            known = names.setdefault((group, param), set())
+            if name in MAINS:
+                mains.append((group, param))
+            else:
+                known.add(name)
+    every = {name for found in names.values() for name in found}
+    if every <= _ADAM and args.get("optimizer", "adam") in ("adam", "adamw"):
+        return [
+            state_key(group, name, param)
+            for group, param in mains
+            for name in sorted(_ADAM - names[group, param])
+        ]
+    groups = {group for (group, _), found in names.items() if found}
+    return [
+        state_key(group, "*", param)
+        for group, param in mains
+        if group in groups and not names[group, param]
+    ]
+
+
+_ADAM = {"exp_avg", "exp_avg_sq"}
 
 
 def _notes(
     layout: Layout, state: Mapping[str, Any], optimizer: str | None, mains: MainsCheck
 ) -> Iterator[str]:
     args = attributes(state.get("args"))
-    if mains.unlike:
+    if mains.near:
+        within = "within the error of the format"
+        if not mains.bounded:
+            within = (
+                "in a format whose error is not known here: whether they belong to these cannot be "
+                "told"
+            )
         yield (
-            f"saved with {mains.quantised}: the main params of {len(mains.unlike)} model tensors "
-            "are more precise than these by design, and whether they belong to them cannot be told"
+            f"saved with {mains.why_unlike}: main params are more precise than their model tensors "
+            f"by design, {within}"
         )
-    if mains.remainders and not mains.present:
-        yield f"in place of main params lie {REMAINDERS}, which fit any weights"
+    if mains.remainders:
+        yield (
+            f"in place of main params lie {REMAINDERS}; these fit any weights, so whether they are "
+            "of these cannot be told by them"
+        )
     if mains.unknown:
         yield (
             f"{mains.unknown} elements of the flat buckets round to no model tensor"
-            + ("" if mains.wrong or mains.unlike else " (copies that drifted apart?)")
+            + ("" if mains.wrong else " (copies that drifted apart?)")
         )
     if mains.without:
         yield f"no main params for {some(mains.without)}: loaded from the model, frozen or not"

@@ -25,11 +25,10 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError, UsageError, some
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.kernels import reference
-from wsm_megatron.optimizer.flat_main_params import find_flat_mains
 from wsm_megatron.planning.plan import MergePlan, make_plan
-from wsm_megatron.planning.prepare import common_of_merge
+from wsm_megatron.planning.prepare import common_of_merge, find_mains
 from wsm_megatron.planning.provenance import described
-from wsm_megatron.planning.tasks import Rule, Task
+from wsm_megatron.planning.tasks import VALUE, Output, Rule, Task
 from wsm_megatron.process.worker_threads import work_through
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.retry import check_storage
@@ -71,8 +70,8 @@ def recompute(
     try:
         config = _config_of(path, provenance)
         layouts = [source.layout for source in sources]
-        flat = find_flat_mains(layouts[-1], layouts[:-1]) if config.keeps_optimizer else None
-        plan = make_plan(layouts, config, flat)
+        flat, kinds = find_mains(config, layouts[-1], layouts[:-1])
+        plan = make_plan(layouts, config, flat, kinds)
         _check_tensors(merged.layout, plan)
         tasks: Sequence[Task] = plan.tasks
         if all("metadata_crc32" in source for source in provenance["sources"]):
@@ -243,30 +242,45 @@ class _Comparison:
     def _expected(self, task: Task, box: Box) -> list[torch.Tensor]:
         recipe = task.recipe
         if recipe.rule is Rule.COPY:
-            keys = map(recipe.copied_from, recipe.outputs)
-            return [
-                self._sources[-1].read(key, task.part(key, box)).to(output.dtype)
-                for key, output in zip(keys, recipe.outputs, strict=True)
-            ]
-        key = recipe.inputs[0]
-        box = task.part(key, box)
+            return [self._copied(task, box, output) for output in recipe.outputs]
         total: torch.Tensor | None = None
         for coefficient, source in zip(self._coefficients, self._sources, strict=True):
-            product = source.read(key, box).double() * coefficient
+            product = self._summand(task, box, source).double() * coefficient
             total = product if total is None else total.add_(product)
         assert total is not None
-        first = reference.round_once(total, recipe.outputs[0].dtype)
-        return [first, *(first.to(output.dtype) for output in recipe.outputs[1:])]
+        *mains, model = recipe.outputs
+        if recipe.splits and recipe.main.rebuilt:
+            value = reference.round_once(total, VALUE)
+            high, low = reference.split_main(value)
+            rounded = high if model.dtype is torch.bfloat16 else value.to(model.dtype)
+            return [*(low.to(main.dtype) for main in mains), rounded]
+        first = reference.round_once(total, VALUE if recipe.splits else recipe.outputs[0].dtype)
+        return [first.to(output.dtype) for output in recipe.outputs]
+
+    def _copied(self, task: Task, box: Box, output: Output) -> torch.Tensor:
+        recipe = task.recipe
+        key = recipe.copied_from(output)
+        read = self._sources[-1].read(key, task.part(key, box)).to(output.dtype)
+        zero = recipe.clears or (recipe.main.rebuilt and key != output.key)
+        return torch.zeros_like(read) if zero else read
+
+    def _summand(self, task: Task, box: Box, source: CheckpointReader) -> torch.Tensor:
+        recipe = task.recipe
+        read = [source.read(key, task.part(key, box)) for key in recipe.inputs]
+        if recipe.rebuilds:
+            main, model = read
+            return reference.rebuild_main(model, main)
+        return read[0]
 
     def _blame_sources(self, task: Task, box: Box) -> None:
         """Raise ``MergeError`` where a source is not what it was, by its own CRC-32."""
-        key = task.recipe.inputs[0]
-        region = task.part(key, box)
         for source in self._sources[-1:] if task.recipe.rule is Rule.COPY else self._sources:
-            elements = torch.empty(region.numel, dtype=source.layout.tensors[key].dtype)
-            cover = source.cover(key, region)
-            cover.read(region, Buffer(elements))
-            cover.settle()
+            for key in task.recipe.inputs:
+                region = task.part(key, box)
+                elements = torch.empty(region.numel, dtype=source.layout.tensors[key].dtype)
+                cover = source.cover(key, region)
+                cover.read(region, Buffer(elements))
+                cover.settle()
             source.verify()
 
 

@@ -52,6 +52,24 @@ def _sum_block(sources: Sequence[Tensor], row: Sequence[float], acc: Tensor, ter
         acc.add_(term.copy_(source).mul_(coefficient))
 
 
+def rebuild_main(model: Tensor, remainder: Tensor) -> Tensor:
+    """float32 from its bfloat16 high bits, rounded half up, and its low 16 bits, as Transformer
+    Engine's fused Adam does before a step: the rounding is undone where the remainder is negative.
+    """
+    low = remainder.to(torch.int64)
+    high = model.view(torch.int16).to(torch.int64) - (low < 0).to(torch.int64)
+    bits = (high % 2**16) * 2**16 + low % 2**16
+    return torch.where(bits < 2**31, bits, bits - 2**32).to(torch.int32).view(torch.float32)
+
+
+def split_main(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 high bits, rounded half up, and the signed low 16 bits (int64) of float32."""
+    bits = value.view(torch.int32).to(torch.int64) % 2**32
+    low = (bits % 2**16 + 2**15) % 2**16 - 2**15
+    high = (bits // 2**16 + (low < 0).to(torch.int64) + 2**15) % 2**16 - 2**15
+    return high.to(torch.int16).view(torch.bfloat16), low
+
+
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 ``values`` in ``dtype``, with a single rounding to nearest, ties to even.
 

@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 
 from wsm_megatron.checkpoint.keys import (
+    MERGEABLE,
     PARAM_ALIGNMENT,
     Role,
     is_flat_bucket,
@@ -31,11 +32,14 @@ from wsm_megatron.checkpoint.keys import (
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.optimizer.representation import ROUNDED, Bounded, Representation
 from wsm_megatron.process.worker_threads import work_through
 from wsm_megatron.storage.retry import check_storage
 
 BEGINNING = 2**12
 """Elements by which model chunks and main params are told apart, before all are looked at."""
+_HEAD = 64
+"""Elements by which quantised weights and their main params, which are near them, are told."""
 THREADS = 8
 """Reads of a few kilobytes under way at once: they wait for storage, not for a core."""
 _TILE = 2**20
@@ -116,18 +120,21 @@ Contents = dict[ModelChunk | FlatMain, bytes]
 
 
 def flat_buckets(layout: Layout) -> dict[str, TensorEntry]:
-    """A checkpoint's flat buckets of main params, by key."""
+    """A checkpoint's flat buckets of main params, by key; remainders cannot be told apart."""
     return {
         key: entry
         for key, entry in layout.tensors.items()
-        if entry.role is Role.MAIN and is_flat_bucket(key)
+        if entry.role is Role.MAIN and is_flat_bucket(key) and entry.dtype in MERGEABLE
     }
 
 
-def search(layout: Layout) -> Search:
+def search(layout: Layout, usual: Representation = ROUNDED) -> Search:
     """Find what in a checkpoint's flat buckets rounds to the beginning of a model chunk.
 
     Reads the beginning of every model chunk once, and that of every param in a bucket.
+
+    Args:
+        usual: how main params stand to their model: rounded to it, or near it.
 
     Raises:
         MergeError: a tensor cannot be read.
@@ -144,7 +151,7 @@ def search(layout: Layout) -> Search:
     ]
     reader = CheckpointReader(layout)
     try:
-        index = _index(reader, chunks)
+        index = _index(reader, chunks, usual)
         found: list[tuple[_Beginning, FlatMain]] = []
 
         def scan(bucket: str) -> None:
@@ -180,8 +187,11 @@ def _padding(bucket: TensorEntry) -> Iterator[Span]:
             yield start, start + chunk.numel
 
 
-def contents(layout: Layout, alike: Iterable[Alike]) -> Contents:
+def contents(layout: Layout, alike: Iterable[Alike], usual: Representation = ROUNDED) -> Contents:
     """What is in the chunks and places of ``alike``; every element is read.
+
+    Args:
+        usual: as for :func:`search`.
 
     Raises:
         MergeError: a tensor cannot be read.
@@ -195,11 +205,12 @@ def contents(layout: Layout, alike: Iterable[Alike]) -> Contents:
         if others:
             found.update({chunk: _digest(_of_chunk(reader, chunk)) for chunk in one.chunks})
             for place in one.places:
-                found[place] = _digest(_of_place(reader, place, one.chunks[0], dtype))
+                pieces = _of_place(reader, place, one.chunks[0])
+                found[place] = _digest(piece.to(dtype) for piece in pieces)
             return
         found[one.chunks[0]] = b"equal"
         for place in one.places:
-            found[place] = b"equal" if _is_at(reader, one.chunks[0], place, dtype) else b"not"
+            found[place] = b"equal" if _is_at(reader, one.chunks[0], place, usual) else b"not"
 
     try:
         in_threads(alike, look)
@@ -223,10 +234,22 @@ class _Beginning:
 
 
 class _Index:
-    """Model chunks by their beginnings."""
+    """Model chunks by their beginnings.
 
-    def __init__(self) -> None:
+    Args:
+        usual: how main params stand to them.
+    """
+
+    def __init__(self, usual: Representation) -> None:
+        self._usual = usual
         self.chunks: dict[_Beginning, list[ModelChunk]] = defaultdict(list)
+        self._heads: dict[_Beginning, torch.Tensor] = {}
+
+    def enter(self, beginning: _Beginning, chunk: ModelChunk, data: torch.Tensor) -> None:
+        """Take note of a model chunk, and of how it begins."""
+        self.chunks[beginning].append(chunk)
+        if isinstance(self._usual, Bounded):
+            self._heads[beginning] = data[:_HEAD].float()
 
     def starting_with(self, main: torch.Tensor, room: int, param: str) -> list[_Beginning]:
         """Beginnings that the first elements of a main param round to.
@@ -243,7 +266,32 @@ class _Index:
             digest = _digest([main[:length].to(dtype)])
             candidates = (_Beginning(dtype, n, digest) for n in numels if n <= room)
             found += [one for one in candidates if one in self.chunks]
+        return found or self._near(main, room)
+
+    def _near(self, main: torch.Tensor, room: int) -> list[_Beginning]:
+        """Beginnings that a main param is near to, where it rounds to none; one of each length."""
+        if not isinstance(self._usual, Bounded):
+            return []
+        found = []
+        for numel, (beginnings, heads) in self._stacked.items():
+            length = heads.shape[1]
+            if length > len(main) or numel > room:
+                continue
+            near = self._usual.close(main[:length].expand_as(heads), heads).all(1)
+            if int(near.sum()) == 1:
+                found.append(beginnings[int(near.nonzero())])
         return found
+
+    @cached_property
+    def _stacked(self) -> dict[int, tuple[list[_Beginning], torch.Tensor]]:
+        """Beginnings and their first elements, a row each, by the chunks' lengths."""
+        of_length: dict[int, list[_Beginning]] = defaultdict(list)
+        for one in self._heads:
+            of_length[one.numel].append(one)
+        return {
+            numel: (some, torch.stack([self._heads[one] for one in some]))
+            for numel, some in of_length.items()
+        }
 
     @cached_property
     def longest(self) -> int:
@@ -262,15 +310,17 @@ class _Index:
         return dict(kinds)
 
 
-def _index(reader: CheckpointReader, chunks: Sequence[tuple[str, Chunk]]) -> _Index:
-    index, entering = _Index(), threading.Lock()
+def _index(
+    reader: CheckpointReader, chunks: Sequence[tuple[str, Chunk]], usual: Representation
+) -> _Index:
+    index, entering = _Index(usual), threading.Lock()
 
     def enter(item: tuple[str, Chunk]) -> None:
         key, chunk = item
         data = reader.read_run(key, chunk, 0, min(chunk.numel, BEGINNING))
         beginning = _Beginning(data.dtype, chunk.numel, _digest([data]))
         with entering:
-            index.chunks[beginning].append((key, Box(chunk.offsets, chunk.sizes)))
+            index.enter(beginning, (key, Box(chunk.offsets, chunk.sizes)), data)
 
     in_threads(sorted(chunks, key=lambda item: item[1].location), enter)
     return index
@@ -354,20 +404,20 @@ def _of_chunk(reader: CheckpointReader, chunk: ModelChunk) -> Iterator[torch.Ten
 
 
 def _of_place(
-    reader: CheckpointReader, place: FlatMain, chunk: ModelChunk, dtype: torch.dtype
+    reader: CheckpointReader, place: FlatMain, chunk: ModelChunk
 ) -> Iterator[torch.Tensor]:
-    """A main param, rounded to its model's dtype; in the same pieces as the model chunk."""
+    """A main param, in the same pieces as the model chunk."""
     start = place.start
     for part in chunk[1].split(_TILE):
-        yield reader.read(place.bucket, Box((start,), (part.numel,))).to(dtype)
+        yield reader.read(place.bucket, Box((start,), (part.numel,)))
         start += part.numel
 
 
 def _is_at(
-    reader: CheckpointReader, chunk: ModelChunk, place: FlatMain, dtype: torch.dtype
+    reader: CheckpointReader, chunk: ModelChunk, place: FlatMain, usual: Representation
 ) -> bool:
-    pieces = zip(_of_chunk(reader, chunk), _of_place(reader, place, chunk, dtype), strict=True)
-    return all(torch.equal(_bits(model), _bits(main)) for model, main in pieces)
+    pieces = zip(_of_chunk(reader, chunk), _of_place(reader, place, chunk), strict=True)
+    return not any(usual.differ(main, model) for model, main in pieces)
 
 
 def _digest(pieces: Iterable[torch.Tensor]) -> bytes:

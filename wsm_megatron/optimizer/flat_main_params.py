@@ -28,6 +28,7 @@ from wsm_megatron.optimizer.flat_buckets import (
     search,
 )
 from wsm_megatron.optimizer.precision import no_main
+from wsm_megatron.optimizer.representation import ROUNDED, Representation
 
 logger = logging.getLogger(__name__)
 
@@ -81,26 +82,38 @@ class FlatMains:
         return _by_bucket((main, box.numel) for (_, box), main in self.places.items())
 
 
-def find_flat_mains(newest: Layout, older: Sequence[Layout] = ()) -> FlatMains:
+def find_flat_mains(
+    newest: Layout,
+    older: Sequence[Layout] = (),
+    usual: Representation = ROUNDED,
+    must: bool = True,
+) -> FlatMains:
     """Find the main params of the newest source's flat buckets, which lie alike in all sources.
 
     A few kilobytes of each model chunk and main param are read; where that does not tell two
     chunks apart, all of both, in every source. Chunks that are equal in every element of every
     source share their places, in order.
 
+    Args:
+        usual: how main params stand to their model. must: as for :func:`settle`.
+
     Raises:
         MergeError: main params are of other weights than the model, or a tensor cannot be read.
     """
-    found = search(newest)
+    found = search(newest, usual)
     asked = [newest, *reversed(older)] if found.unsure else []
     return settle(
         found,
-        [(one.path, contents(one, found.unsure)) for one in asked if found.lies_in(one)],
+        [(one.path, contents(one, found.unsure, usual)) for one in asked if found.lies_in(one)],
+        must,
     )
 
 
-def settle(found: Search, told: Told) -> FlatMains:
+def settle(found: Search, told: Told, must: bool = True) -> FlatMains:
     """:func:`match`, refused where a model tensor's main param is of other weights.
+
+    Args:
+        must: without, such model tensors are merged for themselves, with a warning.
 
     Raises:
         MergeError: it is.
@@ -109,7 +122,13 @@ def settle(found: Search, told: Told) -> FlatMains:
     if flat.wrong:
         blamed = next(iter(flat.missing.values()))
         keys = sorted({key for (key, _), path in flat.missing.items() if path == blamed})
-        raise MergeError(no_main(blamed, keys, next(iter(flat.unknown))))
+        if must:
+            raise MergeError(no_main(blamed, keys, next(iter(flat.unknown))))
+        logger.warning(
+            "%s: the main params of %s were not found in its flat buckets: merged from the model "
+            "tensors, which are less exact", blamed, some(keys),
+        )  # fmt: skip
+        return flat
     if flat.without:
         logger.warning(
             "%s: no main params for %s (frozen, or a buffer): merged from the model's own values",

@@ -1,4 +1,4 @@
-"""Do a checkpoint's main params belong to its model? Rounded to the model's dtype they are equal.
+"""Do a checkpoint's main params belong to its model? Mostly they are that, before rounding.
 
 Megatron overwrites the model from the main params in the first step after a load, so a checkpoint
 whose main params are of other weights silently becomes those.
@@ -6,19 +6,25 @@ whose main params are of other weights silently becomes those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, stores_remainders
+from wsm_megatron.checkpoint.keys import (
+    Role,
+    is_flat_bucket,
+    main_of,
+    state_of,
+)
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.optimizer.flat_buckets import contents, in_threads, search
 from wsm_megatron.optimizer.flat_main_params import FlatMains, match
-from wsm_megatron.optimizer.precision import are_remainders, quantised_by
+from wsm_megatron.optimizer.precision import Kinds, are_remainders, kinds_of
+from wsm_megatron.optimizer.representation import ROUNDED, Bounded
 
 _TILE = 2**20
 
@@ -33,10 +39,11 @@ class MainsCheck:
         wrong: model tensors whose main param is another tensor's; in flat buckets, tensors that no
             main param rounds to.
         without: model tensors without a main param (frozen, or never saved).
-        quantised: the option by which the model is saved quantised, so that main params differ
-            from it by design.
-        unlike: model tensors whose main params do.
-        remainders: tensors of which 16-bit remainders are stored instead of main params.
+        why_unlike: the option by which main params differ from their model tensors by design.
+        unlike: model tensors whose keyed main params do, within the error of the format.
+        bounded: that error is known; otherwise any main params pass.
+        remainders: model tensors, or flat buckets, of which 16-bit remainders are kept.
+        model: the optimizer steps on the model itself: there are no main params (fp32).
         unknown: elements of flat buckets that are neither padding nor round to a model tensor.
     """
 
@@ -44,14 +51,17 @@ class MainsCheck:
     buckets: int
     wrong: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    quantised: str | None = None
+    why_unlike: str | None = None
     unlike: tuple[str, ...] = ()
+    bounded: bool = True
     remainders: tuple[str, ...] = ()
+    model: bool = False
     unknown: int = 0
 
     @property
-    def present(self) -> bool:
-        return bool(self.keyed or self.buckets)
+    def near(self) -> bool:
+        """Main params differ from their model tensors by design; in flat buckets they may."""
+        return bool(self.unlike or (self.why_unlike and self.buckets))
 
 
 def check_mains(layout: Layout, args: Mapping[str, Any] | None = None) -> MainsCheck:
@@ -63,50 +73,65 @@ def check_mains(layout: Layout, args: Mapping[str, Any] | None = None) -> MainsC
     Raises:
         MergeError: a tensor cannot be read.
     """
-    tensors = layout.tensors
+    tensors, kinds = layout.tensors, kinds_of(layout, args or {})
     mains = [key for key, entry in tensors.items() if entry.role is Role.MAIN]
     keyed = {
         model: key
         for key in mains
         if (model := main_of(key)) in tensors and tensors[model].shape == tensors[key].shape
     }
-    differing = _differing(layout, keyed)
-    flat = _flat(layout)
-    wrong = sorted({*(key for key, remainder in differing.items() if not remainder), *flat.wrong})
-    by_design = [key for key, remainder in differing.items() if remainder]
-    by_design += [key for key, entry in tensors.items() if stores_remainders(key, entry.dtype)]
-    models = [key for key, entry in tensors.items() if entry.role is Role.MODEL]
+    compared = _compare(layout, keyed, kinds)
+    flat = _flat(layout, kinds)
     buckets = sum(map(is_flat_bucket, mains))
     without = list(flat.without)
     if keyed and not buckets:
+        models = [key for key, entry in tensors.items() if entry.role is Role.MODEL]
         without = [key for key in models if key not in keyed]
-    quantised = quantised_by(args or {})
+    of_buckets = [key for key in mains if is_flat_bucket(key) and kinds.of(tensors[key]).rebuilt]
+    usual = kinds.usual
     return MainsCheck(
         keyed=len(keyed),
         buckets=buckets,
-        wrong=() if quantised else tuple(wrong),
-        without=tuple(sorted(without)),
-        quantised=quantised,
-        unlike=tuple(wrong) if quantised else (),
-        remainders=tuple(sorted(by_design)),
+        wrong=tuple(sorted({*compared.wrong, *flat.wrong})),
+        without=() if of_buckets else tuple(sorted(without)),
+        why_unlike=usual.why if isinstance(usual, Bounded) else None,
+        unlike=tuple(sorted(compared.unlike)),
+        bounded=not isinstance(usual, Bounded) or usual.known,
+        remainders=tuple(sorted([*compared.remainders, *of_buckets])),
+        model=not mains and any(map(state_of, tensors)),
         unknown=flat.unknown_elements,
     )
 
 
-def _flat(layout: Layout) -> FlatMains:
-    found = search(layout)
-    return match(found, [(layout.path, contents(layout, found.alike))])
+def _flat(layout: Layout, kinds: Kinds) -> FlatMains:
+    found = search(layout, kinds.usual)
+    return match(found, [(layout.path, contents(layout, found.alike, kinds.usual))])
 
 
-def _differing(layout: Layout, keyed: Mapping[str, str]) -> dict[str, bool]:
-    """Model tensors whose main param differs: whether it holds remainders instead."""
+@dataclass(frozen=True)
+class _Compared:
+    """Model tensors by how their keyed main params stand to them."""
+
+    wrong: set[str] = field(default_factory=set)
+    unlike: set[str] = field(default_factory=set)
+    remainders: set[str] = field(default_factory=set)
+
+
+def _compare(layout: Layout, keyed: Mapping[str, str], kinds: Kinds) -> _Compared:
     reader = CheckpointReader(layout)
-    found: dict[str, bool] = {}
+    found = _Compared()
 
     def compare(model: str) -> None:
-        main = _first_difference(reader, model, keyed[model])
-        if main is not None:
-            found[model] = are_remainders(main)
+        kind = kinds.of(layout.tensors[keyed[model]])
+        if kind.rebuilt:
+            found.remainders.add(model)
+        for weights, values in _pairs(reader, model, keyed[model]):
+            if kind.differ(values, weights):
+                # said to be main params, and none: where the args are wrong
+                (found.remainders if are_remainders(values) else found.wrong).add(model)
+                return
+            if isinstance(kind, Bounded) and ROUNDED.differ(values, weights):
+                found.unlike.add(model)
 
     try:
         in_threads(keyed, compare)
@@ -115,12 +140,10 @@ def _differing(layout: Layout, keyed: Mapping[str, str]) -> dict[str, bool]:
     return found
 
 
-def _first_difference(reader: CheckpointReader, model: str, main: str) -> torch.Tensor | None:
-    """Some of a main param that does not round to the model tensor; None where all does."""
+def _pairs(
+    reader: CheckpointReader, model: str, main: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A model tensor and its main param, piece by piece."""
     for chunk in reader.layout.tensors[model].chunks:
         for box in Box(chunk.offsets, chunk.sizes).split(_TILE):
-            weights, values = reader.read(model, box), reader.read(main, box)
-            rounded = values.to(weights.dtype)
-            if not torch.equal(weights.view(torch.uint8), rounded.view(torch.uint8)):
-                return values
-    return None
+            yield reader.read(model, box), reader.read(main, box)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Sequence
 
 import torch
@@ -11,14 +12,16 @@ from wsm_megatron.checkpoint.keys import (
     Role,
     is_flat_bucket,
     main_of,
-    stores_remainders,
 )
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError, some
-from wsm_megatron.optimizer.precision import REMAINDERS
+from wsm_megatron.optimizer.flat_buckets import flat_buckets
+from wsm_megatron.optimizer.precision import REMAINDERS, Kinds
 from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
 from wsm_megatron.planning.tasks import Recipe, Rule
+
+logger = logging.getLogger(__name__)
 
 
 def check_unknown(layout: Layout, choice: Choice) -> None:
@@ -69,26 +72,60 @@ def _model_keys(layout: Layout, config: MergeConfig) -> set[str]:
     }
 
 
-def check_remainders(layout: Layout) -> None:
-    """Raise ``UsageError`` where optimizer state holds remainders instead of main params."""
+def check_remainders(layout: Layout, kinds: Kinds, config: MergeConfig) -> None:
+    """Raise ``UsageError`` where optimizer state holds remainders that cannot be merged."""
     for key, entry in layout.tensors.items():
-        if stores_remainders(key, entry.dtype):
+        if entry.role is not Role.MAIN or not kinds.of(entry).rebuilt:
+            continue
+        if config.dtype not in ("same", "bf16"):
             raise UsageError(
-                f"{layout.path}: {key} is int16: {REMAINDERS}; they are not merged yet. Use "
-                "--optimizer-state drop, which merges the bf16 weights and loses those bits"
+                f"{layout.path}: {key} holds {REMAINDERS}: --dtype {config.dtype} would leave them "
+                "without these; use --optimizer-state drop with it"
             )
+        if is_flat_bucket(key) and not config.rebuild_main_params:
+            raise UsageError(
+                f"{layout.path}: {key} is {_short(entry.dtype)}: {REMAINDERS}. A flat bucket "
+                "(dp_reshardable) has no key for each, no order of params is saved, and any "
+                "remainder fits any weights: nothing proves whose each is. --rebuild-main-params "
+                "keeps the optimizer state, with the merged bf16 weights as main params; "
+                "--optimizer-state drop merges the bf16 weights alone; with "
+                "--dist-ckpt-optim-fully-reshardable remainders are saved by key and merge exactly"
+            )
+
+
+def warn_of_remainders(layout: Layout, kinds: Kinds, config: MergeConfig) -> None:
+    """Say what becomes of remainders where not all of them go on as they were."""
+    found = [e for e in layout.tensors.values() if e.role is Role.MAIN and kinds.of(e).rebuilt]
+    in_buckets = [entry.key for entry in found if is_flat_bucket(entry.key)]
+    floats = [entry.key for entry in found if entry.dtype.is_floating_point]
+    if in_buckets:
+        logger.warning(
+            "%s: %s holds %s: whose each is cannot be told, so the bf16 weights are merged and "
+            "those bits are lost", layout.path, some(in_buckets), REMAINDERS,
+        )  # fmt: skip
+    if floats and config.keeps_optimizer:
+        logger.warning(
+            "%s: %s, and others, hold %s, as float32: merged exactly, and written as they are. "
+            "Transformer Engine takes none back but int16 (Megatron-LM #4222): where a load stops "
+            "at that, launch with --no-load-optim", layout.path, floats[0], REMAINDERS,
+        )  # fmt: skip
 
 
 def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConfig) -> None:
     """Raise ``UsageError`` where optimizer state that is to be kept cannot be."""
     newest = layouts[-1]
     needed = _keys_of(Role.MAIN, newest, config)
-    if not needed:
+    if not needed and not any(_keys_of(role, newest, config) for role in _STATE_ROLES):
         raise UsageError(
             f"{newest.path}: no optimizer state to keep (saved with --no-save-optim?); use "
             "--optimizer-state drop"
         )
-    if config.rebuild_main_params and any(map(is_flat_bucket, needed)):
+    if not needed and config.dtype != "same":
+        raise UsageError(
+            f"{newest.path}: --dtype {config.dtype}: there are no main params, as the optimizer "
+            "steps on the model itself; it keeps its dtype, or use --optimizer-state drop"
+        )
+    if config.rebuild_main_params and needed & flat_buckets(newest).keys():
         raise UsageError(
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
             "each; --rebuild-main-params cannot rebuild them; use --optimizer-state drop"
@@ -97,6 +134,19 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
     _check_dtypes(newest, needed, choice)
     for layout in layouts[:-1]:
         _check_same_optimizer(layout, newest, config)
+    _warn_of_copied(newest, choice, config)
+
+
+def _warn_of_copied(newest: Layout, choice: Choice, config: MergeConfig) -> None:
+    """Of state that is no moment there is no merge."""
+    if config.optimizer_state != "merge":
+        return
+    copied = _keys_of(Role.OPTIMIZER, newest, config) - choice.copied
+    if copied:
+        logger.warning(
+            "%s: optimizer state that is no floating moment of its param's shape is copied from "
+            "the newest source, not merged: %s", newest.path, some(sorted(copied)),
+        )  # fmt: skip
 
 
 def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
@@ -128,7 +178,11 @@ def _check_dtypes(newest: Layout, mains: Iterable[str], choice: Choice) -> None:
 def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -> None:
     """What is merged of the optimizer state is there; keyed main params can do without."""
     mains = _merged_keys(Role.MAIN, newest, config)
-    if any(map(is_flat_bucket, mains)) and mains != _merged_keys(Role.MAIN, layout, config):
+    if (
+        any(map(is_flat_bucket, mains))
+        and not config.rebuild_main_params
+        and mains != _merged_keys(Role.MAIN, layout, config)
+    ):
         raise UsageError(
             f"{newest.path} keeps its main params in flat buckets (dp_reshardable), {layout.path} "
             "does not keep the same ones: they can neither be merged nor be rebuilt from the "
@@ -172,6 +226,10 @@ def _keys_of(role: Role, layout: Layout, config: MergeConfig) -> set[str]:
     """Keys of a role that are not left out."""
     keys = {key for key, entry in layout.tensors.items() if entry.role is role}
     return keys - taken(layout, config.drop)
+
+
+_STATE_ROLES = (Role.MOMENT, Role.OPTIMIZER)
+"""Without main params these are there where the model is what the optimizer steps on (fp32)."""
 
 
 def _merged_keys(role: Role, layout: Layout, config: MergeConfig) -> set[str]:

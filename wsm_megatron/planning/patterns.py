@@ -22,6 +22,7 @@ from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError
+from wsm_megatron.optimizer.flat_buckets import flat_buckets
 from wsm_megatron.optimizer.flat_main_params import FlatMains
 
 
@@ -107,6 +108,7 @@ def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
     """Raise ``UsageError`` where a model tensor is copied or left out, and its main param cannot be
     because it lies in a flat bucket."""
     mains = [key for key, entry in layout.tensors.items() if entry.role is Role.MAIN]
+    placed = bool(flat_buckets(layout))  # remainders are written anew, for whatever weights
     if not any(is_flat_bucket(key) and key not in choice.left_out for key in mains):
         return
     keyed = {main_of(key) for key in mains}
@@ -118,14 +120,14 @@ def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
                 f"{layout.path}: --drop leaves out {key}, but its main param lies in a flat bucket "
                 "(dp_reshardable), which must be whole; use --optimizer-state drop with it"
             )
-        if key in choice.copied and (key in flat.repeated or flat.unknown):
+        if placed and key in choice.copied and (key in flat.repeated or flat.unknown):
             raise UsageError(
                 f"{layout.path}: --copy takes {key}, of which several ranks keep main params in "
                 "the flat buckets (dp_reshardable): those of the others would be merged, and undo "
                 "the copy; use --optimizer-state drop with it"
             )
         chunks = ((key, Box(chunk.offsets, chunk.sizes)) for chunk in entry.chunks)
-        if key in choice.copied and not all(chunk in flat.places for chunk in chunks):
+        if placed and key in choice.copied and not all(chunk in flat.places for chunk in chunks):
             raise UsageError(
                 f"{layout.path}: --copy takes {key}, but where its main param lies in the flat "
                 "buckets (dp_reshardable) is not known; use --optimizer-state drop with it"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +19,10 @@ from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.errors import MergeError, UsageError
+from wsm_megatron.errors import MergeError, UsageError, some
 from wsm_megatron.optimizer.flat_main_params import FlatMain, FlatMains
+from wsm_megatron.optimizer.precision import Kinds
+from wsm_megatron.optimizer.representation import Representation
 from wsm_megatron.planning.compatibility import (
     check_inputs,
     check_optimizer,
@@ -27,9 +30,12 @@ from wsm_megatron.planning.compatibility import (
     check_same_model,
     check_unknown,
     rebuilds_mains,
+    warn_of_remainders,
 )
 from wsm_megatron.planning.patterns import Choice, check_flat, check_patterns, choose
 from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task, costs
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 16 * 2**20
 """Largest chunk written: a larger one of a source becomes several, so that memory, the unit of
@@ -64,13 +70,17 @@ class MergePlan:
 
 
 def make_plan(
-    layouts: Sequence[Layout], config: MergeConfig, flat: FlatMains | None = None
+    layouts: Sequence[Layout],
+    config: MergeConfig,
+    flat: FlatMains | None = None,
+    kinds: Kinds | None = None,
 ) -> MergePlan:
     """Plan a merge of checkpoints, oldest first.
 
     Args:
         flat: the newest one's main params in flat buckets; without, such buckets and the model are
             merged apart from each other.
+        kinds: how the newest one keeps its main params; without, each rounds to its model tensor.
 
     Raises:
         UsageError: the checkpoints are not of one model, an entry is unknown, an option does not
@@ -78,9 +88,9 @@ def make_plan(
             and the key.
         MergeError: what would be written is not every tensor, whole.
     """
-    newest, flat = layouts[-1], flat or FlatMains()
+    newest, flat, kinds = layouts[-1], flat or FlatMains(), kinds or Kinds()
     if config.keeps_optimizer:
-        check_remainders(newest)
+        check_remainders(newest, kinds, config)
     check_patterns(layouts, config)
     choice = choose(newest, config)
     check_unknown(newest, choice)
@@ -89,14 +99,16 @@ def make_plan(
         check_optimizer(layouts, choice, config)
         check_flat(newest, choice, flat)
     rebuilds = rebuilds_mains(layouts, config)
-    recipes = _recipes(newest, replace(config, rebuild_main_params=rebuilds), choice)
+    mains = _read_with_models(layouts, config, choice, kinds)
+    recipes = _recipes(newest, replace(config, rebuild_main_params=rebuilds), choice, mains)
     if all(recipe.rule is Rule.COPY for recipe in recipes):
         raise UsageError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     check_inputs(layouts, recipes)
+    warn_of_remainders(newest, kinds, config)
     placed = [
         ((location.file, location.offset, task.box.offsets), task)
         for recipe in recipes
-        for location, task in _tasks(recipe, newest, choice, flat)
+        for location, task in _tasks(recipe, newest, choice, flat, kinds, config)
     ]
     check_whole(task for _, task in placed)
     placed.sort(key=lambda pair: pair[0])
@@ -132,36 +144,73 @@ def kept_objects(layout: Layout, config: MergeConfig) -> tuple[str, ...]:
     )
 
 
-def _recipes(newest: Layout, config: MergeConfig, choice: Choice) -> list[Recipe]:
+Mains = Mapping[str, tuple[TensorEntry, Representation]]
+"""Keyed main params that are read with their model tensors, by these, and how each is kept."""
+
+
+def _read_with_models(
+    layouts: Sequence[Layout], config: MergeConfig, choice: Choice, kinds: Kinds
+) -> Mains:
+    """Those that are kept; where none are, those that say more of the weights than the model."""
+    newest = layouts[-1]
+    found, lacking = {}, []
+    for key, entry in newest.tensors.items():
+        model = newest.tensors.get(main_of(key) or "")
+        if entry.role is not Role.MAIN or model is None or model.key in choice.left_out:
+            continue
+        kind = kinds.of(entry)
+        if key not in choice.left_out:
+            found[model.key] = entry, kind
+        elif kind.finer and not config.keeps_optimizer and model.dtype in MERGEABLE:
+            others = [layout.tensors.get(key) for layout in layouts]
+            if all(o and (o.dtype, o.shape) == (entry.dtype, model.shape) for o in others):
+                found[model.key] = entry, kind
+            else:
+                lacking.append(model.key)
+    if lacking:
+        logger.warning(
+            "%s: not all sources have main params for %s as it has; merged from the model tensors, "
+            "which are less exact", newest.path, some(sorted(lacking)),
+        )  # fmt: skip
+    return found
+
+
+def _recipes(newest: Layout, config: MergeConfig, choice: Choice, mains: Mains) -> list[Recipe]:
     kept = {key: entry for key, entry in newest.tensors.items() if key not in choice.left_out}
-    mains = {
-        model: key
-        for key, entry in kept.items()
-        if entry.role is Role.MAIN and (model := main_of(key)) in kept
-    }
     recipes = []
     for key, entry in kept.items():
         if entry.role is Role.MAIN and main_of(key) in kept:
             continue  # comes with its model tensor
         copied = _is_copied(entry, config, choice)
-        if key not in mains:
+        if entry.role is Role.MAIN and entry.dtype not in MERGEABLE:
+            recipes.append(replace(_single(entry, True, config), clears=True))
+        elif key not in mains or (copied and not config.keeps_optimizer):
             recipes.append(_single(entry, copied, config))
         elif entry.dtype in MERGEABLE:
-            recipes.append(_pair(kept[mains[key]], entry, copied, config))
+            main, kind = mains[key]
+            recipes.append(_pair(main, entry, copied, config, kind))
         else:  # no rounding makes it from its main param: both are copied
-            recipes += [_single(entry, True, config), _single(kept[mains[key]], True, config)]
+            recipes += [_single(entry, True, config), _single(mains[key][0], True, config)]
     return recipes
 
 
-def _pair(main: TensorEntry, model: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
+def _pair(
+    main: TensorEntry,
+    model: TensorEntry,
+    copied: bool,
+    config: MergeConfig,
+    kind: Representation,
+) -> Recipe:
     dtype = model.dtype if copied else _model_dtype(model, config)
-    outputs = _output(main, main.dtype), _output(model, dtype)
+    outputs: tuple[Output, ...] = (_output(main, main.dtype), _output(model, dtype))
     if config.rebuild_main_params:
         rule = Rule.COPY if copied else Rule.SUM_MODEL
-        return Recipe(rule, Role.MODEL, (model.key,), outputs, (model.dtype,))
+        return Recipe(rule, Role.MODEL, (model.key,), outputs, (model.dtype,), kind)
     rule = Rule.COPY if copied else Rule.SUM_MAIN
     inputs, dtypes = (main.key, model.key), (main.dtype, model.dtype)
-    return Recipe(rule, Role.MODEL, inputs, outputs, dtypes)
+    if not config.keeps_optimizer:
+        outputs = outputs[1:]
+    return Recipe(rule, Role.MODEL, inputs, outputs, dtypes, kind)
 
 
 def _single(entry: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
@@ -172,7 +221,7 @@ def _single(entry: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
 def _is_copied(entry: TensorEntry, config: MergeConfig, choice: Choice) -> bool:
     return (
         entry.key in choice.copied
-        or entry.role is Role.COPY
+        or entry.role in (Role.COPY, Role.OPTIMIZER)
         or (entry.role is Role.BUFFER and config.buffers == "last")
         or (entry.role is Role.MOMENT and config.optimizer_state == "last")
     )
@@ -187,7 +236,12 @@ def _output(entry: TensorEntry, dtype: torch.dtype) -> Output:
 
 
 def _tasks(
-    recipe: Recipe, newest: Layout, choice: Choice, flat: FlatMains
+    recipe: Recipe,
+    newest: Layout,
+    choice: Choice,
+    flat: FlatMains,
+    kinds: Kinds,
+    config: MergeConfig,
 ) -> Iterator[tuple[Location, Task]]:
     """Tasks of one recipe, by chunk of the newest source, and where each chunk lies."""
     entry = newest.tensors[recipe.inputs[-1]]
@@ -195,9 +249,10 @@ def _tasks(
         flat = _copied_moments(recipe, choice, flat)
     for chunk in entry.chunks:
         whole = Box(chunk.offsets, chunk.sizes)
-        main = flat.places.get((entry.key, whole)) if len(recipe.outputs) == 1 else None
-        if main is not None:
-            pair = _flat_pair(recipe, newest.tensors[main.bucket])
+        main = flat.places.get((entry.key, whole)) if len(recipe.inputs) == 1 else None
+        if main is not None and (config.keeps_optimizer or recipe.rule is not Rule.COPY):
+            bucket = newest.tensors[main.bucket]
+            pair = _flat_pair(recipe, bucket, kinds.of(bucket), config)
             tasks: Iterable[Task] = [Task(pair, whole, main)]
         elif is_flat_bucket(entry.key):
             tasks = _bucket_tasks(recipe, whole, flat)
@@ -234,13 +289,17 @@ def _copied_moments(recipe: Recipe, choice: Choice, flat: FlatMains) -> FlatMain
     )
 
 
-def _flat_pair(recipe: Recipe, bucket: TensorEntry) -> Recipe:
+def _flat_pair(
+    recipe: Recipe, bucket: TensorEntry, kind: Representation, config: MergeConfig
+) -> Recipe:
     """A model tensor with its main param, which lies in a flat bucket: rounded from it, or both
     copied."""
+    main = (_output(bucket, bucket.dtype),) if config.keeps_optimizer else ()
     return Recipe(
         Rule.COPY if recipe.rule is Rule.COPY else Rule.SUM_MAIN,
         recipe.role,
         (bucket.key, *recipe.inputs),
-        (_output(bucket, bucket.dtype), *recipe.outputs),
+        (*main, *recipe.outputs),
         (bucket.dtype, *recipe.input_dtypes),
+        kind,
     )

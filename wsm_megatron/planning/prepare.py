@@ -15,6 +15,7 @@ from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.optimizer.flat_main_params import FlatMains, find_flat_mains
+from wsm_megatron.optimizer.precision import Kinds, args_of, kinds_of
 from wsm_megatron.planning.adapters import adapter_pairs
 from wsm_megatron.planning.compatibility import check_alike
 from wsm_megatron.planning.integers import check_integers
@@ -49,11 +50,28 @@ def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOpti
         wanted = wanted_merges(config, lambda window: select(window, config.sliding_every))
         sources = tuple(open_source(config.load, c.iteration) for c in all_of(wanted))
         *older, newest = (source.layout for source in sources)
-        flat = find_flat_mains(newest, older) if config.keeps_optimizer else None
-        job = plan_job(config, wanted, sources, flat, lambda s: read_common(s.path, s.layout))
+        flat, kinds = find_mains(config, newest, older)
+        job = plan_job(
+            config, wanted, sources, flat, kinds, lambda s: read_common(s.path, s.layout)
+        )
         job = replace(job, execution=execution)
         check_integers(job)
         return job
+
+
+def find_mains(
+    config: MergeConfig, newest: Layout, older: Sequence[Layout]
+) -> tuple[FlatMains | None, Kinds]:
+    """Main params that are merged: where they lie in the newest source's flat buckets, if it has
+    some, and how they are kept.
+
+    Raises:
+        MergeError: main params are of other weights than the model, or a tensor cannot be read.
+    """
+    kinds = kinds_of(newest, args_of(*read_common(newest.path, newest)))
+    if not config.keeps_optimizer and not kinds.usual.finer:
+        return None, kinds
+    return find_flat_mains(newest, older, kinds.usual, must=config.keeps_optimizer), kinds
 
 
 def plan_job(
@@ -61,17 +79,18 @@ def plan_job(
     wanted: Wanted,
     sources: tuple[Source, ...],
     flat: FlatMains | None,
+    kinds: Kinds,
     common_of: Callable[[Source], tuple[bytes, str]],
 ) -> Job:
     """:func:`prepare_job` once the sources are opened.
 
     Args:
-        flat: main params in the newest source's flat buckets.
+        flat: main params in the newest source's flat buckets. kinds: how it keeps all of them.
         common_of: a source's common state, as :func:`read_common` gives it.
     """
     check_saves(sources)
     layouts = [source.layout for source in sources]
-    plan = make_plan(layouts, config, flat)
+    plan = make_plan(layouts, config, flat, kinds)
     if plan.rebuilds_mains and not config.rebuild_main_params:
         logger.warning(
             "the sources keep their optimizer state differently: main params are rebuilt from the "

@@ -11,6 +11,10 @@ import torch
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.region import Box, span_of
 from wsm_megatron.optimizer.flat_buckets import FlatMain
+from wsm_megatron.optimizer.representation import ROUNDED, Representation
+
+VALUE = torch.float32
+"""What main params are summed to, where it is not their own dtype."""
 
 
 class Rule(Enum):
@@ -38,7 +42,9 @@ class Recipe:
     ``inputs`` are read from every source, for ``COPY`` from the newest one only. ``outputs`` are
     written in this order; with two of them the first is the main param. With two inputs these are
     the main param and the model tensor that it is checked against; for ``SUM_MODEL``, and for
-    ``COPY`` where main params are rebuilt, the model tensor alone is read.
+    ``COPY`` where main params are rebuilt, the model tensor alone is read. ``SUM_MAIN`` may write
+    the model tensor alone. ``main`` says how the main param is kept. ``clears``: what would be
+    copied is written as zeros.
     """
 
     rule: Rule
@@ -46,6 +52,8 @@ class Recipe:
     inputs: tuple[str, ...]
     outputs: tuple[Output, ...]
     input_dtypes: tuple[torch.dtype, ...]
+    main: Representation = ROUNDED
+    clears: bool = False
 
     @property
     def key(self) -> str:
@@ -54,6 +62,32 @@ class Recipe:
     def copied_from(self, output: Output) -> str:
         """The input that an output of ``COPY`` is taken from, or a main param is rebuilt from."""
         return output.key if output.key in self.inputs else self.inputs[-1]
+
+    @property
+    def what(self) -> str:
+        """What is done, for messages."""
+        return "zeros: the model is the main param" if self.clears else self.rule.value
+
+    @property
+    def rebuilds(self) -> bool:
+        """What is summed is no input, but made from both."""
+        return self.rule is Rule.SUM_MAIN and self.main.rebuilt
+
+    @property
+    def splits(self) -> bool:
+        """The sum is no output, but is made into these."""
+        if self.rule not in (Rule.SUM_MAIN, Rule.SUM_MODEL):
+            return False
+        return self.main.rebuilt or len(self.outputs) == 1
+
+    @property
+    def indivisible(self) -> bool:
+        """One rank has to read all inputs of a source."""
+        return self.rule is Rule.COPY or (len(self.inputs) > 1 and not self.main.apart)
+
+    def scratch(self, sources: int, merges: int) -> int:
+        """Bytes of one element that are neither read nor written, while it is summed."""
+        return VALUE.itemsize * (sources * self.rebuilds + merges * self.splits)
 
     def cost(self, sources: int, merges: int) -> int:
         """Bytes of one element, read from ``sources`` and written for ``merges``."""

@@ -53,9 +53,9 @@ class Held:
         """How many of the task's inputs a rank reads of a source that it holds: the summed tensor,
         and the model tensor where this rank checks it.
         """
-        copied = self.task.recipe.rule is Rule.COPY
+        recipe = self.task.recipe
         checked = bool(self.checkers) and self.checkers[j] == rank
-        return len(self.task.recipe.inputs) if checked or copied else 1
+        return len(recipe.inputs) if checked or recipe.indivisible else 1
 
     def only(self, sources: Sequence[int], newest: Collection[int]) -> Held:
         """The same for some of the sources, of which ``newest`` are copied from."""
@@ -168,7 +168,7 @@ class Holders:
                     for part in self._cut(task, j, key, chunks):
                         yield from self._hold(part)
                     return
-        if copied:
+        if task.recipe.indivisible:
             able = {keys[-1]: self._who_sees_all(task, able)}
         held = self._choose(task, *able.values())
         if not held.travels:
@@ -180,17 +180,19 @@ class Holders:
     def _who_sees_all(
         self, task: Task, able: Mapping[str, Mapping[int, tuple[int, ...]]]
     ) -> dict[int, tuple[int, ...]]:
-        """Ranks that see a main param and its model tensor: both are copied by one."""
+        """Ranks that see a main param and its model tensor: both are read by one."""
         first, *others = able.values()
         both = {
             j: tuple(rank for rank in ranks if all(rank in other[j] for other in others))
             for j, ranks in first.items()
         }
+        copied = task.recipe.rule is Rule.COPY
+        together = "copied together" if copied else "read together"
         for j, ranks in both.items():
             if not ranks:
                 raise MergeError(
                     f"{self._layouts[j].path}: {' and '.join(able)} at {task.box.offsets} are "
-                    "copied together, and no rank sees the files of both; copy these to one node"
+                    f"{together}, and no rank sees the files of both; copy these to one node"
                 )
         return both
 

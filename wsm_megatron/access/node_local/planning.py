@@ -19,6 +19,8 @@ from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.flat_buckets import Contents, Search, contents, flat_buckets, search
 from wsm_megatron.optimizer.flat_main_params import FlatMains, settle
+from wsm_megatron.optimizer.precision import Kinds, args_of, kinds_of
+from wsm_megatron.optimizer.representation import Representation
 from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.plan import check_whole
@@ -35,6 +37,7 @@ class _Report:
     source: Source
     common: tuple[bytes, str]
     flat: Search | None
+    kinds: Kinds
 
 
 def prepare_node_local(
@@ -62,11 +65,12 @@ def prepare_node_local(
             if view.reporter(i) == ranks.rank
         }
     told = {i: report for some in ranks.collect(reports) for i, report in some.items()}
-    flat = _flat_mains(view, reports, iterations, ranks)
+    kinds = ranks.from_first(lambda: told[iterations[-1]].kinds, "planning")
+    flat = _flat_mains(config, view, reports, iterations, kinds.usual, ranks)
 
     def plan() -> tuple[Job, Spread]:  # minutes for large runs, in which a rank may be lost
         return in_background(
-            lambda: _plan(config, view, wanted, told, flat, ranks.size), ranks.check
+            lambda: _plan(config, view, wanted, told, flat, kinds, ranks.size), ranks.check
         )
 
     job, spread = ranks.from_first(plan, "planning")
@@ -120,20 +124,29 @@ def _summaries(
 def _report(config: MergeConfig, view: View, rank: int, iteration: int, newest: bool) -> _Report:
     source = open_source(config.load, iteration, whole=False)
     common = read_common(source.path, source.layout)
-    flat = _search(view, rank, source) if newest and config.keeps_optimizer else None
-    return _Report(source, common, flat)
+    kinds, flat = Kinds(), None
+    if newest:
+        kinds = kinds_of(source.layout, args_of(*common), lambda f: (source.path / f).is_file())
+        if config.keeps_optimizer or kinds.usual.finer:
+            flat = _search(view, rank, source, kinds.usual)
+    return _Report(source, common, flat, kinds)
 
 
-def _search(view: View, rank: int, source: Source) -> Search | None:
+def _search(view: View, rank: int, source: Source, usual: Representation) -> Search | None:
     """Main params in flat buckets are found by content, which one rank must see."""
     if not flat_buckets(source.layout):
         return None
     _check_seen(view, rank, source)
-    return search(source.layout)
+    return search(source.layout, usual)
 
 
 def _flat_mains(
-    view: View, reports: Mapping[int, _Report], iterations: Sequence[int], ranks: Ranks
+    config: MergeConfig,
+    view: View,
+    reports: Mapping[int, _Report],
+    iterations: Sequence[int],
+    usual: Representation,
+    ranks: Ranks,
 ) -> FlatMains | None:
     """Where main params lie, on rank 0: equal chunks are told apart by what all ranks see.
 
@@ -149,11 +162,11 @@ def _flat_mains(
         for i, report in reports.items() if found.unsure else ():
             if found.lies_in(report.source.layout):
                 _check_seen(view, ranks.rank, report.source)
-                told[i] = report.source.path, contents(report.source.layout, found.unsure)
+                told[i] = report.source.path, contents(report.source.layout, found.unsure, usual)
     by_source = {i: one for some in ranks.collect(told) for i, one in some.items()}
     with ranks.together("planning"):
         newest_first = [by_source[i] for i in sorted(by_source, reverse=True)]
-        return settle(found, newest_first) if ranks.rank == 0 else None
+        return settle(found, newest_first, config.keeps_optimizer) if ranks.rank == 0 else None
 
 
 def _check_seen(view: View, rank: int, source: Source) -> None:
@@ -171,13 +184,16 @@ def _plan(
     wanted: Wanted,
     told: Mapping[int, _Report],
     flat: FlatMains | None,
+    kinds: Kinds,
     ranks: int,
 ) -> tuple[Job, Spread]:
     iterations = sorted(told)
     sources = tuple(told[i].source for i in iterations)
     for source in sources:
         view.check(source.layout, source.iteration)
-    job = plan_job(config, wanted, sources, flat, lambda source: told[source.iteration].common)
+    job = plan_job(
+        config, wanted, sources, flat, kinds, lambda source: told[source.iteration].common
+    )
     layouts = [source.layout for source in sources]
     seeing = [view.ranks(i) for i in iterations]
     newest = {product.newest for product in job.products}
