@@ -38,10 +38,10 @@ from wsm_megatron.checkpoint.writer import (
     file_name,
     place,
 )
-from wsm_megatron.optimizer.flat_main_params import find_flat_mains
+from wsm_megatron.optimizer.flat_main_params import find_flat_main_params
 from wsm_megatron.planning.prepare import prepare_job
-from wsm_megatron.planning.scatter import Dealer
-from wsm_megatron.process.gc_paused import no_collection
+from wsm_megatron.planning.scatter import JobSlices
+from wsm_megatron.process.gc_paused import gc_paused
 from wsm_megatron.safe_pickle.metadata import load_metadata
 
 LAYERS, HIDDEN, INNER, TP = 64, 8192, 2048, 2
@@ -138,19 +138,19 @@ def main() -> None:
         gc.collect()
         print(f"resident before: {resident()} MiB")
         metadata = checkpoint_path(root, 1000 * given.sources) / ".metadata"
-        with no_collection():
+        with gc_paused():
             timed("unpickle one .metadata", lambda: load_metadata(metadata))
             layouts = [timed("read one layout", lambda: read_layout(metadata.parent))]
             if given.flat:
-                found = timed("find the main params", lambda: find_flat_mains(layouts.pop()))
+                found = timed("find the main params", lambda: find_flat_main_params(layouts.pop()))
                 print(f"  {len(found.places)} found, {len(found.missing)} missing")
             layouts.clear()
         state = "last" if given.flat else "drop"
         config = MergeConfig(load=root, save=Path(folder) / "out", optimizer_state=state)
         job = timed("prepare_job: open all, plan", lambda: prepare_job(config))
     parts = timed(f"parts of {given.ranks} ranks", lambda: job.parts(given.ranks))
-    dealer = Dealer(job, parts)
-    with no_collection():  # as Ranks.deal does
+    dealer = JobSlices(job, parts)
+    with gc_paused():  # as Ranks.deal does
         dealt = timed(
             "deal to all ranks",
             lambda: [pickle.dumps(dealer.deal(r)) for r in range(1, given.ranks)],

@@ -35,8 +35,8 @@ def expected(sources: Sequence[Tensor], row: Sequence[float], dtype: torch.dtype
     total = None
     with np.errstate(all="ignore"):
         for coefficient, source in zip(row, sources, strict=True):
-            product = np.float64(coefficient) * wide(source)
-            total = product if total is None else total + product
+            output = np.float64(coefficient) * wide(source)
+            total = output if total is None else total + output
     assert total is not None
     return torch.tensor([nearest(float(value), dtype) for value in total], dtype=FP64).to(dtype)
 
@@ -136,7 +136,7 @@ def spread(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
 
 
 def no_fused_multiply_add(weighted_sum: WeightedSum, device: str = "cpu") -> None:
-    """(1 + e)(1 + e) - 1 is 2 e once the product is rounded, and 2 e + e e if it is not."""
+    """(1 + e)(1 + e) - 1 is 2 e once the output is rounded, and 2 e + e e if it is not."""
     e = 2.0**-30
     sources = [torch.full((1500,), value, dtype=FP64, device=device) for value in (1.0, 1 + e)]
     for count in (1, 2, 6):  # outputs

@@ -32,8 +32,8 @@ def weighted_sum64(coefficients: Sequence[float], tensors: Sequence[torch.Tensor
     """Products and sums in float64, oldest first."""
     total = None
     for coefficient, tensor in zip(coefficients, tensors, strict=True):
-        product = np.float64(coefficient) * tensor.double().numpy()
-        total = product if total is None else total + product
+        output = np.float64(coefficient) * tensor.double().numpy()
+        total = output if total is None else total + output
     assert total is not None
     return total
 

@@ -16,7 +16,7 @@ from wsm_megatron.access.shared import Shared
 from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
 from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
 from wsm_megatron.checkpoint.side_files import Files
-from wsm_megatron.checkpoint.staging_dir import Staging
+from wsm_megatron.checkpoint.staging_dir import StagingDirectory
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
@@ -25,7 +25,7 @@ from wsm_megatron.errors import MergeError, PassingError, UsageError
 from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
-from wsm_megatron.planning.job import Job, Part, Product
+from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
 from wsm_megatron.planning.provenance import write_provenance
 from wsm_megatron.planning.staging_key import placement, staging_key
 from wsm_megatron.planning.targets import Claims
@@ -66,7 +66,7 @@ def merge(
                 job = access.prepare()
             reports = _merge_missing(job, access, ranks, progress, phases, events)
             report = MergeReport(
-                merged=tuple(_merged(job, product) for product in job.products),
+                merged=tuple(_merged(job, output) for output in job.outputs),
                 bytes_read=sum(one.bytes_read for one in reports),
                 bytes_written=sum(one.bytes_written for one in reports),
                 seconds=time.monotonic() - started,
@@ -104,14 +104,12 @@ def _merge_missing(
     phases: Phases,
     events: Events,
 ) -> list[RankReport]:
-    """Make the products that are not there yet, nor by the time that their targets are free.
+    """Make the outputs that are not there yet, nor by the time that their targets are free.
     Collective.
     """
     with Claims() as claims, ranks.watching(claims.check):
         with phases("waiting"):
-            missing = ranks.from_first(
-                lambda: claims.take(job, ranks.check), "preparing the target"
-            )
+            missing = ranks.broadcast(lambda: claims.take(job, ranks.check), "preparing the target")
         if not missing:
             return []
         left = access.only(job, missing)
@@ -127,26 +125,26 @@ def _merge_products(
     phases: Phases,
     events: Events,
 ) -> list[RankReport]:
-    staging: list[Staging] = []
+    staging: list[StagingDirectory] = []
     try:
         with phases("planning" if ranks.rank == 0 else "waiting"):
             work = access.distribute(job)
         if ranks.rank == 0:
-            staging = _staging(job, work.parts, claims)
-            events.tell("planned", **_plan_data(job, access.estimate(job), work.parts))
-        directories = ranks.from_first(
+            staging = _staging(job, work.rank_plans, claims)
+            events.tell("planned", **_plan_data(job, access.estimate(job), work.rank_plans))
+        directories = ranks.broadcast(
             lambda: [one.create() for one in staging], "preparing the target"
         )
-        cost = sum(part.nbytes for part in work.parts)
+        cost = sum(rank_plan.nbytes for rank_plan in work.rank_plans)
         with access.watching(job), events.progress(cost):
             result = access.run(work, directories, progress, phases)
             events.exchange()
-            reports = ranks.gather(result.report)
-            files = ranks.collect(result.files)
+            reports = ranks.all_gather(result.report)
+            files = ranks.gather(result.files)
         access.verify(job, result)
         with ranks.together("publishing"), phases("publishing"):
             if ranks.rank == 0:
-                _publish(job, ranks, work.parts, staging, files, events)
+                _publish(job, ranks, work.rank_plans, staging, files, events)
     except BaseException as error:
         access.abandon()
         in_vain = isinstance(error, (UsageError, MergeError)) and not isinstance(
@@ -158,14 +156,14 @@ def _merge_products(
     return _reports(reports, phases)
 
 
-def _plan_data(job: Job, estimate: Estimate, parts: Sequence[Part]) -> dict[str, Any]:
+def _plan_data(job: Job, estimate: Estimate, rank_plans: Sequence[RankPlan]) -> dict[str, Any]:
     return {
         "sources": [str(source.path) for source in job.sources],
-        "products": [str(product.path) for product in job.products],
+        "outputs": [str(output.path) for output in job.outputs],
         "bytes_to_read": estimate.read,
         "bytes_to_write": estimate.written,
         "bytes_to_send": estimate.sent,
-        "tasks_per_rank": [len(part.written[0]) for part in parts],
+        "tasks_per_rank": [len(rank_plan.written[0]) for rank_plan in rank_plans],
     }
 
 
@@ -177,37 +175,37 @@ def _reports(own: list[RankReport], phases: Phases) -> list[RankReport]:
     return [reports[0].with_seconds("publishing", published), *reports[1:]]
 
 
-def _merged(job: Job, product: Product) -> MergedCheckpoint:
+def _merged(job: Job, output: OutputCheckpoint) -> MergedCheckpoint:
     return MergedCheckpoint(
-        output=product.path,
-        iterations=job.iterations(product),
-        decay=product.decay,
-        resume=product.provenance["resume"],
+        output=output.path,
+        iterations=job.iterations(output),
+        decay=output.decay,
+        resume=output.provenance["resume"],
     )
 
 
-def _staging(job: Job, parts: Sequence[Part], claims: Claims) -> list[Staging]:
+def _staging(job: Job, rank_plans: Sequence[RankPlan], claims: Claims) -> list[StagingDirectory]:
     staging = []
-    for k, product in enumerate(job.products):
-        placed = placement(job, k, parts)
-        key, files = staging_key(job, product, placed), tuple(placed.sizes)
-        lock = claims.lock(product)
-        staging.append(Staging(product.root, product.iteration, key, files, lock))
+    for k, output in enumerate(job.outputs):
+        placed = placement(job, k, rank_plans)
+        key, files = staging_key(job, output, placed), tuple(placed.sizes)
+        lock = claims.lock(output)
+        staging.append(StagingDirectory(output.root, output.iteration, key, files, lock))
     return staging
 
 
 def _publish(
     job: Job,
     ranks: Ranks,
-    parts: Sequence[Part],
-    staging: list[Staging],
+    rank_plans: Sequence[RankPlan],
+    staging: list[StagingDirectory],
     of_ranks: list[list[Files]],
     events: Events,
 ) -> None:
-    """Complete every product's directory, then give them their names. On rank 0.
+    """Complete every output's directory, then give them their names. On rank 0.
 
     Args:
-        of_ranks: ``[rank][product]``: the files that each rank has written.
+        of_ranks: ``[rank][output]``: the files that each rank has written.
     """
     seconds = []
     for k, stage in enumerate(staging):
@@ -217,7 +215,7 @@ def _publish(
             files.update(by_product[k])
         sizes = {name: size for name, (size, _) in files.items()}
         wait_for_files(stage.path, sizes, ranks.check)
-        _complete(job, k, parts, stage.path, files)
+        _complete(job, k, rank_plans, stage.path, files)
         seconds.append(time.monotonic() - started)
     with ending_later():  # all is done and checked: a signal shall not divide what belongs together
         for stage, before in zip(staging, seconds, strict=True):
@@ -228,11 +226,15 @@ def _publish(
             events.tell("published", path=str(path), publishing_seconds=took)
 
 
-def _complete(job: Job, k: int, parts: Sequence[Part], directory: Path, files: Files) -> None:
-    product = job.products[k]
-    placed = [one for rank, part in enumerate(parts) for one in job.placed(k, rank, part)]
-    files[METADATA_FILE] = write_metadata(directory, placed, job.newest(product).mcore_data)
-    if job.common_key(product) is None:
-        files[COMMON_FILE] = write_file(directory / COMMON_FILE, product.common)
-    files[MARKER_FILE] = write_marker(directory, job.marker(product))
-    write_provenance(directory, product.provenance, files)
+def _complete(
+    job: Job, k: int, rank_plans: Sequence[RankPlan], directory: Path, files: Files
+) -> None:
+    output = job.outputs[k]
+    placed = [
+        one for rank, rank_plan in enumerate(rank_plans) for one in job.placed(k, rank, rank_plan)
+    ]
+    files[METADATA_FILE] = write_metadata(directory, placed, job.newest(output).mcore_data)
+    if job.common_key(output) is None:
+        files[COMMON_FILE] = write_file(directory / COMMON_FILE, output.common)
+    files[MARKER_FILE] = write_marker(directory, job.marker(output))
+    write_provenance(directory, output.provenance, files)

@@ -24,7 +24,7 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Held-out losses in nats a byte."""
+    """TaskAssignment-out losses in nats a byte."""
 
     trained: dict[int, float]
     """By iteration."""

@@ -83,7 +83,7 @@ def _branches(out: Path, num: int) -> list[Branch]:
 
 
 def table(found: dict[str, Curve]) -> Iterator[str]:
-    """Held-out losses, and the training loss against going on unmerged."""
+    """TaskAssignment-out losses, and the training loss against going on unmerged."""
     unmerged = found["unmerged"]
     steps = list(unmerged.held_out)
     head = "".join(f"{step:>9}" for step in steps)
@@ -121,7 +121,7 @@ def plot(found: dict[str, Curve], path: Path) -> None:
         )  # fmt: skip
     left.set_title("Training loss against going on unmerged, same batches")
     left.set_ylabel("difference (nats a byte)")
-    right.set_title("Held-out loss")
+    right.set_title("TaskAssignment-out loss")
     right.set_ylabel("nats a byte")
     for axes in (left, right):
         axes.set_xlabel("steps after the checkpoint")

@@ -10,8 +10,8 @@ from tests.mcore import GPTConfig, run_ranks
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.optimizer.flat_main_params import find_flat_mains
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.flat_main_params import find_flat_main_params
+from wsm_megatron.optimizer.main_params import check_main_params
 
 ITERATIONS, WEIGHTS = (1, 2, 3), (0.2, 0.3, 0.5)
 FLAT = {
@@ -52,13 +52,13 @@ def test_every_model_tensor_is_rounded_from_its_main_param(
     output = merge(config).output
     paths = [trained / name / f"iter_{i:07d}" for i in ITERATIONS]
     sources, merged = [load_tensors(path) for path in paths], load_tensors(output)
-    flat = find_flat_mains(read_layout(paths[-1]))
+    flat = find_flat_main_params(read_layout(paths[-1]))
     assert flat.missing == {} and flat.unknown == {}
     for (key, box), place in flat.places.items():
         mains = [one[place.bucket][place.start :][: box.numel] for one in sources]
         main = rounded(weighted_sum64(WEIGHTS, mains), mains[0].dtype)
         where = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
         assert same_bits(merged[key][where].reshape(-1), main.to(merged[key].dtype)), key
-    found = check_mains(read_layout(output))
+    found = check_main_params(read_layout(output))
     assert (found.wrong, found.without, found.unknown) == ((), (), 0)
     verify(output, sources=True, allow_nonfinite=True)

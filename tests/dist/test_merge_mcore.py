@@ -13,7 +13,7 @@ from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, MergeReport, merge
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.keys import Role, main_of
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 
 ITERATIONS = (2, 3, 4)
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -92,7 +92,7 @@ def test_megatron_core_loads_what_was_merged(
         for key in model_in_buckets(report.output):
             del actual[key], expected[key]
         assert_same(actual, expected)
-        assert check_mains(read_layout(report.output)).wrong == ()
+        assert check_main_params(read_layout(report.output)).wrong == ()
     run_ranks(
         _load_and_save,
         2,
@@ -263,7 +263,7 @@ def _fail_in(config: MergeConfig, stage: str, failing: int) -> str:
         "planning": (shared, "prepare_job"),
         "reading": (files.SourceFiles, "read_some"),
         "writing": (writer.CheckpointFile, "_write"),
-        "publishing": (staging_dir.Staging, "commit"),
+        "publishing": (staging_dir.StagingDirectory, "commit"),
     }[stage]
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == failing:

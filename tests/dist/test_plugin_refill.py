@@ -16,7 +16,7 @@ from tests.dist.test_plugin_driver import Run
 from tests.mcore import WRONG_MAINS, GPTConfig, run_ranks
 from tests.reference import load_tensors, same_bits
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 
 ONE_BUCKET = GPTConfig(sharding_type="fully_reshardable", overlap_grad_reduce=True)
 
@@ -238,7 +238,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     root = tmp_path_factory.mktemp("padded")
     first, second = run_ranks(_padded, 2, root / "logs", root=root, timeout=300)
     assert first["restart"] == second["restart"]
-    if not check_mains(read_layout(root / "buckets" / "iter_0000008")).wrong:
+    if not check_main_params(read_layout(root / "buckets" / "iter_0000008")).wrong:
         pytest.skip("this megatron-core saves several padded buckets right")
     return root, first
 

@@ -20,7 +20,7 @@ from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, merge
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.keys import Role
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.inspection.megatron_resume import check_resume
 
 ITERATIONS = (2, 3, 4)
@@ -139,7 +139,7 @@ def test_nothing_moves_in_a_step_with_lr_0(resumed: Path, name: str) -> None:
 def test_unmerged_main_params_undo_the_merge(resumed: Path, name: str) -> None:
     """The negative: loaded right, and after one step the weights are the newest source's again."""
     undone, newest = resumed / "undone" / name / NEWEST, resumed / "run" / name / NEWEST
-    assert check_mains(read_layout(undone)).wrong
+    assert check_main_params(read_layout(undone)).wrong
     assert not check_resume(undone).resumes
     before, after = (resumed / when / f"undone-{name}" for when in ("before", "after"))
     assert same_weights(undone, before / NEWEST) == []

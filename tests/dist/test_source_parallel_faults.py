@@ -32,7 +32,7 @@ def run_rank(case: Case | None, rank: int, port: int, log: Path, argv: list[str]
     from wsm_megatron.access.node_local import inventory
     from wsm_megatron.access.node_local import transport
 
-    faults._PLACES.update({"look": (inventory, "_see"), "transfer": (transport.Wire, "_wait")})
+    faults._PLACES.update({"look": (inventory, "_see"), "transfer": (transport.Transport, "_wait")})
     faults.run_rank(case, rank, RANKS, port, log, argv)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from wsm_megatron import api
 from wsm_megatron.checkpoint import staging_dir
-from wsm_megatron.checkpoint.staging_dir import Staging
+from wsm_megatron.checkpoint.staging_dir import StagingDirectory
 from wsm_megatron.checkpoint.writer import CheckpointFile
 from wsm_megatron.cli import main
 from wsm_megatron.comm import heartbeat
@@ -78,7 +78,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
         "write_tracker",
     ),  # the checkpoint has its name, the tracker has not moved
     "sync": (CheckpointFile, "close"),
-    "rename": (Staging, "commit"),
+    "rename": (StagingDirectory, "commit"),
 }
 """What is called in a stage. Only rank 0 plans and publishes; another one waits for it."""
 
@@ -90,7 +90,12 @@ def _inject(case: Case) -> None:
     if case.rank != 0 and case.stage in _WAITS:
         phase, ever = _WAITS[case.stage], case.fault in ("EIO", "ENOSPC")
         _when(
-            heartbeat.Line, "take", 1, _FAULTS[case.fault], ever, lambda own, _: own.phase == phase
+            heartbeat.Heartbeat,
+            "take",
+            1,
+            _FAULTS[case.fault],
+            ever,
+            lambda own, _: own.phase == phase,
         )
         return
     call = _STALLS.get((case.fault, case.stage))

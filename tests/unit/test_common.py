@@ -23,7 +23,7 @@ from wsm_megatron.checkpoint.common_state import (
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.metadata import load_metadata
 from wsm_megatron.safe_pickle.objects import load_object
-from wsm_megatron.safe_pickle.opaque import Inert, Reference
+from wsm_megatron.safe_pickle.opaque import GlobalName, OpaqueObject
 
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 PROVENANCE = {"sources": [{"iteration": 2, "tokens": None}], "coefficients": [0.25, 0.75]}
@@ -56,7 +56,7 @@ def test_summary_where_the_state_says_little() -> None:
     args = argparse.Namespace(consumed_train_samples=6)
     assert summarize({"args": args}).tokens is None
     assert summarize({"args": types.SimpleNamespace(**vars(args), seq_length=4)}).tokens == 24
-    assert summarize({"args": Inert(Reference("megatron", "X"), (), state=vars(args))}) == (
+    assert summarize({"args": OpaqueObject(GlobalName("megatron", "X"), (), state=vars(args))}) == (
         CommonSummary(None, 6, None)
     )
 
@@ -118,7 +118,7 @@ def test_new_args_are_set() -> None:
 
 
 def test_other_kinds_of_args() -> None:
-    inert = Inert(Reference("megatron.bridge", "Args"), (), new=True, state={"seed": 1})
+    inert = OpaqueObject(GlobalName("megatron.bridge", "Args"), (), new=True, state={"seed": 1})
     merged = prepare({"args": inert}, iteration=4, drop_optimizer=False, provenance={})
     assert merged["args"].state == {"seed": 1, "iteration": 4}
     assert inert.state == {"seed": 1}

@@ -12,7 +12,7 @@ from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.prepare import prepare_job
-from wsm_megatron.planning.scatter import Dealer, outline
+from wsm_megatron.planning.scatter import JobSlices, outline
 from wsm_megatron.planning.tasks import Rule
 
 
@@ -33,13 +33,13 @@ def job(request, tmp_path) -> Job:
 @pytest.mark.parametrize("ranks", [2, 5])
 def test_every_task_finds_its_chunks(job, ranks):
     parts = job.parts(ranks)
-    dealer = Dealer(job, parts)
-    newest = {product.members[-1] for product in job.products}
-    assert dealer.deal(0) == (job, parts[0])
+    slices = JobSlices(job, parts)
+    newest = {output.source_indices[-1] for output in job.outputs}
+    assert slices.of(0) == (job, parts[0])
     for rank in range(1, ranks):
-        own, part = dealer.deal(rank)
+        own, part = slices.of(rank)
         assert part == parts[rank] and own.plan.tasks == tuple(part.tasks)
-        assert own.products == job.products
+        assert own.outputs == job.outputs
         used = set()
         for j, source in enumerate(own.sources):
             reader = CheckpointReader(source.layout)
@@ -49,10 +49,12 @@ def test_every_task_finds_its_chunks(job, ranks):
                     continue
                 for key in task.recipe.inputs:
                     region = task.part(key, task.box)
-                    found = reader.cover(key, region)._pieces  # raises where a chunk is missing
+                    found = reader.region_reader(
+                        key, region
+                    )._pieces  # raises where a chunk is missing
                     used |= {(j, key, piece.chunk) for piece in found}
                     assert [p.chunk for p in found] == [
-                        p.chunk for p in whole.cover(key, region)._pieces
+                        p.chunk for p in whole.region_reader(key, region)._pieces
                     ]
             reader.close()
             whole.close()
@@ -68,7 +70,7 @@ def test_every_task_finds_its_chunks(job, ranks):
 def test_an_outline_is_small(job):
     small = outline(job)
     assert not any(source.layout.tensors or source.layout.objects for source in small.sources)
-    assert small.plan.tasks == () and small.products == job.products
+    assert small.plan.tasks == () and small.outputs == job.outputs
     assert [s.fingerprint for s in small.sources] == [s.fingerprint for s in job.sources]
     assert b"Chunk" in pickle.dumps(job)
     assert b"Chunk" not in pickle.dumps(small) and b"Task" not in pickle.dumps(small)

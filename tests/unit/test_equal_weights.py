@@ -15,8 +15,8 @@ from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.cli.main import main as wsm
 from wsm_megatron.optimizer.flat_buckets import BEGINNING
-from wsm_megatron.optimizer.flat_main_params import find_flat_mains
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.flat_main_params import find_flat_main_params
+from wsm_megatron.optimizer.main_params import check_main_params
 
 WEIGHTS = (0.3, 0.7)
 BUCKET = bucket_key()
@@ -58,7 +58,7 @@ def expect_rounded(output, sources, keys) -> None:
         main = rounded(weighted_sum64(WEIGHTS, [one[key] for one in sources]), torch.float32)
         assert same_bits(merged[BUCKET][starts[key] :][: main.numel()], main), key
         assert same_bits(merged[key], main.bfloat16()), key
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     verify(output, sources=True, allow_nonfinite=True)
 
 
@@ -89,7 +89,7 @@ def test_twins_of_every_source_share_their_places(tmp_path, caplog):
     """Equal in all bits of the model everywhere: either order is right, none is left out."""
     sources = [{"a": ones(96, j), "b": ones(96, 10 + j), "c": values(70, j)} for j in (0, 1)]
     write_run(tmp_path / "run", *sources)
-    assert len(find_flat_mains(*layouts(tmp_path / "run", 4, 2)).places) == 3
+    assert len(find_flat_main_params(*layouts(tmp_path / "run", 4, 2)).places) == 3
     expect_rounded(run_merge(tmp_path / "run", tmp_path / "out"), sources, ("a", "b", "c"))
     assert "main params" not in caplog.text
 
@@ -134,7 +134,7 @@ def test_frozen_tensors_are_merged_from_the_model(tmp_path, caplog):
     output = run_merge(run, tmp_path / "out")
     assert "no main params for frozen" in caplog.text
     assert same_bits(load_tensors(output)["frozen"], frozen)
-    found = check_mains(read_layout(output))
+    found = check_main_params(read_layout(output))
     assert (found.wrong, found.without, found.unknown) == ((), ("frozen",), 0)
 
 
@@ -180,7 +180,7 @@ def test_copies_of_tensor_parallel_ranks(tmp_path, caplog):
         assert same_bits(merged[key][:200], main), key
         if key == bucket_key(9):  # of the first rank, which saves the model
             assert same_bits(merged["norm"], main.bfloat16())
-    found = check_mains(read_layout(output))
+    found = check_main_params(read_layout(output))
     assert (found.wrong, found.without, found.unknown) == ((), (), 200)
 
 
@@ -192,7 +192,7 @@ def test_float32_params_and_half_main_params(tmp_path):
         buckets = {BUCKET: [mains["a"]], router: [mains["router"]]}
         write_checkpoint(run, 2 * j + 2, mains, buckets)
     newest, older = layouts(run, 4, 2)
-    flat = find_flat_mains(newest, older)
+    flat = find_flat_main_params(newest, older)
     assert {key: main.bucket for (key, _), main in flat.places.items()} == {
         "a": BUCKET,
         "router": router,
@@ -223,7 +223,7 @@ def test_every_main_param_is_found(sizes, cuts, halved, shuffle, tmp_path_factor
     path = write_checkpoint(
         root, 2, as_model(mains), {BUCKET: held}, cuts=sorted(cuts), chunks=boxes
     )
-    flat, starts = find_flat_mains(read_layout(path)), starts_of(held)
+    flat, starts = find_flat_main_params(read_layout(path)), starts_of(held)
     assert flat.unknown == {} and flat.missing == {}
     chunks = {
         (key, box) for key in mains for box in boxes.get(key) or [Box((0, 0), (2, sizes[int(key)]))]
@@ -231,7 +231,7 @@ def test_every_main_param_is_found(sizes, cuts, halved, shuffle, tmp_path_factor
     assert set(flat.places) == chunks
     for (key, box), main in flat.places.items():
         assert main.start == starts[order.index(key)] + box.offsets[0] * sizes[int(key)]
-    assert check_mains(read_layout(path)).wrong == ()
+    assert check_main_params(read_layout(path)).wrong == ()
 
 
 def count_reads(monkeypatch) -> list[str]:
@@ -259,5 +259,5 @@ def test_each_beginning_is_read_once(scale, tmp_path, monkeypatch):
     buckets = {bucket_key(index=i): [mains[key] for key in keys[i::scale]] for i in range(scale)}
     layout = read_layout(write_checkpoint(tmp_path, 2, as_model(mains), buckets))
     reads = count_reads(monkeypatch)
-    assert len(find_flat_mains(layout).places) == count
+    assert len(find_flat_main_params(layout).places) == count
     assert len(reads) == 2 * count

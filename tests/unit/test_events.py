@@ -57,7 +57,7 @@ def test_a_merge_from_its_start_to_its_end(config: MergeConfig, log: Path) -> No
     assert [Path(path).name for path in planned["sources"]] == [
         f"iter_{iteration:07d}" for iteration in runs.ITERATIONS
     ]
-    assert planned["products"] == [str(done.output)] == [published["path"]]
+    assert planned["outputs"] == [str(done.output)] == [published["path"]]
     assert planned["bytes_to_read"] > 0 and len(planned["tasks_per_rank"]) == 1
     assert progress["bytes_done"] == progress["bytes_total"] > 0 == progress["seconds_left"]
     assert finished["bytes_read"] == done.bytes_read and finished["output"] == str(done.output)

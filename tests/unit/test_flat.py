@@ -15,9 +15,9 @@ from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.cli.main import main as wsm
 from wsm_megatron.errors import EXIT_FAILED
-from wsm_megatron.optimizer.flat_buckets import FlatMain
-from wsm_megatron.optimizer.flat_main_params import FlatMains, find_flat_mains
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.flat_buckets import FlatMainParam
+from wsm_megatron.optimizer.flat_main_params import FlatMainParams, find_flat_main_params
+from wsm_megatron.optimizer.main_params import check_main_params
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 BUCKET = (
@@ -66,13 +66,13 @@ def test_the_model_is_rounded_from_the_merged_main_params(run, state, tmp_path):
     assert len(expected) == 9
     for key, main in expected.items():
         assert same_bits(merged[key], main.to(torch.bfloat16)), key
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     verify(output, sources=True, allow_nonfinite=True)
 
 
 def test_a_moe_with_chained_optimizers(tmp_path):
     output = run_merge(RUNS / runs.MOE, tmp_path / "out")
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     verify(output, sources=True, allow_nonfinite=True)
 
 
@@ -85,7 +85,7 @@ def test_every_chunk_of_the_model_is_found(run):
         if entry.role is Role.MODEL
         for chunk in entry.chunks
     ]
-    assert set(find_flat_mains(layout).places) == set(chunks)
+    assert set(find_flat_main_params(layout).places) == set(chunks)
 
 
 def test_chunks_are_split(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_equal_weights_have_main_params_too(tmp_path, caplog):
     merged = load_tensors(output)
     for key, tensor in in_bucket(merged[BUCKET], merged).items():
         assert same_bits(merged[key], tensor.to(torch.bfloat16)), key
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", "__1_1.distcp"])
@@ -153,10 +153,10 @@ def test_wrong_mains_in_a_bucket_are_refused(tmp_path):
 
 def test_the_rest_of_a_bucket():
     places = {
-        ("a", Box((0, 0), (4, 8))): FlatMain("b", 64),
-        ("c", Box((0,), (6,))): FlatMain("b", 128),
+        ("a", Box((0, 0), (4, 8))): FlatMainParam("b", 64),
+        ("c", Box((0,), (6,))): FlatMainParam("b", 128),
     }
-    flat = FlatMains(places)
+    flat = FlatMainParams(places)
     assert list(flat.rest("b", Box((0,), (192,)))) == [
         Box((0,), (64,)),
         Box((96,), (32,)),

@@ -75,7 +75,7 @@ def stop_merge(
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, config: MergeConfig, chunks: int) -> Path:
-    """:func:`stop_merge` of one product; the directory that it leaves."""
+    """:func:`stop_merge` of one output; the directory that it leaves."""
     stop_merge(monkeypatch, config, chunks)
     left, beside = sorted(config.save.iterdir())
     assert left.is_dir() and left.name.startswith(".iter_0000008.wsm-")
@@ -250,7 +250,7 @@ def test_a_line_of_another_item_is_not_believed(
 
 
 def test_other_products_that_place_this_one_elsewhere_start_over(tmp_path: Path) -> None:
-    """The shares of a job's ranks follow from all of its products."""
+    """The shares of a job's ranks follow from all of its outputs."""
     keys: dict[tuple[int, ...], set[str]] = {}
     for windows in ((4, 2), (4, 6), (4,)):
         config = MergeConfig(
@@ -261,12 +261,12 @@ def test_other_products_that_place_this_one_elsewhere_start_over(tmp_path: Path)
         )
         job = prepare_job(config)
         parts = job.parts(9)
-        one = next(p for p in job.products if len(p.members) == 3)
-        placed = placement(job, job.products.index(one), parts)
+        one = next(p for p in job.outputs if len(p.members) == 3)
+        placed = placement(job, job.outputs.index(one), parts)
         stored = [
             placed_one
             for rank, part in enumerate(parts)
-            for placed_one in job.placed(job.products.index(one), rank, part)
+            for placed_one in job.placed(job.outputs.index(one), rank, part)
         ]
         keys.setdefault(tuple(map(hash, stored)), set()).add(staging_key(job, one, placed))
     assert len(keys) > 1 and all(len(found) == 1 for found in keys.values())
@@ -315,7 +315,7 @@ config = MergeConfig(load=run, save=save, optimizer_state="last", decay="mean,em
 access = (NodeLocal if parallel else Shared)(config, ExecutionOptions(), Ranks())
 job = access.prepare()
 parts = access.distribute(job).parts if parallel else job.parts(3)
-print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.products)))
+print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.outputs)))
 """
 
 

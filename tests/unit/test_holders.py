@@ -12,12 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsm_megatron import MergeError
-from wsm_megatron.access.node_local.assignment import Held, Holders, Step, steps_of
+from wsm_megatron.access.node_local.assignment import (
+    Assigner,
+    PeerStage,
+    TaskAssignment,
+    peer_stages_of,
+)
 from wsm_megatron.access.node_local.schedule import arriving, ending, leaving, tickets_of
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.optimizer.flat_main_params import FlatMain
+from wsm_megatron.optimizer.flat_main_params import FlatMainParam
 from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task
 
 KEY, ROWS = "weight", 24
@@ -49,7 +54,7 @@ seen_by = st.lists(st.integers(0, RANKS - 1), min_size=1, max_size=RANKS, unique
 def test_no_choice_of_holders_makes_fewer_hops(who: list[list[int]]) -> None:
     layouts = [layout(j, 1) for j in range(len(who))]
     seeing = [{"weight0": tuple(sorted(ranks))} for ranks in who]
-    (held,) = Holders(layouts, seeing, [len(who) - 1], RANKS, 1).hold([task()])
+    (held,) = Assigner(layouts, seeing, [len(who) - 1], RANKS, 1).hold([task()])
     assert all(holder in ranks for holder, ranks in zip(held.holders, who, strict=True))
     fewest = min(hops(choice) for choice in product(*who))
     assert hops(held.holders) == fewest
@@ -68,7 +73,7 @@ def test_cut_tasks_tile_the_task_and_are_visible(chunks: list[int], data: st.Dat
         {f"weight{i}": tuple(sorted(data.draw(seen_by))) for i in range(count)} for count in chunks
     ]
     tasks = [task(offset=c.offsets[0], rows=c.sizes[0]) for c in layouts[-1].tensors[KEY].chunks]
-    helds = list(Holders(layouts, seeing, [len(chunks) - 1], RANKS, 1).hold(tasks))
+    helds = list(Assigner(layouts, seeing, [len(chunks) - 1], RANKS, 1).hold(tasks))
     covered = torch.zeros(ROWS, dtype=torch.int)
     for held in helds:
         first, count = held.task.box.offsets[0], held.task.box.sizes[0]
@@ -98,10 +103,10 @@ def test_every_merge_gets_its_sources_in_order_and_no_rank_waits_forever(
     case: tuple[list[tuple[int, ...]], list[list[int]]],
 ) -> None:
     """Play the chains with one thread a rank and transfers that wait for both sides."""
-    holders, members = case
-    merges = [Merge(tuple(m), (1.0,) * len(m)) for m in members]
-    helds = [Held(task(), chosen) for chosen in holders]
-    steps = [step for n, held in enumerate(helds) for step in steps_of(n, held)]
+    holders, source_indices = case
+    merges = [Merge(tuple(m), (1.0,) * len(m)) for m in source_indices]
+    helds = [TaskAssignment(task(), chosen) for chosen in holders]
+    steps = [step for n, held in enumerate(helds) for step in peer_stages_of(n, held)]
     queues = {rank: [step for step in steps if step.rank == rank] for rank in range(3)}
     tickets = {rank: tickets_of(queue, merges) for rank, queue in queues.items()}
     programs = {
@@ -114,10 +119,10 @@ def test_every_merge_gets_its_sources_in_order_and_no_rank_waits_forever(
         assert advance(programs, sums, written, merges), "every rank waits"
     for n in range(len(helds)):
         for k, merge in enumerate(merges):
-            assert written[n, k] == list(merge.members)
+            assert written[n, k] == list(merge.source_indices)
 
 
-def events(step: Step, tickets: dict, merges: list[Merge]) -> list[tuple]:
+def events(step: PeerStage, tickets: dict, merges: list[Merge]) -> list[tuple]:
     """What a rank does in a step: a message in, its own sources, a message out."""
     before = tickets.get((step.number, step.first, "before"))
     after = tickets.get((step.number, step.first, "after"))
@@ -153,10 +158,10 @@ def advance(programs: dict, sums: dict, written: dict, merges: list[Merge]) -> b
     return False
 
 
-def own_sources(step: Step, sums: dict, written: dict, merges: list[Merge]) -> None:
+def own_sources(step: PeerStage, sums: dict, written: dict, merges: list[Merge]) -> None:
     for k, merge in enumerate(merges):
         place = step.number, k, step.rank
-        own = [j for j in merge.members if step.first <= j <= step.last]
+        own = [j for j in merge.source_indices if step.first <= j <= step.last]
         if own or k in arriving(step, merges):
             sums[place] = [*sums.get(place, []), *own]
         if k in ending(step, merges):
@@ -167,11 +172,11 @@ def test_load_is_shared_where_all_see_all() -> None:
     layouts = [layout(j, 6) for j in range(3)]
     seeing = [{f"weight{i}": (0, 1, 2) for i in range(6)}] * 3
     tasks = [task(offset=4 * i, rows=4) for i in range(6)]
-    helds = list(Holders(layouts, seeing, [2], 3, 1).hold(tasks))
+    helds = list(Assigner(layouts, seeing, [2], 3, 1).hold(tasks))
     assert sorted(held.alone for held in helds) == [0, 0, 1, 1, 2, 2]  # type: ignore[type-var]
 
 
-def with_mains(who_main: list[tuple[int, ...]], who_model: list[tuple[int, ...]]) -> Held:
+def with_mains(who_main: list[tuple[int, ...]], who_model: list[tuple[int, ...]]) -> TaskAssignment:
     layouts = []
     for j in range(len(who_main)):
         one, main = layout(j, 1), layout(j, 1, "main")
@@ -179,7 +184,7 @@ def with_mains(who_main: list[tuple[int, ...]], who_model: list[tuple[int, ...]]
     seeing = [{"main0": a, "weight0": b} for a, b in zip(who_main, who_model, strict=True)]
     outputs = Output("main", FP32, (ROWS, 8)), Output(KEY, BF16, (ROWS, 8))
     recipe = Recipe(Rule.SUM_MAIN, Role.MODEL, ("main", KEY), outputs, (FP32, BF16))
-    (held,) = Holders(layouts, seeing, [], RANKS, 1).hold([Task(recipe, Box((0, 0), (ROWS, 8)))])
+    (held,) = Assigner(layouts, seeing, [], RANKS, 1).hold([Task(recipe, Box((0, 0), (ROWS, 8)))])
     return held
 
 
@@ -198,12 +203,12 @@ def test_mains_are_checked_apart_where_no_rank_sees_both() -> None:
 def test_copied_entries_need_the_newest_source_only() -> None:
     layouts = [layout(0, 1), layout(1, 1), layout(2, 1)]
     seeing: list[Any] = [{}, {"weight0": (3,)}, {"weight0": (1,)}]
-    (held,) = Holders(layouts, seeing, [1, 2], RANKS, 2).hold([task(Rule.COPY)])
+    (held,) = Assigner(layouts, seeing, [1, 2], RANKS, 2).hold([task(Rule.COPY)])
     assert held.holders == (None, 3, 1)
-    assert steps_of(0, held) == [Step(0, 3, 1, 1), Step(0, 1, 2, 2)]
+    assert peer_stages_of(0, held) == [PeerStage(0, 3, 1, 1), PeerStage(0, 1, 2, 2)]
 
 
-def copied_pair(mains: list[Any], models: list[Any]) -> Held:
+def copied_pair(mains: list[Any], models: list[Any]) -> TaskAssignment:
     """A main param that is copied together with its model tensor; who sees their one file each."""
     layouts, seeing = [], []
     for j, (main, model) in enumerate(zip(mains, models, strict=True)):
@@ -213,7 +218,7 @@ def copied_pair(mains: list[Any], models: list[Any]) -> Held:
     outputs = (Output("main", FP32, (ROWS, 8)), Output(KEY, BF16, (ROWS, 8)))
     recipe = Recipe(Rule.COPY, Role.MODEL, ("main", KEY), outputs, (FP32, BF16))
     whole = Task(recipe, Box((0, 0), (ROWS, 8)))
-    (held,) = Holders(layouts, seeing, [1], RANKS, 1).hold([whole])
+    (held,) = Assigner(layouts, seeing, [1], RANKS, 1).hold([whole])
     return held
 
 
@@ -229,13 +234,13 @@ def test_messages_are_bounded_over_all_merges(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("wsm_megatron.access.node_local.assignment.TRAVEL_ELEMENTS", 64)
     layouts, seeing = [layout(0, 1), layout(1, 1)], [{"weight0": (0,)}, {"weight0": (1,)}]
     for merges in (1, 4):
-        helds = list(Holders(layouts, seeing, [1], RANKS, merges).hold([task()]))
+        helds = list(Assigner(layouts, seeing, [1], RANKS, merges).hold([task()]))
         assert max(held.task.box.numel for held in helds) == 64 // merges
         assert sum(held.task.box.numel for held in helds) == ROWS * 8
 
 
 def test_a_split_task_keeps_its_place_in_the_flat_bucket() -> None:
-    whole = Task(task().recipe, Box((4, 0), (6, 8)), FlatMain("bucket", 100))
+    whole = Task(task().recipe, Box((4, 0), (6, 8)), FlatMainParam("bucket", 100))
     parts = list(whole.split(16))
     assert [part.part("bucket", part.box) for part in parts] == [
         Box((100 + 16 * i,), (16,)) for i in range(3)
@@ -246,7 +251,7 @@ def test_refusal_names_checkpoint_tensor_files_and_ranks() -> None:
     layouts = [layout(0, 2), layout(1, 1)]
     seeing: list[Any] = [{"weight0": (0, 2)}, {"weight0": (0,)}]
     with pytest.raises(MergeError) as caught:
-        list(Holders(layouts, seeing, [1], RANKS, 1).hold([task()]))
+        list(Assigner(layouts, seeing, [1], RANKS, 1).hold([task()]))
     assert str(caught.value) == (
         "iter_0: no rank sees all files that weight at (12, 0) needs (weight1: no rank); let the "
         "nodes that have them take part, copy them to one that does, or leave this checkpoint out"
@@ -256,6 +261,6 @@ def test_refusal_names_checkpoint_tensor_files_and_ranks() -> None:
 def test_a_flat_main_is_not_cut() -> None:
     layouts = [layout(0, 2), layout(1, 1)]
     seeing = [{"weight0": (0, 2), "weight1": (1,)}, {"weight0": (0,)}]
-    flat = Task(task().recipe, Box((0, 0), (ROWS, 8)), FlatMain("bucket", 0))
+    flat = Task(task().recipe, Box((0, 0), (ROWS, 8)), FlatMainParam("bucket", 0))
     with pytest.raises(MergeError, match=r"\(weight0: ranks 0, 2; weight1: rank 1\)"):
-        list(Holders(layouts, seeing, [1], RANKS, 1).hold([flat]))
+        list(Assigner(layouts, seeing, [1], RANKS, 1).hold([flat]))

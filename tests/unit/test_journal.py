@@ -18,15 +18,15 @@ from tests.reference import RUNS
 from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.errors import StorageError
 from wsm_megatron.storage import journal
-from wsm_megatron.storage.journal import Journal, Part
+from wsm_megatron.storage.journal import Journal, JournalEntry
 
 
 def path_of(file: Path) -> Path:
     return file.with_name("file.journal")
 
 
-def part(offset: int, length: int, crc: int, identity: str = "0" * 16) -> Part:
-    return Part(offset, length, crc, identity)
+def part(offset: int, length: int, crc: int, identity: str = "0" * 16) -> JournalEntry:
+    return JournalEntry(offset, length, crc, identity)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from wsm_megatron.access.node_local.access import check_shared
 from wsm_megatron.cli.main import _Log
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.comm.heartbeat import Line
+from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.errors import StoppedError, exit_code
 from wsm_megatron.process.signals import ENDING, Stop
 from wsm_megatron.process.worker_threads import in_background
@@ -35,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ranks() -> Iterator[list[Ranks]]:
     store = dist.HashStore()
-    lines = [Line(store, rank, 3) for rank in range(3)]
+    lines = [Heartbeat(store, rank, 3) for rank in range(3)]
     yield [Ranks(rank, 3, one) for rank, one in enumerate(lines)]
     leaving = [threading.Thread(target=one.leave) for one in lines]
     for thread in leaving:
@@ -64,8 +64,8 @@ def on_all(ranks: list[Ranks], call: Callable[[Ranks], Any]) -> list[Any]:
 
 def test_gather_and_from_first(ranks: list[Ranks]) -> None:
     def talk(one: Ranks) -> list[Any]:
-        numbers = [one.gather((turn, one.rank)) for turn in range(3)]
-        return [*numbers, one.from_first(lambda: f"by {one.rank}", "telling"), one.gather(None)]
+        numbers = [one.all_gather((turn, one.rank)) for turn in range(3)]
+        return [*numbers, one.broadcast(lambda: f"by {one.rank}", "telling"), one.all_gather(None)]
 
     expected = [[(turn, rank) for rank in range(3)] for turn in range(3)]
     assert on_all(ranks, talk) == [[*expected, "by 0", [None] * 3]] * 3
@@ -76,7 +76,7 @@ def test_values_larger_than_the_store_takes(
 ) -> None:
     monkeypatch.setattr(heartbeat, "_PART_BYTES", 1000)
     values = [bytes([rank]) * 12345 for rank in range(3)]
-    assert on_all(ranks, lambda one: one.gather(values[one.rank])) == [values] * 3
+    assert on_all(ranks, lambda one: one.all_gather(values[one.rank])) == [values] * 3
 
 
 @pytest.mark.parametrize("kind", [MergeError, UsageError])
@@ -110,9 +110,9 @@ def reported(ranks: list[Ranks], work: Callable[[Ranks], None], log: Any) -> lis
         try:
             work(one)
         except Exception as error:
-            assert one._line is not None
+            assert one._heartbeat is not None
             one.failed(error)
-            one._line.report()
+            one._heartbeat.report()
 
     on_all(ranks, end)
     return [one.getMessage() for one in log.records if one.levelno == logging.ERROR]
@@ -128,7 +128,7 @@ def test_rank_0_logs_why_each_rank_failed(
             if one.rank > 0:
                 both.wait(30)
                 raise MergeError("no luck") if one.rank == 1 else KeyError("a defect")
-            one.gather(None)
+            one.all_gather(None)
 
     one, other = sorted(reported(ranks, work, caplog))
     assert one == "rank 1 failed in the test: no luck"
@@ -155,11 +155,11 @@ def test_where_rank_0_is_gone_another_rank_logs_why(
     ranks: list[Ranks], caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(one: Ranks) -> None:
-        one.gather(None)
+        one.all_gather(None)
         if one.rank != 0:
-            one.gather(None)
-        assert one._line is not None
-        one._line._leaving.set()
+            one.all_gather(None)
+        assert one._heartbeat is not None
+        one._heartbeat._leaving.set()
 
     (message,) = reported(ranks, work, caplog)
     assert message.startswith("rank 0 (") and "is lost" in message
@@ -198,12 +198,12 @@ def test_a_failure_that_follows_from_another_gives_way_to_it(ranks: list[Ranks])
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
     def work(one: Ranks) -> None:
-        one.gather(None)
+        one.all_gather(None)
         if one.rank == dead:
-            assert one._line is not None
-            one._line._leaving.set()  # its thread ends without a word
+            assert one._heartbeat is not None
+            one._heartbeat._leaving.set()  # its thread ends without a word
             return
-        one.gather(None)
+        one.all_gather(None)
 
     outcomes = on_all(ranks, work)
     for rank in {0, 1, 2} - {dead}:
@@ -253,7 +253,7 @@ def test_a_rank_that_tells_too_much_is_not_heard_out(
         go_on.wait(30)
         return 0
 
-    monkeypatch.setattr(ranks[1]._line, "count", wait)
+    monkeypatch.setattr(ranks[1]._heartbeat, "count", wait)
     assert blocked.wait(30)
     for number in range(1000):
         ranks[1].tell(number)
@@ -268,7 +268,7 @@ def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_sto
 ) -> None:
     monkeypatch.setattr(heartbeat, "_STOP_WITHIN", 10**6)
     store = dist.HashStore()
-    first, second = (Line(store, rank, 4) for rank in (0, 1))
+    first, second = (Heartbeat(store, rank, 4) for rank in (0, 1))
     told: list[list[int]] = []
 
     def tell(missing: list[int]) -> None:
@@ -280,7 +280,7 @@ def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_sto
         first.meet(tell)
     second.meet(tell)  # only rank 0 waits
 
-    def stop(one: Line) -> None:
+    def stop(one: Heartbeat) -> None:
         one.fail(stopped.value, "starting")
         one.leave()
 
@@ -294,7 +294,7 @@ def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_sto
 def test_a_rank_that_dies_before_all_have_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "LOST_AFTER", 0.5)
     store = dist.HashStore()
-    first, second = (Line(store, rank, 3) for rank in (0, 1))
+    first, second = (Heartbeat(store, rank, 3) for rank in (0, 1))
     second._leaving.set()
     with pytest.raises(MergeError, match="rank 1 .* is lost"):
         first.meet(lambda _: None)
@@ -303,8 +303,8 @@ def test_a_rank_that_dies_before_all_have_come_is_named(monkeypatch: pytest.Monk
 
 def test_all_have_come(ranks: list[Ranks]) -> None:
     def meet(one: Ranks) -> None:
-        assert one._line is not None
-        one._line.meet(lambda _: None)
+        assert one._heartbeat is not None
+        one._heartbeat.meet(lambda _: None)
 
     assert on_all(ranks, meet) == [None] * 3
 
@@ -315,10 +315,10 @@ def test_a_rank_lost_while_rank_0_plans(ranks: list[Ranks]) -> None:
 
     def plan(one: Ranks) -> None:
         if one.rank == 2:
-            assert one._line is not None
-            one._line._leaving.set()
+            assert one._heartbeat is not None
+            one._heartbeat._leaving.set()
             return
-        one.from_first(lambda: in_background(lambda: planned.wait(60), one.check), "planning")
+        one.broadcast(lambda: in_background(lambda: planned.wait(60), one.check), "planning")
 
     outcomes = on_all(ranks, plan)
     assert not planned.is_set()

@@ -63,8 +63,8 @@ def takes(path: Path) -> bool:
 @contextmanager
 def live_merge(config: MergeConfig) -> Iterator[tuple[Lock, Path]]:
     """The lock and the hidden directory of a merge that is at work in another process."""
-    (product,) = prepare_job(config).products
-    held = Lock(config.save / LOCK, merge_digest(prepare_job(config), product))
+    (output,) = prepare_job(config).outputs
+    held = Lock(config.save / LOCK, merge_digest(prepare_job(config), output))
     held.acquire()
     hidden = config.save / ".iter_0000008.wsm-0123456789ab"
     hidden.mkdir()

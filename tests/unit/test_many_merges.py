@@ -23,7 +23,7 @@ def config(tmp_path, run=runs.FULLY, **options):
 
 
 def assert_each_equals_its_own_merge(report, tmp_path, run=runs.FULLY, **options):
-    """Every product has the bits of a merge made alone."""
+    """Every output has the bits of a merge made alone."""
     for k, one in enumerate(report.merged):
         save = tmp_path / "alone" / str(k)
         weights = {"weights": one.coefficients, "iterations": one.iterations}
@@ -97,7 +97,7 @@ def counted(report, copied):
 
     Entries whose key holds a word of ``copied``, and all objects, are read of newest sources only.
     """
-    members = {i for one in report.merged for i in one.iterations}
+    source_indices = {i for one in report.merged for i in one.iterations}
     newest = {one.iterations[-1] for one in report.merged}
     read, written = Counter(), 0
     for one in report.merged:
@@ -107,7 +107,7 @@ def counted(report, copied):
             if key == COMMON_KEY:
                 continue
             is_copied = key in layout.objects or any(word in key for word in copied)
-            for iteration in newest if is_copied else members:
+            for iteration in newest if is_copied else source_indices:
                 read[key, iteration] = entry.nbytes
     return sum(read.values()), written
 

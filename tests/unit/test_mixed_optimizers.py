@@ -14,7 +14,7 @@ from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.planning.provenance import read_provenance
 
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -66,7 +66,7 @@ def test_main_params_are_rebuilt_from_the_merged_model(names, tmp_path, caplog):
             total = weighted_sum64(WEIGHTS, [source[model] for source in sources])
             main = rounded(total, merged[_main(entries, model)].dtype)
             assert same_bits(tensor, main.to(tensor.dtype)), key
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
 
 
 def _main(entries, model):

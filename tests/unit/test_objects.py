@@ -22,7 +22,7 @@ from tests import archives
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.metadata import load_metadata
 from wsm_megatron.safe_pickle.objects import dump_object, load_object
-from wsm_megatron.safe_pickle.opaque import Inert, Reference, is_known, references
+from wsm_megatron.safe_pickle.opaque import GlobalName, OpaqueObject, is_known, references
 
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 COMMON_ENTRY = "common_state/shard_0_1"
@@ -75,7 +75,7 @@ def test_megatron_enums_stay_inert_and_plain_values_are_plain() -> None:
     args = state["args"]
     assert type(args) is argparse.Namespace
     assert args.params_dtype is torch.bfloat16
-    assert args.model_type == Inert(Reference("megatron.core.enums", "ModelType"), (1,))
+    assert args.model_type == OpaqueObject(GlobalName("megatron.core.enums", "ModelType"), (1,))
 
 
 BLOCKED = """
@@ -145,7 +145,7 @@ def test_other_objects_of_torch_stay_inert_and_load_again() -> None:
         "deque": collections.deque([1, 2], 5),
     }
     inert = load_object(saved(state), "state")
-    assert all(type(v) is Inert for v in inert.values())
+    assert all(type(v) is OpaqueObject for v in inert.values())
     again = torch.load(io.BytesIO(dump_object(inert)), weights_only=False)
     assert torch.equal(again.pop("parameter"), state.pop("parameter"))
     assert again == state
@@ -209,7 +209,7 @@ def test_calls_into_known_packages_are_not_made(tmp_path: Path) -> None:
     torch.save({}, target)
     for function in (torch.load, torch.hub.load, torch.jit.load, torch.save):
         loaded = load_object(saved({"x": Call(function, str(target))}), "common.pt")
-        assert type(loaded["x"]) is Inert
+        assert type(loaded["x"]) is OpaqueObject
         assert loaded["x"].args == (str(target),)
         assert pickle_of(dump_object(loaded)) == pickle_of(
             saved({"x": Call(function, str(target))})
@@ -256,7 +256,7 @@ def test_pickles_that_no_save_makes_are_refused(opcodes: bytes, message: str) ->
 )
 def test_names_that_only_look_known_are_not_written(opcodes: bytes) -> None:
     loaded = load_object(archive_of(opcodes), "common.pt")
-    assert type(loaded) is Reference and "\n" not in str(loaded)
+    assert type(loaded) is GlobalName and "\n" not in str(loaded)
     with pytest.raises(MergeError, match="cannot write a reference"):
         dump_object(loaded)
 

@@ -14,7 +14,7 @@ from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, may_be_padding, state_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.inspection.megatron_resume import check_resume
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 
 SGD = "mcore0.16-dense-dp2-sgd-replicated"
 FP32 = "mcore0.16-dense-dp2-fp32-replicated"
@@ -70,7 +70,7 @@ def test_every_tensor_is_merged_by_its_rule_and_the_merge_resumes(name, state, t
         assert same_bits(tensor, expected), key
     for model, main in mains.items():
         assert same_bits(found[model], found[main].to(found[model].dtype)), model
-    assert check_mains(layout).wrong == ()
+    assert check_main_params(layout).wrong == ()
     verify(output, sources="all")
     assert check_resume(output).problems == ()
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []

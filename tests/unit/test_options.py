@@ -232,7 +232,7 @@ def test_how_the_job_runs_changes_no_digest(tmp_path: Path) -> None:
     execution = ExecutionOptions(threads=7, memory=2**24, retries=9, log_json=tmp_path / "log")
     jobs = [prepare_job(config), prepare_job(config, execution)]
     assert jobs[1].execution == execution and jobs[1].config == config
-    assert len({merge_digest(job, job.products[0]) for job in jobs}) == 1
+    assert len({merge_digest(job, job.outputs[0]) for job in jobs}) == 1
 
 
 def test_the_record_keeps_the_first_name_of_an_option_and_either_is_read(tmp_path: Path) -> None:

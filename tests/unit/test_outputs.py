@@ -52,13 +52,13 @@ def linked_run(tmp_path: Path, run: Path) -> Path:
 
 Change = Callable[[Path, Path], dict[str, Any]]
 INTO_THE_RUN: dict[str, Change] = {
-    "a product's root": lambda top, run: {
+    "a output's root": lambda top, run: {
         "save": run.parent,
         "decay": "mean,ema",
         "output_iteration": 99,
     },
     "a link": lambda top, run: {"save": link(top / "link", run), "output_iteration": 99},
-    "a product's root through a link": lambda top, run: {
+    "a output's root through a link": lambda top, run: {
         "save": link(top / "link", run.parent),
         "decay": "ema,mean",
         "output_iteration": 99,

@@ -17,7 +17,7 @@ from tests.reference import RUNS
 from wsm_megatron import ExecutionOptions, MergeConfig, merge
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.comm.heartbeat import Line
+from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.errors import PassingError, StorageError
 from wsm_megatron.process import worker_threads
 from wsm_megatron.storage import journal, retry
@@ -100,7 +100,7 @@ def test_other_ranks_hear_of_a_rank_whose_own_thread_hangs(
     """Its beats go on all the while: it is not lost, and must not be waited for either."""
     monkeypatch.setattr(heartbeat, "BEAT", 0.05)
     store = dist.HashStore()
-    lines = [Line(store, rank, 2) for rank in range(2)]
+    lines = [Heartbeat(store, rank, 2) for rank in range(2)]
     ranks = [Ranks(one.rank, 2, one) for one in lines]
 
     def stuck() -> None:

@@ -13,8 +13,12 @@ from tests.unit.test_flat import BUCKET, in_bucket
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.keys import model_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.optimizer.flat_main_params import FlatMain, FlatMains, find_flat_mains
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.flat_main_params import (
+    FlatMainParam,
+    FlatMainParams,
+    find_flat_main_params,
+)
+from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.planning.patterns import pattern_for
 from wsm_megatron.planning.plan import make_plan
 
@@ -57,21 +61,21 @@ def test_a_copied_model_tensor_brings_its_main_param_and_moments(name, state, tm
     assert len(copied) == 4 and set(merged) == set(newest)
     for key, tensor in merged.items():
         assert same_bits(tensor, (newest if key in copied else straight)[key]), key
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     verify(output, sources=True)
 
 
 def test_a_main_param_that_is_rebuilt_is_rebuilt_from_the_copied_model(tmp_path):
     """Its own is of other weights in this run."""
     run = RUNS / runs.WRONG_MAINS
-    wrong = check_mains(read_layout(runs.checkpoint(run, 8))).wrong
+    wrong = check_main_params(read_layout(runs.checkpoint(run, 8))).wrong
     output = run_merge(run, tmp_path / "out", copy=wrong[:2], rebuild_main_params=True)
     newest, merged = sources_of(run)[-1], load_tensors(output)
     for model in wrong[:2]:
         assert same_bits(merged[model], newest[model])
         main = merged[f"optimizer.state.param.{model}"]
         assert same_bits(main, newest[model].to(torch.float32))
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     verify(output, sources=True)
 
 
@@ -112,7 +116,7 @@ def test_in_flat_buckets_a_copied_tensor_brings_its_spans(state, tmp_path):
         for model, span in spans.items():
             assert same_bits(found[model], span), (key, model)
     assert same_bits(merged[copied], newest[copied])
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     verify(output, sources=True, allow_nonfinite=True)
 
 
@@ -123,7 +127,7 @@ def test_nothing_is_left_unwritten(name, state, tmp_path):
     run = RUNS / name
     output = run_merge(run, tmp_path / "out", copy=("embedding*", "*mlp*"), optimizer_state=state)
     verify(output, sources=True, allow_nonfinite=True)
-    assert check_mains(read_layout(output)).wrong == ()
+    assert check_main_params(read_layout(output)).wrong == ()
     newest, merged = sources_of(run)[-1], load_tensors(output)
     assert set(merged) == set(newest)
     copied = [key for key in newest if "embedding" in key or ".mlp." in key]
@@ -146,7 +150,7 @@ def test_sliding_merges_copy_from_their_own_newest(tmp_path):
         for one in merge(config).merged:
             newest = load_tensors(runs.checkpoint(name, one.iterations[-1]))
             assert same_bits(load_tensors(one.output)[MODEL], newest[MODEL])
-            assert check_mains(read_layout(one.output)).wrong == ()
+            assert check_main_params(read_layout(one.output)).wrong == ()
             verify(one.output, sources=True, allow_nonfinite=True)
 
 
@@ -216,11 +220,11 @@ def test_weights_only_copies_no_optimizer_state(tmp_path):
 def test_a_copied_tensor_whose_main_param_is_not_found_is_refused():
     layouts = [read_layout(runs.checkpoint(runs.FLAT, i)) for i in runs.ITERATIONS]
     config = MergeConfig(load="a", save="b", optimizer_state="last", copy=(MODEL,))
-    places = find_flat_mains(layouts[-1]).places
-    assert make_plan(layouts, config, FlatMains(places)).tasks
+    places = find_flat_main_params(layouts[-1]).places
+    assert make_plan(layouts, config, FlatMainParams(places)).tasks
     some = {chunk: place for chunk, place in places.items() if chunk[0] != MODEL}
     with pytest.raises(ValueError, match=f"--copy takes {MODEL}, but where .* is not known"):
-        make_plan(layouts, config, FlatMains(some))
+        make_plan(layouts, config, FlatMainParams(some))
 
 
 def test_an_integer_model_tensor_is_not_made_from_its_main_param(tmp_path):
@@ -242,11 +246,11 @@ def test_a_plan_that_does_not_write_everything_once_is_refused(shift):
     """Whatever the reason: here main params that are said to lie elsewhere."""
     layouts = [read_layout(runs.checkpoint(runs.FLAT, i)) for i in runs.ITERATIONS]
     config = MergeConfig(load="a", save="b", optimizer_state="last")
-    places = dict(find_flat_mains(layouts[-1]).places)
+    places = dict(find_flat_main_params(layouts[-1]).places)
     (chunk,) = [chunk for chunk in places if chunk[0] == "decoder.final_layernorm.weight"]
-    places[chunk] = FlatMain(places[chunk].bucket, places[chunk].start + shift)
+    places[chunk] = FlatMainParam(places[chunk].bucket, places[chunk].start + shift)
     with pytest.raises(MergeError, match=r"bucket_idx_0\.param .* would not be whole"):
-        make_plan(layouts, config, FlatMains(places))
+        make_plan(layouts, config, FlatMainParams(places))
 
 
 @pytest.mark.parametrize("keys, others, pattern", [
@@ -269,7 +273,7 @@ def test_model_of_any_keyed_state():
 def test_a_tensor_with_main_params_on_several_ranks_is_not_copied(monkeypatch):
     """In flat buckets one of them would be copied, and the others merged."""
     newest = read_layout(runs.checkpoint(runs.FLAT, 8))
-    flat = find_flat_mains(newest)
+    flat = find_flat_main_params(newest)
     key = next(iter(flat.places))[0]
     config = MergeConfig(
         load=RUNS / runs.FLAT, save=RUNS / "out", optimizer_state="last", copy=(key,)

@@ -50,7 +50,7 @@ def in_a_thread(call: Any, *arguments: Any) -> None:
 def test_workers_count_by_their_mean(clock: Clock) -> None:
     taken = Phases()
     spend(taken, clock, "planning", 2.0)
-    crew = taken.crew(4)
+    crew = taken.for_workers(4)
     for seconds in (1.0, 4.0):
         in_a_thread(spend, crew, clock, "reading", seconds)
     spend(taken, clock, "planning", 0.5)
@@ -61,7 +61,7 @@ def test_workers_count_by_their_mean(clock: Clock) -> None:
 def test_of_every_crew_its_own_mean(clock: Clock) -> None:
     taken = Phases()
     for threads in (1, 2):
-        in_a_thread(spend, taken.crew(threads), clock, "reading", 3.0)
+        in_a_thread(spend, taken.for_workers(threads), clock, "reading", 3.0)
     assert taken.seconds() == {"reading": 4.5}
 
 

@@ -16,7 +16,7 @@ from wsm_megatron.schedule.decay import coefficients
 from wsm_megatron.schedule.window import Consumed
 
 
-class Held:
+class TaskAssignment:
     """Which iterations a store holds; copies end as they are told to."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Held:
 
 def snapshots_of(*taken: Consumed, **options: Any) -> Snapshots:
     """Taken one by one, with a store of their own."""
-    snapshots = Snapshots(WSMConfig(**options), Held())  # type: ignore[arg-type]
+    snapshots = Snapshots(WSMConfig(**options), TaskAssignment())  # type: ignore[arg-type]
     for one in taken:
         snapshots.take(one)
         snapshots.settle()
@@ -185,7 +185,7 @@ class AnyOrder(RuleBasedStateMachine):
     )
     def begin(self, options: dict[str, int], start: int) -> None:
         self.options, self.start = options, start
-        self.held = Held()
+        self.held = TaskAssignment()
         self.snapshots = Snapshots(WSMConfig(**options, start_iter=start), self.held)  # type: ignore[arg-type]
         self.counted: set[int] = set()  # ever
         self.open: dict[int, tuple[bool, bool]] = {}  # not kept yet: is it copied, is it durable?

@@ -19,7 +19,7 @@ from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_FAILED
 from wsm_megatron.inspection.megatron_resume import check_resume
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.optimizer.precision import are_remainders, quantised_as, quantised_by
 
 WEIGHTS = (0.3, 0.7)
@@ -93,7 +93,7 @@ def test_quantised_weights_are_made_of_the_merged_main_params(
     assert not any(map(is_optimizer, weights))
     for output in (kept, dropped):
         verify(output, sources="all")
-    assert check_resume(kept).resumes and check_mains(read_layout(kept)).wrong == ()
+    assert check_resume(kept).resumes and check_main_params(read_layout(kept)).wrong == ()
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
 
 
@@ -223,7 +223,7 @@ def test_remainders_that_the_args_deny_are_not_guessed_at(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "low 16 bits" in printed and "--no-load-optim" in printed
     assert "other weights" not in printed
-    found = check_mains(read_layout(runs.checkpoint(run, 8)))
+    found = check_main_params(read_layout(runs.checkpoint(run, 8)))
     assert found.wrong == () and len(found.remainders) == found.keyed == 9
 
 

@@ -105,7 +105,7 @@ class Killed(BaseException):
 
 def killed(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     def kill() -> None:
-        for owner, name in ((staging_dir.Staging, "keep"), (lock.Lock, "release")):
+        for owner, name in ((staging_dir.StagingDirectory, "keep"), (lock.Lock, "release")):
             patch.setattr(owner, name, lambda *_: None)
         raise Killed
 

@@ -18,7 +18,7 @@ from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_USAGE
 from wsm_megatron.inspection.megatron_resume import check_resume
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.planning.launch_flags import as_data
 from wsm_megatron.planning.provenance import read_provenance
 
@@ -79,12 +79,14 @@ def test_a_merge_resumes_and_the_same_with_unmerged_mains_does_not(run, tmp_path
 def test_unmerged_mains_in_flat_buckets_are_found(run, tmp_path):
     copy = runs.copy_run(run, tmp_path / "run")
     path, layout = runs.checkpoint(copy, 8), read_layout(runs.checkpoint(copy, 8))
-    assert check_mains(layout).wrong == ()
+    assert check_main_params(layout).wrong == ()
     models = {key for key, entry in layout.tensors.items() if entry.role is Role.MODEL}
     older = load_tensors(runs.checkpoint(run, 2))
     runs.rewrite(path, lambda key, t: older[key] if key in models else t)
     # Norms of 32 elements have hardly moved in bf16; every matrix has.
-    assert {key for key in models if "norm" not in key} <= set(check_mains(read_layout(path)).wrong)
+    assert {key for key in models if "norm" not in key} <= set(
+        check_main_params(read_layout(path)).wrong
+    )
 
 
 def test_one_wrong_element_in_a_bucket_is_found(tmp_path):
@@ -97,7 +99,7 @@ def test_one_wrong_element_in_a_bucket_is_found(tmp_path):
         return tensor
 
     runs.rewrite(path, change)
-    assert check_mains(read_layout(path)).wrong == (key,)
+    assert check_main_params(read_layout(path)).wrong == (key,)
 
 
 def test_dropped_optimizer_state(tmp_path, capsys):

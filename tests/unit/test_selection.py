@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wsm_megatron.access.node_local.inventory import Seen, View
+from wsm_megatron.access.node_local.inventory import JobInventory, SeenFile
 from wsm_megatron.checkpoint.common_state import CommonSummary
 from wsm_megatron.checkpoint.lr_schedule import CONSTANT, DECAY, LearningRate
 from wsm_megatron.checkpoint.run_directory import RunDirectory
@@ -218,14 +218,14 @@ def test_a_decaying_learning_rate_is_refused_unless_it_is_allowed(warnings: Any)
 
 def test_ranks_that_see_other_trackers_go_by_the_newest() -> None:
     """Megatron's rank 0 writes the tracker of its node; another node may have an older copy."""
-    files = {name: Seen(1, 1, 1, 1) for name in (".metadata", "metadata.json")}
+    files = {name: SeenFile(1, 1, 1, 1) for name in (".metadata", "metadata.json")}
     sights: list[Any] = [{2: files, 4: files}, {6: files, 8: {}}]
-    directory = View(RUN, sights, ["4", None]).run()
+    directory = JobInventory(RUN, sights, ["4", None]).run()
     assert (directory.finished, directory.unfinished) == ((2, 4, 6), (8,))
     assert directory.tracked == 4
-    assert View(RUN, sights, ["4", "6"]).run().tracked == 6
-    assert View(RUN, sights, [None, "release"]).run().tracker == "release"
-    assert View(RUN, sights, [None, None]).run().tracker is None
+    assert JobInventory(RUN, sights, ["4", "6"]).run().tracked == 6
+    assert JobInventory(RUN, sights, [None, "release"]).run().tracker == "release"
+    assert JobInventory(RUN, sights, [None, None]).run().tracker is None
 
 
 def test_a_warning_comes_once_however_many_windows_it_concerns(warnings: Any) -> None:

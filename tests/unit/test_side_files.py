@@ -14,7 +14,7 @@ import pytest
 from tests import runs
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.access import shared
-from wsm_megatron.access.node_local.inventory import look
+from wsm_megatron.access.node_local.inventory import take_inventory
 from wsm_megatron.checkpoint.side_files import find_side_files
 from wsm_megatron.cli.main import main
 from wsm_megatron.planning.prepare import prepare_job
@@ -180,7 +180,9 @@ def test_what_is_no_file_is_never_opened(run: Path, newest: Path) -> None:
         "train_state.pt",
         "socket.json",
     }
-    assert look(run)[8].keys() == look(run)[6].keys(), "of ranks that see different files"
+    assert take_inventory(run)[8].keys() == take_inventory(run)[6].keys(), (
+        "of ranks that see different files"
+    )
     assert beside(merged(run)) == set()
 
 

@@ -200,4 +200,4 @@ def test_a_region_is_read_only_where_each_element_is_in_one_chunk(tmp_path):
     for chunks, region in (((first,), box), ((first, moved), shorter)):
         broken = replace(layout, tensors={KEY: replace(entry, chunks=chunks)})
         with pytest.raises(MergeError, match=f"iter_0000008: {KEY} at .* is not whole"):
-            CheckpointReader(broken).cover(KEY, region)
+            CheckpointReader(broken).region_reader(KEY, region)

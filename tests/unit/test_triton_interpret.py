@@ -57,7 +57,7 @@ def test_compiled_kernel_is_not_fused_and_loads_16_bytes(pointer, loads):
     options = {"num_warps": 4, "enable_fp_fusion": False}
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = kernel.asm["ptx"]
-    # 8 elements a thread: a product for each of 2 sources, one sum.
+    # 8 elements a thread: a output for each of 2 sources, one sum.
     assert len(re.findall(r"\bmul\.rn\.f64\b", ptx)) == 16
     assert len(re.findall(r"\badd\.rn\.f64\b", ptx)) == 8
     assert "fma" not in ptx

@@ -10,22 +10,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wsm_megatron.access.node_local.transport import Wire, open_wire
+from wsm_megatron.access.node_local.transport import Transport, open_transport
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.comm.heartbeat import Line
+from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.errors import LostError, MergeError
 
 
 @pytest.fixture
-def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Wire]]:
+def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Transport]]:
     monkeypatch.setattr(heartbeat, "BEAT", 0.05)
     monkeypatch.setattr(heartbeat, "LOST_AFTER", 3.0)
     store = dist.HashStore()
-    lines = [Line(store, rank, 2) for rank in range(2)]
+    lines = [Heartbeat(store, rank, 2) for rank in range(2)]
     ranks = [Ranks(rank, 2, one, store) for rank, one in enumerate(lines)]
-    opened: dict[int, Wire] = {}
-    at_once([lambda r=r: opened.update({r.rank: open_wire(r)}) for r in ranks])  # type: ignore[misc]
+    opened: dict[int, Transport] = {}
+    at_once([lambda r=r: opened.update({r.rank: open_transport(r)}) for r in ranks])  # type: ignore[misc]
     wires = [opened[rank] for rank in range(2)]
     opened.clear()
     yield wires
@@ -55,7 +55,7 @@ def rows(*values: float) -> list[torch.Tensor]:
     return [torch.full((1000,), value, dtype=torch.float64) for value in values]
 
 
-def test_messages_go_in_the_order_of_their_tickets(wires: list[Wire]) -> None:
+def test_messages_go_in_the_order_of_their_tickets(wires: list[Transport]) -> None:
     """Both ways between two ranks, whichever thread comes first."""
     stop = threading.Event()
     first, second, third = rows(0, 0), rows(0), rows(0)
@@ -72,14 +72,14 @@ def test_messages_go_in_the_order_of_their_tickets(wires: list[Wire]) -> None:
         assert (row == value).all()
 
 
-def test_a_thread_whose_turn_does_not_come_is_stopped(wires: list[Wire]) -> None:
+def test_a_thread_whose_turn_does_not_come_is_stopped(wires: list[Transport]) -> None:
     stop = threading.Event()
     calls: list[Callable[[], Any]] = [lambda: wires[0].send(1, 5, rows(1), stop), stop.set]
     waiting, _ = at_once(calls)
     assert isinstance(waiting, MergeError)
 
 
-def test_a_broken_connection_names_the_rank(wires: list[Wire]) -> None:
+def test_a_broken_connection_names_the_rank(wires: list[Transport]) -> None:
     def leave() -> None:
         del wires[1]._group
 

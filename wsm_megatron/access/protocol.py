@@ -10,7 +10,7 @@ from typing import Protocol
 
 from wsm_megatron.execution.rank import ProgressFactory, RankResult
 from wsm_megatron.execution.timing import Phases
-from wsm_megatron.planning.job import Job, Part
+from wsm_megatron.planning.job import Job, RankPlan
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A job cut into its ranks' parts.
+    """A job cut along its ranks' plans.
 
     Attributes:
         job: as far as this rank needs it; on rank 0 all of it.
-        part: this rank's.
-        parts: all ranks', on rank 0; elsewhere they may be missing.
+        rank_plan: this rank's.
+        rank_plans: all ranks', on rank 0; elsewhere they may be missing.
     """
 
     job: Job
-    part: Part
-    parts: Sequence[Part]
+    rank_plan: RankPlan
+    rank_plans: Sequence[RankPlan]
 
 
 class Access(Protocol):
@@ -59,14 +59,14 @@ class Access(Protocol):
             ValueError: the options do not fit the run. MergeError: a checkpoint is damaged.
         """
 
-    def only(self, job: Job, products: Sequence[int]) -> Job:
-        """The same job for some of its products."""
+    def only(self, job: Job, outputs: Sequence[int]) -> Job:
+        """The same job for some of its outputs."""
 
     def estimate(self, job: Job) -> Estimate:
         """What the job moves. On rank 0, not collective."""
 
     def distribute(self, job: Job) -> Distribution:
-        """Cut the job into parts."""
+        """Cut the job along the ranks."""
 
     def watching(self, job: Job) -> AbstractContextManager[None]:
         """Notice sources that change while they are read."""
@@ -78,7 +78,7 @@ class Access(Protocol):
         progress: ProgressFactory | None,
         phases: Phases,
     ) -> RankResult:
-        """Do this rank's part; its files are on disk when it returns."""
+        """Do what this rank's plan says; its files are on disk when it returns."""
 
     def verify(self, job: Job, result: RankResult) -> None:
         """Complete the checks that no rank could make alone.

@@ -15,7 +15,7 @@ from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.output_paths import check_outputs
 from wsm_megatron.planning.prepare import prepare_job
-from wsm_megatron.planning.scatter import Dealer, outline
+from wsm_megatron.planning.scatter import JobSlices, outline
 from wsm_megatron.process.worker_threads import in_background
 from wsm_megatron.storage.change_watch import ChangeWatch
 from wsm_megatron.storage.fingerprint import check_unchanged
@@ -44,18 +44,18 @@ class Shared:
             )
             return planned[0]
 
-        return self._ranks.deal(plan, "planning")
+        return self._ranks.scatter(plan, "planning")
 
-    def only(self, job: Job, products: Sequence[int]) -> Job:
-        return job.only(products)
+    def only(self, job: Job, outputs: Sequence[int]) -> Job:
+        return job.only(outputs)
 
     def estimate(self, job: Job) -> Estimate:
         return Estimate(job.bytes_to_read(), job.bytes_to_write(), sent=0)
 
     def distribute(self, job: Job) -> Distribution:
-        parts = job.parts(self._ranks.size) if self._ranks.rank == 0 else ()
-        own, part = self._ranks.deal(Dealer(job, parts).deal, "planning")
-        return Distribution(own, part, parts)
+        rank_plans = job.rank_plans(self._ranks.size) if self._ranks.rank == 0 else ()
+        own, rank_plan = self._ranks.scatter(JobSlices(job, rank_plans).of, "planning")
+        return Distribution(own, rank_plan, rank_plans)
 
     @contextmanager
     def watching(self, job: Job) -> Iterator[None]:
@@ -76,10 +76,10 @@ class Shared:
         phases: Phases,
     ) -> RankResult:
         with self._ranks.together("merging"):
-            return run_rank(work.job, self._ranks, work.part, directories, progress, phases)
+            return run_rank(work.job, self._ranks, work.rank_plan, directories, progress, phases)
 
     def verify(self, job: Job, result: RankResult) -> None:
-        of_ranks = self._ranks.collect(result.ledgers)
+        of_ranks = self._ranks.gather(result.ledgers)
         with self._ranks.together("checking the sources"):
             for j, source in enumerate(job.sources if self._ranks.rank == 0 else ()):
                 reader = CheckpointReader(source.layout)

@@ -21,8 +21,8 @@ from wsm_megatron.checkpoint.lr_schedule import LearningRate, learning_rate
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.objects import dump_object, load_object
-from wsm_megatron.safe_pickle.opaque import Inert, is_known, references
-from wsm_megatron.storage.retry import patiently
+from wsm_megatron.safe_pickle.opaque import OpaqueObject, is_known, references
+from wsm_megatron.storage.retry import with_retries
 
 PROVENANCE_KEY = "wsm_merge"
 """Where a merged checkpoint's common state says how it was made. Megatron's ``load_checkpoint``
@@ -89,7 +89,7 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
     """The common state in ``data``, of either form; ``where`` names it in messages.
 
     Nothing is imported or called for it: instances of Megatron's classes, and of the user's, are
-    :class:`~wsm_megatron.safe_pickle.opaque.Inert`. Raises ``MergeError`` for damage.
+    :class:`~wsm_megatron.safe_pickle.opaque.OpaqueObject`. Raises ``MergeError`` for damage.
     """
     state = load_object(data, where)
     if isinstance(state, list) and len(state) == 1:
@@ -132,7 +132,7 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
 def read_summary(path: Path) -> CommonSummary:
     """Where in training a checkpoint was taken, from its common state."""
     summary = summarize(load_common(*read_common(path)))
-    finished = patiently((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
+    finished = with_retries((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
     return replace(summary, finished=finished)
 
 
@@ -213,7 +213,7 @@ def _without_foreign(state: dict[str, Any], where: str) -> dict[str, Any]:
 def _known_args(args: Any, leave_out: Collection[str]) -> Any:
     """``args`` without some values, as a Namespace if it is of a foreign class itself."""
     kept = with_attributes(args, {}, leave_out)
-    if not isinstance(kept, Inert) or is_known(kept.reference):
+    if not isinstance(kept, OpaqueObject) or is_known(kept.reference):
         return kept
     logger.warning("args, which are a %s, are written as a Namespace", kept.reference)
     return with_attributes(argparse.Namespace(), attributes(kept))
@@ -228,14 +228,14 @@ def attributes(args: Any) -> dict[str, Any]:
     """The values in a checkpoint's ``args``; empty where there are none."""
     if isinstance(args, (argparse.Namespace, types.SimpleNamespace)):
         return vars(args)
-    if isinstance(args, Inert) and isinstance(args.state, dict):
+    if isinstance(args, OpaqueObject) and isinstance(args.state, dict):
         return args.state
     return {}
 
 
 def can_have_attributes(args: Any) -> bool:
     """Whether values can be set in a checkpoint's ``args``."""
-    inert = isinstance(args, Inert) and isinstance(args.state, dict)
+    inert = isinstance(args, OpaqueObject) and isinstance(args.state, dict)
     return inert or isinstance(args, (argparse.Namespace, types.SimpleNamespace))
 
 
@@ -243,7 +243,7 @@ def with_attributes(args: Any, changes: Mapping[str, Any], leave_out: Collection
     """``args`` with other values, or without some; a new object of the same kind."""
     assert can_have_attributes(args)
     values = {k: v for k, v in (attributes(args) | dict(changes)).items() if k not in leave_out}
-    if isinstance(args, Inert):
+    if isinstance(args, OpaqueObject):
         return replace(args, state=values)
     made = type(args)()
     vars(made).update(values)  # setting one by one would exchange names for equal ones

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wsm_megatron.checkpoint.common_state import attributes, with_attributes
-from wsm_megatron.safe_pickle.opaque import Reference, references
+from wsm_megatron.safe_pickle.opaque import GlobalName, references
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def without_rerun_state(
     return kept, tuple(key for key in objects if not key.startswith(_RERUN))
 
 
-def _is_safe(reference: Reference) -> bool:
+def _is_safe(reference: GlobalName) -> bool:
     return (
         reference.module in _SAFE_MODULES
         or (reference.module, reference.name) in _SAFE_CLASSES

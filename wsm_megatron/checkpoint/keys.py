@@ -148,7 +148,7 @@ def is_optimizer(key: str) -> bool:
     return _OPTIMIZER.match(key) is not None
 
 
-def mains_beside(key: str) -> str:
+def main_params_beside(key: str) -> str:
     """The main params of the flat bucket that ``key`` is a part of: they lie as its moments do."""
     return f"{key.rpartition('.')[0]}.param"
 

@@ -15,13 +15,13 @@ from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.container import Record, locate
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry, check_size
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.checkpoint.region_reader import Cover, Piece, Segment
+from wsm_megatron.checkpoint.region_reader import Piece, RegionReader, Segment
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.archive import check_archive
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.files import Read, SourceFiles
-from wsm_megatron.storage.retry import RETRIES, patiently
+from wsm_megatron.storage.retry import RETRIES, with_retries
 
 _FILE_PIECE = 4 * 2**20
 _ENDS = 2**11
@@ -64,7 +64,7 @@ class CheckpointReader:
         """
         location = entry.location
         path = self.layout.path / location.file
-        size = patiently(path.stat, lambda: f"{path}: looking").st_size
+        size = with_retries(path.stat, lambda: f"{path}: looking").st_size
         check_size(self.layout.path, location.file, size, location.offset + location.length)
         data = bytearray(location.length)
         self.read_record(location, 0, memoryview(data), entry.key)
@@ -87,7 +87,7 @@ class CheckpointReader:
             MergeError: as for :meth:`cover`.
         """
         elements = torch.empty(box.numel, dtype=self.layout.tensors[key].dtype)
-        self.cover(key, box).read(box, Buffer(elements))
+        self.region_reader(key, box).read(box, Buffer(elements))
         return elements
 
     def read_run(self, key: str, chunk: Chunk, start: int, numel: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ class CheckpointReader:
         self.read_record(chunk.location, begin, out.data, key)
         return out.elements
 
-    def cover(self, key: str, box: Box) -> Cover:
+    def region_reader(self, key: str, box: Box) -> RegionReader:
         """Open the chunks that hold a region of a tensor.
 
         Raises:
@@ -122,7 +122,7 @@ class CheckpointReader:
                 f"{self.layout.path}: {key} at {box.offsets} is not whole: {fault}, counted from "
                 "there; the checkpoint is incomplete, leave it out"
             )
-        return Cover(self, key, box, pieces, self._ahead)
+        return RegionReader(self, key, box, pieces, self._ahead)
 
     def checksum(self, key: str, chunk: Chunk) -> int:
         """CRC-32 of a chunk's elements, as its container records it; they are not read."""
@@ -148,7 +148,7 @@ class CheckpointReader:
                 crc = self._crc_of(location, record)
             self.compare(location, record, crc)
 
-    def settle(self, location: Location, record: Record, parts: list[Segment], nbytes: int) -> None:
+    def finish(self, location: Location, record: Record, parts: list[Segment], nbytes: int) -> None:
         """Compare a record read whole; keep the parts of any other for :meth:`verify`."""
         with self._lock:
             self.bytes_read += nbytes
@@ -277,10 +277,10 @@ def _joined(parts: list[Segment], nbytes: int) -> int | None:
 
 def read_file(path: Path) -> bytes:
     """A small file's bytes. Raises ``MergeError`` for one that is no small file."""
-    size = patiently(path.stat, lambda: f"{path}: looking").st_size
+    size = with_retries(path.stat, lambda: f"{path}: looking").st_size
     if size > _SMALL_FILE:
         raise MergeError(f"{path}: {size} bytes are more than such a file has: damaged")
-    return patiently(path.read_bytes, lambda: f"{path}: reading")
+    return with_retries(path.read_bytes, lambda: f"{path}: reading")
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:

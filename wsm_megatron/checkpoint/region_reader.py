@@ -29,7 +29,7 @@ class Source(Protocol):
     def prefetch(self, location: Location, start: int, length: int) -> None:
         """Say what will be read soon."""
 
-    def settle(self, location: Location, record: Record, parts: list[Segment], nbytes: int) -> None:
+    def finish(self, location: Location, record: Record, parts: list[Segment], nbytes: int) -> None:
         """Take in the checksums of ``nbytes`` bytes that were read of a record."""
 
 
@@ -64,7 +64,7 @@ class Run:
             parts.append((self.begin, end, crc32(data)))
 
 
-class Cover:
+class RegionReader:
     """The chunks of one checkpoint that hold one region of a tensor. For one thread.
 
     Call :meth:`read` for row-major parts of the region (:meth:`Box.split`), in order for the
@@ -106,13 +106,13 @@ class Cover:
         """An earlier merge has read a box: check once more what it could only check in parts."""
         for piece in self._pieces:
             if piece.box.intersect(box) != piece.box:
-                self._source.settle(piece.chunk.location, piece.record, [], 0)
+                self._source.finish(piece.chunk.location, piece.record, [], 0)
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Hand in what was read: a damaged record that was read whole raises ``MergeError``."""
         for piece in self._pieces:
             nbytes = sum(end - start for start, end, _ in piece.parts)
-            self._source.settle(piece.chunk.location, piece.record, piece.parts, nbytes)
+            self._source.finish(piece.chunk.location, piece.record, piece.parts, nbytes)
 
     def _read_region(self, piece: Piece, region: Box, box: Box, out: Buffer) -> None:
         """Read the part of ``box`` that lies in one chunk into its place in ``out``."""
@@ -152,8 +152,8 @@ class Cover:
             self._source.prefetch(piece.chunk.location, begin, piece.advised - start)
 
 
-def read_together(wanted: Sequence[tuple[Cover, Box, Buffer]]) -> None:
-    """:meth:`Cover.read` of several covers, of one checkpoint or many, in few calls."""
+def read_together(wanted: Sequence[tuple[RegionReader, Box, Buffer]]) -> None:
+    """:meth:`RegionReader.read` of several covers, of one checkpoint or many, in few calls."""
     runs = []
     for cover, box, out in wanted:
         run = cover.run(box, out)

@@ -13,7 +13,7 @@ from wsm_megatron.checkpoint.foreign_formats import Kind, kind_of
 from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.errors import UsageError
 from wsm_megatron.storage.durable import fsync_path, replace_file
-from wsm_megatron.storage.retry import patiently
+from wsm_megatron.storage.retry import with_retries
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -90,12 +90,12 @@ def scan_run(path: Path) -> RunDirectory:
     """
     if not path.is_dir():
         raise UsageError(f"{path}: no such run directory")
-    children = patiently(lambda: sorted(path.iterdir()), lambda: f"{path}: listing")
+    children = with_retries(lambda: sorted(path.iterdir()), lambda: f"{path}: listing")
     finished, unusable = [], []
     for child in children:
         match = _ITERATION.fullmatch(child.name)
         iteration = int(match[1]) if match else None
-        if kind := patiently(partial(_kind, child, iteration), partial(_looking, child)):
+        if kind := with_retries(partial(_kind, child, iteration), partial(_looking, child)):
             unusable.append(Unusable(child.name, iteration, kind))
         elif iteration is not None:
             finished.append(iteration)
@@ -174,7 +174,7 @@ def read_tracker(root: Path) -> str | None:
 
     if not path.is_file():
         return None
-    data = patiently(read, lambda: f"{path}: reading")
+    data = with_retries(read, lambda: f"{path}: reading")
     text = data[:_TRACKER_BYTES].decode("ascii", "backslashreplace").strip()
     text = text.encode("unicode_escape").decode("ascii")
     return f"{text}..." if len(data) > _TRACKER_BYTES else text

@@ -26,7 +26,7 @@ from wsm_megatron.checkpoint.layout import (
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.errors import MergeError
 from wsm_megatron.storage.durable import fsync_path
-from wsm_megatron.storage.retry import patiently, watched
+from wsm_megatron.storage.retry import watched, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _make_folder(folder: Path, root: Path) -> None:
 
 
 def _read(path: Path, nbytes: int) -> bytes:
-    return patiently(lambda: b"".join(_pieces(path, nbytes)), lambda: f"{path}: reading")
+    return with_retries(lambda: b"".join(_pieces(path, nbytes)), lambda: f"{path}: reading")
 
 
 def _copy(source: Path, target: Path, nbytes: int) -> tuple[int, int]:

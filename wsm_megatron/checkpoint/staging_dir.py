@@ -25,7 +25,7 @@ from wsm_megatron.storage.retry import watched
 logger = logging.getLogger(__name__)
 
 
-class Staging:
+class StagingDirectory:
     """A hidden directory beside the target, renamed to it when everything is in. For rank 0.
 
     Whoever does not hold the target's lock, or not any more, touches nothing: it is another

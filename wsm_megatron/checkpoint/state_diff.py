@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from wsm_megatron.checkpoint.common_state import attributes
-from wsm_megatron.safe_pickle.opaque import Inert
+from wsm_megatron.safe_pickle.opaque import OpaqueObject
 
 
 def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
@@ -27,8 +27,8 @@ def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
         yield from _of_mappings(left, right, where)
     elif isinstance(left, (list, tuple)):
         yield from _of_mappings(dict(enumerate(left)), dict(enumerate(right)), where)
-    elif isinstance(left, Inert):
-        for field in fields(Inert):
+    elif isinstance(left, OpaqueObject):
+        for field in fields(OpaqueObject):
             ours, theirs = getattr(left, field.name), getattr(right, field.name)
             yield from differences(ours, theirs, where)
     elif attributes(left) or attributes(right):

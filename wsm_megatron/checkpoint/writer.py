@@ -24,7 +24,7 @@ from wsm_megatron.checkpoint.container import Frame
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.errors import MergeError, StorageError
 from wsm_megatron.storage.buffer import Buffer
-from wsm_megatron.storage.journal import Journal, Part
+from wsm_megatron.storage.journal import Journal, JournalEntry
 from wsm_megatron.storage.retry import watched
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class CheckpointFile:
         if self._journal is None:
             return
         try:
-            self._journal.add(Part(placed.offset, length, crc, placed.item.identity))
+            self._journal.add(JournalEntry(placed.offset, length, crc, placed.item.identity))
         except OSError as error:
             raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
 

@@ -44,13 +44,13 @@ def merged(done: MergeReport) -> Iterator[str]:
 
 
 def planned(job: Job, moved: Estimate) -> Iterator[str]:
-    for product in job.products:
-        yield f"would write {product.path}"
-        yield from _source_lines(job.iterations(product), product.decay)
+    for output in job.outputs:
+        yield f"would write {output.path}"
+        yield from _source_lines(job.iterations(output), output.decay)
     yield from _recipe_lines(job.plan.recipes)
-    for key in sorted(job.products[0].objects):
+    for key in sorted(job.outputs[0].objects):
         yield f"  copied as it is      {key}"
-    for file in job.sources[job.products[0].newest].beside.copied:
+    for file in job.sources[job.outputs[0].newest].beside.copied:
         yield f"  copied beside        {file.name}"
     for key in job.plan.left_out:
         yield f"  left out             {key}"
@@ -60,20 +60,20 @@ def planned(job: Job, moved: Estimate) -> Iterator[str]:
 
 
 def plan_data(job: Job, moved: Estimate) -> dict[str, Any]:
-    product = job.products[-1]
+    output = job.outputs[-1]
     return {
-        "output": str(product.path),
-        "outputs": [str(product.path) for product in job.products],
-        "iterations": list(job.iterations(product)),
-        **decay_data(product.decay),
-        **unit_data(product.decay),
+        "output": str(output.path),
+        "outputs": [str(output.path) for output in job.outputs],
+        "iterations": list(job.iterations(output)),
+        **decay_data(output.decay),
+        **unit_data(output.decay),
         "bytes_to_read": moved.read,
         "bytes_to_write": moved.written,
         "bytes_to_send": moved.sent,
         "tensors": {recipe.key: recipe.what for recipe in job.plan.recipes},
-        "objects": list(product.objects),
+        "objects": list(output.objects),
         "left_out": list(job.plan.left_out),
-        "side_files": [file.name for file in job.sources[product.newest].beside.copied],
+        "side_files": [file.name for file in job.sources[output.newest].beside.copied],
     }
 
 

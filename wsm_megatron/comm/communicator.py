@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from wsm_megatron.comm.heartbeat import Line
+from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.comm.launcher import launched_as
 from wsm_megatron.comm.messages import Failure
 from wsm_megatron.comm.rendezvous import Waiting, connect, forget_stores
 from wsm_megatron.errors import mark_told
-from wsm_megatron.process.gc_paused import no_collection
+from wsm_megatron.process.gc_paused import gc_paused
 
 logger = logging.getLogger(__name__)
 
@@ -31,33 +31,33 @@ class Ranks:
     """This process among the ranks of the job.
 
     Methods marked *collective* must be called by all ranks, in the same order. Whoever waits in one
-    of them raises when another rank fails: within seconds, or within ``line.LOST_AFTER`` seconds
-    where that rank was killed.
+    of them raises when another rank fails: within seconds, or within ``LOST_AFTER`` seconds where
+    that rank was killed.
     """
 
     def __init__(
         self,
         rank: int = 0,
         size: int = 1,
-        line: Line | None = None,
+        heartbeat: Heartbeat | None = None,
         store: dist.Store | None = None,
     ):
-        assert (line is None) == (size == 1)
-        self.rank, self.size, self._line, self._store = rank, size, line, store
+        assert (heartbeat is None) == (size == 1)
+        self.rank, self.size, self._heartbeat, self._store = rank, size, heartbeat, store
         self.phase = "starting"
         self._turn = 0
         self._taken: list[str] = []
         self._checks: list[Callable[[], None]] = []
         self._count, self._counting = 0, threading.Lock()
         self._hear: Callable[[Any], None] = lambda _: None
-        if line is not None:
-            line.health, line.count = self._check_here, lambda: self._count
+        if heartbeat is not None:
+            heartbeat.health, heartbeat.count = self._check_here, lambda: self._count
 
     def check(self) -> None:
         """Raise where the job has failed, on this rank or another. Not collective; cheap."""
         self._check_here()
-        if self._line is not None:
-            self._line.check()
+        if self._heartbeat is not None:
+            self._heartbeat.check()
 
     @contextmanager
     def watching(self, check: Callable[[], None]) -> Iterator[None]:
@@ -83,25 +83,25 @@ class Ranks:
 
     def counted(self) -> int:
         """What all ranks have done by their last sign of life. On rank 0."""
-        return self._count + (0 if self._line is None else self._line.counted())
+        return self._count + (0 if self._heartbeat is None else self._heartbeat.counted())
 
     def tell(self, value: Any) -> None:
         """Let rank 0 hear a small picklable value, within seconds or never. Never waits."""
-        if self.rank == 0 or self._line is None:
+        if self.rank == 0 or self._heartbeat is None:
             self._hear(value)
         else:
-            self._line.tell(value)
+            self._heartbeat.tell(value)
 
     def hear(self, listener: Callable[[Any], None]) -> None:
         """On rank 0: call ``listener``, which must not wait, with what any rank tells."""
         self._hear = listener
-        if self._line is not None:
-            self._line.hear = listener
+        if self._heartbeat is not None:
+            self._heartbeat.hear = listener
 
     def exchange(self) -> None:
         """Give a sign of life now and, on rank 0, listen to the others'. Not collective."""
-        if self._line is not None:
-            self._line.exchange()
+        if self._heartbeat is not None:
+            self._heartbeat.exchange()
 
     def failed(self, error: BaseException) -> list[Failure]:
         """Tell the other ranks that this one ends with an error, unless they know it.
@@ -109,10 +109,10 @@ class Ranks:
         Returns:
             on rank 0, once the others have stopped too, why each rank failed: the first one first.
         """
-        if self._line is None:
+        if self._heartbeat is None:
             return [Failure.of(error, self.rank, self.phase)]
-        self._line.fail(error, self.phase)
-        return self._line.failures() if self.rank == 0 else []
+        self._heartbeat.fail(error, self.phase)
+        return self._heartbeat.failures() if self.rank == 0 else []
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
@@ -127,52 +127,52 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self._line is not None and (first := self._line.fail(error, phase)):
+            if self._heartbeat is not None and (first := self._heartbeat.fail(error, phase)):
                 raise first from error
             raise
-        self.gather(None)
+        self.all_gather(None)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's ``value`` (picklable), in rank order. Collective."""
-        values = self.collect(value)
-        if self._line is None:
+        values = self.gather(value)
+        if self._heartbeat is None:
             return values
         key = self._next()
         if self.rank != 0:
-            return self._line.take(key)
+            return self._heartbeat.take(key)
         self._taken.append(key)
-        self._line.put(key, values)
+        self._heartbeat.put(key, values)
         return values
 
-    def collect(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, in rank order, on rank 0; nothing elsewhere. Collective."""
-        if self._line is None:
+        if self._heartbeat is None:
             return [value]
         key = self._next()
         if self.rank != 0:
-            self._line.put(f"{key}/{self.rank}", value)
+            self._heartbeat.put(f"{key}/{self.rank}", value)
             return []
         values = [value]
         for rank in range(1, self.size):
-            values.append(self._line.take(f"{key}/{rank}"))
-            self._line.forget(f"{key}/{rank}")
+            values.append(self._heartbeat.take(f"{key}/{rank}"))
+            self._heartbeat.forget(f"{key}/{rank}")
         for taken in self._taken:  # by every rank, before it came here
-            self._line.forget(taken)
+            self._heartbeat.forget(taken)
         self._taken = []
         return values
 
-    def from_first(self, compute: Callable[[], T], phase: str) -> T:
+    def broadcast(self, compute: Callable[[], T], phase: str) -> T:
         """``compute()`` of rank 0, on every rank; its failure too. Collective."""
         values: list[T] = []
         with self.together(phase):
             if self.rank == 0:
                 values.append(compute())
-        if self._line is None:
+        if self._heartbeat is None:
             return values[0]
         key = self._next()
         if self.rank != 0:
-            return self._line.take(key)
-        self._line.put(key, values[0])
+            return self._heartbeat.take(key)
+        self._heartbeat.put(key, values[0])
         self._taken.append(key)
         return values[0]
 
@@ -180,7 +180,7 @@ class Ranks:
         """A store for the ranks to meet at once more, of more than one rank. Collective.
 
         A connection of its own where torch can make one (2.5): whoever waits in it keeps no sign
-        of life from the line.
+        of life from the heartbeat.
         """
         assert self._store is not None
         store = self._store.clone() if hasattr(self._store, "clone") else self._store
@@ -188,22 +188,22 @@ class Ranks:
 
     def _enter(self, phase: str) -> None:
         self.phase = phase
-        if self._line is not None:
-            self._line.phase = phase
+        if self._heartbeat is not None:
+            self._heartbeat.phase = phase
 
-    def deal(self, compute: Callable[[int], T], phase: str) -> T:
+    def scatter(self, compute: Callable[[int], T], phase: str) -> T:
         """``compute(rank)``, made for every rank on rank 0; its failure too. Collective."""
         key, values = self._next(), list[T]()
-        with self.together(phase), no_collection():
+        with self.together(phase), gc_paused():
             if self.rank == 0:
                 values.append(compute(0))
                 for rank in range(1, self.size):
-                    assert self._line is not None
-                    self._line.put(f"{key}/{rank}", compute(rank))
+                    assert self._heartbeat is not None
+                    self._heartbeat.put(f"{key}/{rank}", compute(rank))
         if self.rank != 0:
-            assert self._line is not None
-            values.append(self._line.take(f"{key}/{self.rank}"))
-            self._line.forget(f"{key}/{self.rank}")
+            assert self._heartbeat is not None
+            values.append(self._heartbeat.take(f"{key}/{self.rank}"))
+            self._heartbeat.forget(f"{key}/{self.rank}")
         return values[0]
 
     def _next(self) -> str:
@@ -235,22 +235,22 @@ def job_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     logger.info("rank %d of %d", rank, size)
-    line = Line(store, rank, size)
-    _current = ranks = Ranks(rank, size, line, store)
+    heartbeat = Heartbeat(store, rank, size)
+    _current = ranks = Ranks(rank, size, heartbeat, store)
     try:
-        line.exchange()  # heard from now on: a rank killed in its first second is lost, not late
+        heartbeat.exchange()  # heard from now on: a rank killed at once is lost, not late
         if waiting is not None:
-            line.meet(waiting.tell)
+            heartbeat.meet(waiting.tell)
         yield ranks
     except BaseException as error:
         ranks.failed(error)
-        line.report()
+        heartbeat.report()
         mark_told(error)
         forget_stores()
         raise
     finally:
         _current = None
-        line.leave()
+        heartbeat.leave()
 
 
 def _meet() -> tuple[int, int, dist.Store | None, Waiting | None]:

@@ -59,7 +59,7 @@ class EventLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Have an event written, with the time now."""
-        self._todo.put(partial(self._append, self._line(event, fields)))
+        self._todo.put(partial(self._append, self._heartbeat(event, fields)))
 
     def flush(self, within: float = _CLOSE_WITHIN) -> None:
         """Wait until what was told is written; not for ever."""
@@ -79,14 +79,14 @@ class EventLog:
             except queue.Empty:
                 due = time.monotonic() + PROGRESS_EVERY
                 if (progress := self.progress) is not None:
-                    self._append(self._line("progress", progress()))
+                    self._append(self._heartbeat("progress", progress()))
                 continue
             if step is None:
                 break
             step()
         self._stream.close()
 
-    def _line(self, event: str, fields: dict[str, Any]) -> bytes:
+    def _heartbeat(self, event: str, fields: dict[str, Any]) -> bytes:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         seconds = round(time.monotonic() - self._started, 3)
         data = {"event": event, "time": now.replace("+00:00", "Z"), "seconds": seconds, **fields}
@@ -179,7 +179,7 @@ def job_events(path: Path | None, ranks: Ranks, version: str, options: Any) -> I
             if ranks.rank == 0:
                 events.log = EventLog(path)
         _library.addHandler(handler)
-        hosts = ranks.gather(socket.gethostname())
+        hosts = ranks.all_gather(socket.gethostname())
         events.tell("started", version=version, hosts=hosts, **_job(ranks), options=options)
         yield events
     except BaseException as error:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from wsm_megatron.comm.messages import Failure, Sign, reports
 from wsm_megatron.errors import LostError, MergeError
-from wsm_megatron.process.gc_paused import no_collection
+from wsm_megatron.process.gc_paused import gc_paused
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _REPORT_WITHIN = 15
 """Beats within which rank 0 is to have said why the job failed; else another rank does."""
 
 
-class Line:
+class Heartbeat:
     """Values to and from other ranks. Only this object's thread talks to the store.
 
     Args:
@@ -126,7 +126,7 @@ class Line:
             pause = min(1.5 * pause, 0.1)
         count = int(self._ask(lambda: self._store.get(key)))
         data = b"".join(self._part(f"{key}#{i}") for i in range(count))
-        with no_collection():
+        with gc_paused():
             return pickle.loads(data)
 
     def forget(self, key: str) -> None:

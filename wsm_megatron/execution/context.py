@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.checkpoint.region_reader import Cover
+from wsm_megatron.checkpoint.region_reader import RegionReader
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.tasks import Merge, Output, Task
@@ -54,26 +54,26 @@ class Context:
     progress: Progress
     phases: Phases
 
-    def crew(self, threads: int) -> Context:
+    def for_workers(self, threads: int) -> Context:
         """The same for worker threads, of whose seconds the mean counts."""
-        return replace(self, phases=self.phases.crew(threads))
+        return replace(self, phases=self.phases.for_workers(threads))
 
-    def covers(self, task: Task, j: int, inputs: int) -> list[Cover]:
+    def regions(self, task: Task, j: int, inputs: int) -> list[RegionReader]:
         """What a task reads of source ``j``: a cover for each of its first ``inputs``."""
         keys = task.recipe.inputs[:inputs]
-        return [self.readers[j].cover(key, task.part(key, task.box)) for key in keys]
+        return [self.readers[j].region_reader(key, task.part(key, task.box)) for key in keys]
 
     def leave_out(self, task: Task, sources: Iterable[int]) -> None:
         """Do not read what an earlier merge has read for a finished task."""
         keys = task.recipe.inputs
         for j in sources:
-            for key, cover in zip(keys, self.covers(task, j, len(keys)), strict=True):
+            for key, cover in zip(keys, self.regions(task, j, len(keys)), strict=True):
                 cover.leave_out(task.part(key, task.box))
 
 
-def finish(covers: Iterable[Cover], writers: Iterable[ChunkWriter]) -> None:
+def finish(covers: Iterable[RegionReader], writers: Iterable[ChunkWriter]) -> None:
     """Hand in the checksums of what was read, then complete the chunks that were written."""
     for cover in covers:
-        cover.settle()
+        cover.finish()
     for writer in writers:
         writer.finish()

@@ -36,7 +36,7 @@ class Copier:
             context.progress(task.box.numel * task.recipe.cost(1, len(targets)))
             return
         with phases("reading"):
-            covers = context.covers(task, j, len(task.recipe.inputs))
+            covers = context.regions(task, j, len(task.recipe.inputs))
         writers = [target.chunks(task) for target in targets]
         for part in task.box.split(elements):
             if self._stop.is_set():

@@ -16,16 +16,16 @@ from typing import Protocol
 import torch
 
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.checkpoint.region_reader import Cover, read_together
+from wsm_megatron.checkpoint.region_reader import RegionReader, read_together
 from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.execution.context import Context, finish
 from wsm_megatron.execution.copier import Copier
 from wsm_megatron.execution.device import Device
 from wsm_megatron.execution.memory_budget import Budget
-from wsm_megatron.execution.tiles import Memory, Outcome, Tile, Workspace
+from wsm_megatron.execution.tiles import Memory, Tile, TileResult, Workspace
 from wsm_megatron.execution.value_checks import check_variance, explain_nonfinite, wrong_main
 from wsm_megatron.planning.tasks import Rule, Scope, Stage, Task
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 
 Sums = dict[int, torch.Tensor]
 """Float64 sums of a whole task, by merge."""
@@ -56,7 +56,7 @@ class Executor:
     def __init__(
         self, context: Context, budget: Budget, device: Device, peers: Peers | None = None
     ):
-        self._context = context = context.crew(budget.threads)
+        self._context = context = context.for_workers(budget.threads)
         self._phases, self._budget, self._device = context.phases, budget, device
         self._peers, self._stop = peers, threading.Event()
         self._copier = Copier(context, self._stop)
@@ -73,7 +73,7 @@ class Executor:
                 local.workspace, local.sums = self._device.workspace(context.merges), Memory()
             self._run(stage, local.workspace, local.sums)
 
-        work_through(stages, work, self._budget.threads, self._stop, check)
+        run_workers(stages, work, self._budget.threads, self._stop, check)
 
     def _run(self, stage: Stage, workspace: Workspace, sums: Memory) -> None:
         if self._stop.is_set():
@@ -111,7 +111,7 @@ class Executor:
         task, scope, context = stage.task, stage.scope, self._context
         recipe = task.recipe
         with self._phases("reading"):
-            covers = [context.covers(task, j, scope.inputs(recipe, j)) for j in scope.sources]
+            covers = [context.regions(task, j, scope.inputs(recipe, j)) for j in scope.sources]
         writers = [context.targets[k].chunks(task) for k in scope.ending]
         cost = scope.bytes_read(recipe) + scope.bytes_written(recipe)
         started: deque[tuple[Tile, slice]] = deque()
@@ -146,7 +146,7 @@ class Executor:
         with self._phases("writing"):
             finish(chain.from_iterable(covers), chain.from_iterable(writers))
 
-    def _check(self, stage: Stage, tile: Tile, outcome: Outcome) -> None:
+    def _check(self, stage: Stage, tile: Tile, outcome: TileResult) -> None:
         task, scope = stage.task, stage.scope
         if (i := outcome.wrong_main) is not None:
             layout = self._context.readers[scope.sources[i]].layout
@@ -156,9 +156,9 @@ class Executor:
                 assert self._peers is not None
                 self._peers.digest(stage, j, main.elements)
         for k, output in outcome.nonfinite if not self._context.allow_nonfinite else ():
-            members, readers = self._context.merges[k].members, self._context.readers
+            source_indices, readers = self._context.merges[k].source_indices, self._context.readers
             pairs = zip(scope.sources, tile.sources, strict=True)
-            read = [(readers[j].layout, buffers) for j, buffers in pairs if j in members]
+            read = [(readers[j].layout, buffers) for j, buffers in pairs if j in source_indices]
             explain_nonfinite(task, read, task.recipe.outputs[output])
         for outputs in tile.outputs:
             check_variance(task, outputs[0].elements)
@@ -174,7 +174,7 @@ def _rows(stage: Stage, memory: Memory) -> Sums:
     return {k: row.elements for k, row in zip(moving, rows, strict=True)}
 
 
-def _read(task: Task, covers: list[list[Cover]], box: Box, tile: Tile) -> None:
+def _read(task: Task, covers: list[list[RegionReader]], box: Box, tile: Tile) -> None:
     boxes = [task.part(key, box) for key in task.recipe.inputs]
     read_together(
         [

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from wsm_megatron.execution.tiles import (
-    Outcome,
     Summation,
     Tensors,
     Tile,
+    TileResult,
     Workspace,
     carve_all,
     room_for,
@@ -53,7 +53,7 @@ class StagedTile(Tile):
             if self._done is not None:
                 self._done.record(self._stream)
 
-    def finish(self) -> Outcome:
+    def finish(self) -> TileResult:
         if self._done is not None:
             self._done.synchronize()
         return super().finish()

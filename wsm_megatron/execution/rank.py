@@ -25,9 +25,9 @@ from wsm_megatron.execution.device import Device, choose_device, host_device
 from wsm_megatron.execution.executor import Executor, Peers
 from wsm_megatron.execution.memory_budget import Budget, default_memory, make_budget
 from wsm_megatron.execution.timing import Phases, RankReport
-from wsm_megatron.planning.job import Job, Part, places
+from wsm_megatron.planning.job import Job, RankPlan, places
 from wsm_megatron.planning.tasks import Rule, Stage, Task, bytes_read, whole_stages
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.descriptors import check_room
 from wsm_megatron.storage.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.storage.retry import check_storage
@@ -43,7 +43,7 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class RankResult:
-    """What a rank hands to rank 0: its files for each product, and its unfinished checksums."""
+    """What a rank hands to rank 0: its files for each output, and its unfinished checksums."""
 
     files: list[Files]
     ledgers: list[Ledger]
@@ -83,31 +83,31 @@ class RankWork:
 def run_rank(
     job: Job,
     ranks: Ranks,
-    part: Part,
+    rank_plan: RankPlan,
     directories: list[Path],
     progress: ProgressFactory | None,
     phases: Phases,
     before: Callable[[RankWork], None] = lambda _: None,
 ) -> RankResult:
-    """Do this rank's part for every product; its files are on disk when it returns.
+    """Do this rank's part for every output; its files are on disk when it returns.
 
     Args:
-        directories: of the products, not yet published.
+        directories: of the outputs, not yet published.
         progress: as for :func:`.merge`.
         before: what it does with other ranks, before what it does by itself.
     """
     check_room(2 * len(directories))  # a file and its journal for each
     started = time.perf_counter()
     with ExitStack() as stack:
-        work = _open(job, ranks, part, directories, progress, phases, stack)
+        work = _open(job, ranks, rank_plan, directories, progress, phases, stack)
         files = [target.file for target in work.context.targets]
         try:
-            copy_objects(job, part, work.context)
+            copy_objects(job, rank_plan, work.context)
             if ranks.rank == 0:
                 write_common(job, work.context)
             before(work)
-            work.execute(whole_stages(part.tasks, job.merges))
-            beside = _copy_beside(job, part, directories)
+            work.execute(whole_stages(rank_plan.tasks, job.merges))
+            beside = _copy_beside(job, rank_plan, directories)
         except BaseException:
             _abandon(files)
             raise
@@ -126,7 +126,7 @@ def run_rank(
 def _open(
     job: Job,
     ranks: Ranks,
-    part: Part,
+    rank_plan: RankPlan,
     directories: list[Path],
     progress: ProgressFactory | None,
     phases: Phases,
@@ -134,19 +134,19 @@ def _open(
 ) -> RankWork:
     config, options = job.config, job.execution
     memory, threads = options.memory or default_memory(), options.threads or default_threads()
-    device = _device(job, part.tasks, threads)
+    device = _device(job, rank_plan.tasks, threads)
     budget = make_budget(
         memory,
         threads,
         len(job.sources),
-        len(job.products),
+        len(job.outputs),
         job.plan.recipes,
         depth=device.depth,
         wanted_bytes=device.wanted_bytes,
     )
     readers = _open_readers(job, budget, stack)
-    moved = stack.enter_context(_counting(ranks, part, progress))
-    targets = _open_targets(job, ranks, part, directories, phases)
+    moved = stack.enter_context(_counting(ranks, rank_plan, progress))
+    targets = _open_targets(job, ranks, rank_plan, directories, phases)
     context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases)
     return RankWork(ranks, context, device, budget, memory)
 
@@ -154,7 +154,7 @@ def _open(
 def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
     summed = [task for task in tasks if task.recipe.rule is not Rule.COPY]
     nbytes, sources = sum(bytes_read(summed, job.merges)), len(job.sources)
-    merges = len(job.products)
+    merges = len(job.outputs)
     device = choose_device(job.execution.device, sources, merges, nbytes, threads, local_rank())
     logger.info("sums on %s: %s", device.torch_device, device.reason)
     return device
@@ -170,12 +170,14 @@ def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[Checkpoint
 
 
 @contextmanager
-def _counting(ranks: Ranks, part: Part, progress: ProgressFactory | None) -> Iterator[Progress]:
+def _counting(
+    ranks: Ranks, rank_plan: RankPlan, progress: ProgressFactory | None
+) -> Iterator[Progress]:
     """Tell rank 0, and whoever watches this rank, what it has read and written."""
     if progress is None:
         yield ranks.count
         return
-    with progress(ranks.rank, part.nbytes) as bar:
+    with progress(ranks.rank, rank_plan.nbytes) as bar:
 
         def moved(nbytes: int) -> None:
             ranks.count(nbytes)
@@ -185,25 +187,25 @@ def _counting(ranks: Ranks, part: Part, progress: ProgressFactory | None) -> Ite
 
 
 def _open_targets(
-    job: Job, ranks: Ranks, part: Part, directories: list[Path], phases: Phases
+    job: Job, ranks: Ranks, rank_plan: RankPlan, directories: list[Path], phases: Phases
 ) -> list[Target]:
     targets = []
     for k, directory in enumerate(directories):
         with phases("waiting"):
             wait_for_directory(journals(directory), ranks.check)
             wait_for_directory(directory, ranks.check)
-        name, placed = file_name(ranks.rank), job.placed(k, ranks.rank, part)
+        name, placed = file_name(ranks.rank), job.placed(k, ranks.rank, rank_plan)
         journal = journals(directory) / (name + JOURNAL_SUFFIX)
         file = CheckpointFile(directory / name, journal, placed[-1].end if placed else 0)
         targets.append(Target(file, places(placed)))
     return targets
 
 
-def _copy_beside(job: Job, part: Part, directories: list[Path]) -> list[Files]:
-    """Copy the side files of the products that this rank does it for; the copies, by product."""
+def _copy_beside(job: Job, rank_plan: RankPlan, directories: list[Path]) -> list[Files]:
+    """Copy the side files of the outputs that this rank does it for; the copies, by output."""
     return [
-        job.copy_beside(product, directory) if k in part.side_files else {}
-        for k, (product, directory) in enumerate(zip(job.products, directories, strict=True))
+        job.copy_beside(output, directory) if k in rank_plan.side_files else {}
+        for k, (output, directory) in enumerate(zip(job.outputs, directories, strict=True))
     ]
 
 
@@ -230,14 +232,14 @@ def _close(
     def close(file: CheckpointFile) -> None:
         closed[file] = file.close()
 
-    work_through(files, close, min(len(files), MAX_THREADS), threading.Event(), check)
+    run_workers(files, close, min(len(files), MAX_THREADS), threading.Event(), check)
     return closed
 
 
 def _abandon(files: list[CheckpointFile]) -> None:
     """Close files after a failure. Storage that hangs is not waited for."""
     try:
-        work_through(files, CheckpointFile.abandon, 1, threading.Event(), check_storage)
+        run_workers(files, CheckpointFile.abandon, 1, threading.Event(), check_storage)
     except StorageError as error:
         logger.warning("%s; what is not synced is made again", error)
 

@@ -20,7 +20,7 @@ Tensors = list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TileResult:
     """What was found while a tile was summed.
 
     Attributes:
@@ -66,7 +66,9 @@ class Summation:
         self._groups = _groups(scope, merges)
         self._sums = []
         for group in self._groups:
-            own = [(place[j], n) for n, j in enumerate(merges[group[0]].members) if j in place]
+            own = [
+                (place[j], n) for n, j in enumerate(merges[group[0]].source_indices) if j in place
+            ]
             before = [sums_in[k] for k in group if k in sums_in]
             ones = [1.0] * len(before)  # 1.0 times a sum is that sum
             self._sums.append(
@@ -107,7 +109,7 @@ class Summation:
             return [(None if len(outputs) == 1 else outputs[0], outputs[-1])]
         return [(None, model) for model in outputs[1:]]
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> TileResult:
         """What the last :meth:`start` found; waits for it."""
         wrong = [i for i, differs in self._wrong if differs]
         bad = [
@@ -118,7 +120,7 @@ class Summation:
         ]
         last = len(self._recipe.outputs) - 1
         bad += [(k, last) for k, finite in self._rounded if not finite]
-        return Outcome(wrong[0] if wrong else None, tuple(bad))
+        return TileResult(wrong[0] if wrong else None, tuple(bad))
 
 
 class Tile:
@@ -140,7 +142,7 @@ class Tile:
         """Sum what was read, or begin to."""
         self._summation.start()
 
-    def finish(self) -> Outcome:
+    def finish(self) -> TileResult:
         """Wait until the outputs hold the sums."""
         return self._summation.outcome()
 
@@ -251,6 +253,6 @@ def _groups(scope: Scope, merges: Sequence[Merge]) -> list[list[int]]:
     """Merges that are summed from the same tensors, in one pass."""
     groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}
     for k in sorted({*scope.arriving, *scope.leaving, *scope.ending}):
-        own = tuple(j for j in merges[k].members if j in scope.sources)
+        own = tuple(j for j in merges[k].source_indices if j in scope.sources)
         groups.setdefault((own, k if k in scope.arriving else None), []).append(k)
     return list(groups.values())

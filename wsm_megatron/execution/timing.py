@@ -41,7 +41,7 @@ class Phases:
         self._workers: list[dict[str, float]] = []
         self._crews: list[Phases] = []
 
-    def crew(self, threads: int) -> Phases:
+    def for_workers(self, threads: int) -> Phases:
         """Phases of so many worker threads; their mean is added to these."""
         self._crews.append(Phases(threads))
         return self._crews[-1]

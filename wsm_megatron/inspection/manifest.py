@@ -14,7 +14,7 @@ from wsm_megatron.checkpoint.reader import size_and_crc
 from wsm_megatron.errors import MergeError
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.planning.provenance import is_sealed
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.retry import check_storage, watched
 
 _NAMED = 20
@@ -119,7 +119,7 @@ def _compare(
                 f"{expected['crc32']}"
             )
 
-    work_through(sorted(found), look, default_threads(), threading.Event(), check_storage)
+    run_workers(sorted(found), look, default_threads(), threading.Event(), check_storage)
     return dict(sorted(changed.items())), sum(read)
 
 

@@ -26,7 +26,7 @@ from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_un
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.inspection.inspect import is_checkpoint
 from wsm_megatron.inspection.manifest import check_files
-from wsm_megatron.optimizer.main_params import MainsCheck, check_mains
+from wsm_megatron.optimizer.main_params import MainsCheck, check_main_params
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.launch_flags import Launch, launches, position_of
 from wsm_megatron.planning.provenance import read_provenance
@@ -97,7 +97,7 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
     layout = read_layout(path)
     state = load_common(*read_common(path, layout))
     summary, optimizer = summarize(state), optimizer_layout(layout, state)
-    mains = check_mains(layout, attributes(state.get("args")))
+    mains = check_main_params(layout, attributes(state.get("args")))
     provenance = read_provenance(path)
     problems = [*_problems(layout, state, optimizer, mains)]
     if mains.remainders and provenance is not None:

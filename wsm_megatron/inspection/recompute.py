@@ -29,7 +29,7 @@ from wsm_megatron.planning.plan import MergePlan, make_plan
 from wsm_megatron.planning.prepare import common_of_merge, find_mains
 from wsm_megatron.planning.provenance import described
 from wsm_megatron.planning.tasks import VALUE, Output, Rule, Task
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.retry import check_storage
 
@@ -80,7 +80,7 @@ def recompute(
             tasks = [task for task in tasks if not _is_padding(task)]
         comparison = _Comparison(merged, sources, provenance["coefficients"])
         boxes = _all_boxes(tasks) if everything else _some_boxes(tasks, seed)
-        work_through(boxes, comparison.compare, default_threads(), threading.Event(), check_storage)
+        run_workers(boxes, comparison.compare, default_threads(), threading.Event(), check_storage)
         return comparison.elements
     finally:
         for source in sources:
@@ -245,8 +245,8 @@ class _Comparison:
             return [self._copied(task, box, output) for output in recipe.outputs]
         total: torch.Tensor | None = None
         for coefficient, source in zip(self._coefficients, self._sources, strict=True):
-            product = self._summand(task, box, source).double() * coefficient
-            total = product if total is None else total.add_(product)
+            output = self._summand(task, box, source).double() * coefficient
+            total = output if total is None else total.add_(output)
         assert total is not None
         *mains, model = recipe.outputs
         if recipe.splits and recipe.main.rebuilt:
@@ -278,9 +278,9 @@ class _Comparison:
             for key in task.recipe.inputs:
                 region = task.part(key, box)
                 elements = torch.empty(region.numel, dtype=source.layout.tensors[key].dtype)
-                cover = source.cover(key, region)
+                cover = source.region_reader(key, region)
                 cover.read(region, Buffer(elements))
-                cover.settle()
+                cover.finish()
             source.verify()
 
 

@@ -168,12 +168,12 @@ def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]
     for key, entry in reader.layout.tensors.items():
         for chunk in entry.chunks:
             box = Box(chunk.offsets, chunk.sizes)
-            cover = reader.cover(key, box)
+            cover = reader.region_reader(key, box)
             for tile in box.split(_TILE_ELEMENTS):
                 data = torch.empty(tile.numel, dtype=entry.dtype)
                 cover.read(tile, Buffer(data))
                 yield box, key, data
-            cover.settle()
+            cover.finish()
 
 
 def _check_archive(where: str, data: bytes) -> None:

@@ -31,8 +31,8 @@ def weighted_sum(
 ) -> bool:
     """Writes ``outputs[k][e] = round(c[k][0] * x[0][e] + c[k][1] * x[1][e] + ...)`` for all k, e.
 
-    Each product and each sum is rounded in float64, in the order of the sources, starting from the
-    first product and without fused multiply-add; the result is rounded once, to nearest even, to
+    Each output and each sum is rounded in float64, in the order of the sources, starting from the
+    first output and without fused multiply-add; the result is rounded once, to nearest even, to
     the output's dtype. The bits do not depend on the path, the device, or how a tensor is cut into
     calls; only those of a NaN may.
 

@@ -3,7 +3,7 @@
 Why memory is the limit, on an H200 (132 SMs at 1.98 GHz; a copy moves about 4.3 TB/s): there is
 memory time for 2.15e12 bf16 source elements a second. Each must be converted to float64, of which
 an SM does 16 a clock (4.2e12/s: 51 % busy), and takes two float64 instructions for each output,
-because product and sum may not be fused, of which an SM does 64 a clock (16.7e12/s: 26 % busy for
+because output and sum may not be fused, of which an SM does 64 a clock (16.7e12/s: 26 % busy for
 each output). So memory is the limit for any n up to m = 3; at m = 4 and large n the float64 pipe
 is at 103 % and takes over. float32 sources move twice the bytes for the same arithmetic. (Rates
 by NVIDIA's throughput tables for compute capability 9.0: arithmetic, not a measurement.)

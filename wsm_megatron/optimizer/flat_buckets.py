@@ -33,7 +33,7 @@ from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.optimizer.representation import ROUNDED, Bounded, Representation
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.retry import check_storage
 
 BEGINNING = 2**12
@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class FlatMain:
+class FlatMainParam:
     """A main param in a flat bucket: from element ``start`` on, row-major as its model chunk."""
 
     bucket: str
@@ -73,7 +73,7 @@ class Alike:
     """
 
     chunks: tuple[ModelChunk, ...]
-    places: tuple[FlatMain, ...]
+    places: tuple[FlatMainParam, ...]
 
     @property
     def numel(self) -> int:
@@ -115,7 +115,7 @@ class Search:
         ) and all(key in tensors and tensors[key].shape == (self.buckets[key],) for key in buckets)
 
 
-Contents = dict[ModelChunk | FlatMain, bytes]
+Contents = dict[ModelChunk | FlatMainParam, bytes]
 """What a checkpoint holds in model chunks and, rounded, in places: equal bytes, equal contents."""
 
 
@@ -152,16 +152,16 @@ def search(layout: Layout, usual: Representation = ROUNDED) -> Search:
     reader = CheckpointReader(layout)
     try:
         index = _index(reader, chunks, usual)
-        found: list[tuple[_Beginning, FlatMain]] = []
+        found: list[tuple[_Beginning, FlatMainParam]] = []
 
         def scan(bucket: str) -> None:
             for beginning, start in _Scan(reader, bucket, index).run():
-                found.append((beginning, FlatMain(bucket, start)))
+                found.append((beginning, FlatMainParam(bucket, start)))
 
         in_threads(sorted(buckets), scan)
     finally:
         reader.close()
-    places: dict[_Beginning, list[FlatMain]] = defaultdict(list)
+    places: dict[_Beginning, list[FlatMainParam]] = defaultdict(list)
     for beginning, place in found:
         places[beginning].append(place)
     alike = [
@@ -221,7 +221,7 @@ def contents(layout: Layout, alike: Iterable[Alike], usual: Representation = ROU
 
 def in_threads(items: Iterable[_T], work: Callable[[_T], None]) -> None:
     """Call ``work`` for every item, on :data:`THREADS` threads; its first failure is raised."""
-    work_through(items, work, THREADS, threading.Event(), check_storage)
+    run_workers(items, work, THREADS, threading.Event(), check_storage)
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,7 @@ def _of_chunk(reader: CheckpointReader, chunk: ModelChunk) -> Iterator[torch.Ten
 
 
 def _of_place(
-    reader: CheckpointReader, place: FlatMain, chunk: ModelChunk
+    reader: CheckpointReader, place: FlatMainParam, chunk: ModelChunk
 ) -> Iterator[torch.Tensor]:
     """A main param, in the same pieces as the model chunk."""
     start = place.start
@@ -414,7 +414,7 @@ def _of_place(
 
 
 def _is_at(
-    reader: CheckpointReader, chunk: ModelChunk, place: FlatMain, usual: Representation
+    reader: CheckpointReader, chunk: ModelChunk, place: FlatMainParam, usual: Representation
 ) -> bool:
     pieces = zip(_of_chunk(reader, chunk), _of_place(reader, place, chunk), strict=True)
     return not any(usual.differ(main, model) for model, main in pieces)

@@ -20,7 +20,7 @@ from wsm_megatron.errors import MergeError, some
 from wsm_megatron.optimizer.flat_buckets import (
     Alike,
     Contents,
-    FlatMain,
+    FlatMainParam,
     ModelChunk,
     Search,
     Span,
@@ -37,7 +37,7 @@ Told = Sequence[tuple[Path, Contents]]
 
 
 @dataclass(frozen=True)
-class FlatMains:
+class FlatMainParams:
     """Main params in flat buckets, by model chunk.
 
     Attributes:
@@ -47,7 +47,7 @@ class FlatMains:
         repeated: model tensors of which several ranks keep a main param each (norms, under TP).
     """
 
-    places: dict[ModelChunk, FlatMain] = field(default_factory=dict)
+    places: dict[ModelChunk, FlatMainParam] = field(default_factory=dict)
     missing: dict[ModelChunk, Path] = field(default_factory=dict)
     unknown: dict[str, list[Span]] = field(default_factory=dict)
     repeated: frozenset[str] = frozenset()
@@ -82,12 +82,12 @@ class FlatMains:
         return _by_bucket((main, box.numel) for (_, box), main in self.places.items())
 
 
-def find_flat_mains(
+def find_flat_main_params(
     newest: Layout,
     older: Sequence[Layout] = (),
     usual: Representation = ROUNDED,
     must: bool = True,
-) -> FlatMains:
+) -> FlatMainParams:
     """Find the main params of the newest source's flat buckets, which lie alike in all sources.
 
     A few kilobytes of each model chunk and main param are read; where that does not tell two
@@ -109,7 +109,7 @@ def find_flat_mains(
     )
 
 
-def settle(found: Search, told: Told, must: bool = True) -> FlatMains:
+def settle(found: Search, told: Told, must: bool = True) -> FlatMainParams:
     """:func:`match`, refused where a model tensor's main param is of other weights.
 
     Args:
@@ -142,9 +142,9 @@ def settle(found: Search, told: Told, must: bool = True) -> FlatMains:
     return flat
 
 
-def match(found: Search, told: Told) -> FlatMains:
+def match(found: Search, told: Told) -> FlatMainParams:
     """Give every model chunk its place."""
-    places: dict[ModelChunk, FlatMain] = {}
+    places: dict[ModelChunk, FlatMainParam] = {}
     missing: dict[ModelChunk, Path] = {}
     explained = []
     repeated: set[str] = set()
@@ -163,12 +163,12 @@ def match(found: Search, told: Told) -> FlatMains:
         known_here = sorted([*spans.get(bucket, ()), *found.padding[bucket]])
         if gaps := list(_between(known_here, 0, end)):
             unknown[bucket] = gaps
-    return FlatMains(places, missing, unknown, frozenset(repeated))
+    return FlatMainParams(places, missing, unknown, frozenset(repeated))
 
 
 def _equal(one: Alike, told: Sequence[Contents]) -> Iterable[tuple[list, list]]:
     """Groups of chunks and places that are equal in every checkpoint."""
-    groups: dict[tuple[bytes, ...], tuple[list[ModelChunk], list[FlatMain]]] = {}
+    groups: dict[tuple[bytes, ...], tuple[list[ModelChunk], list[FlatMainParam]]] = {}
     for chunk in one.chunks:
         groups.setdefault(tuple(kept[chunk] for kept in told), ([], []))[0].append(chunk)
     for place in one.places:
@@ -187,7 +187,7 @@ def _blamed(chunk: ModelChunk, one: Alike, told: Told) -> Path | None:
     return None
 
 
-def _by_bucket(mains: Iterable[tuple[FlatMain, int]]) -> dict[str, list[Span]]:
+def _by_bucket(mains: Iterable[tuple[FlatMainParam, int]]) -> dict[str, list[Span]]:
     spans: dict[str, list[Span]] = {}
     for main, numel in mains:
         spans.setdefault(main.bucket, []).append((main.start, main.start + numel))

@@ -22,7 +22,7 @@ from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.optimizer.flat_buckets import contents, in_threads, search
-from wsm_megatron.optimizer.flat_main_params import FlatMains, match
+from wsm_megatron.optimizer.flat_main_params import FlatMainParams, match
 from wsm_megatron.optimizer.precision import Kinds, are_remainders, kinds_of
 from wsm_megatron.optimizer.representation import ROUNDED, Bounded
 
@@ -64,7 +64,7 @@ class MainsCheck:
         return bool(self.unlike or (self.why_unlike and self.buckets))
 
 
-def check_mains(layout: Layout, args: Mapping[str, Any] | None = None) -> MainsCheck:
+def check_main_params(layout: Layout, args: Mapping[str, Any] | None = None) -> MainsCheck:
     """Compare every main param of a checkpoint with its model tensor; reads both once.
 
     Args:
@@ -103,7 +103,7 @@ def check_mains(layout: Layout, args: Mapping[str, Any] | None = None) -> MainsC
     )
 
 
-def _flat(layout: Layout, kinds: Kinds) -> FlatMains:
+def _flat(layout: Layout, kinds: Kinds) -> FlatMainParams:
     found = search(layout, kinds.usual)
     return match(found, [(layout.path, contents(layout, found.alike, kinds.usual))])
 

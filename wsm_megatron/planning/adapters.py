@@ -1,4 +1,4 @@
-"""Adapters (LoRA) are products of two matrices: the product of two means is no mean of products.
+"""Adapters (LoRA) are outputs of two matrices: the output of two means is no mean of outputs.
 Pure."""
 
 from __future__ import annotations

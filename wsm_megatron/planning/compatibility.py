@@ -199,7 +199,7 @@ def _check_same_optimizer(layout: Layout, newest: Layout, config: MergeConfig) -
         )
 
 
-def rebuilds_mains(layouts: Sequence[Layout], config: MergeConfig) -> bool:
+def rebuilds_main_params(layouts: Sequence[Layout], config: MergeConfig) -> bool:
     """Main params come from the merged model: asked for, or not all sources have the newest's.
 
     Raises:

@@ -21,11 +21,11 @@ from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 
 @dataclass(frozen=True)
-class Product:
+class OutputCheckpoint:
     """One merged checkpoint of a job.
 
     Attributes:
-        members: its sources, as indices into the job's, oldest first.
+        source_indices: its sources, as indices into the job's, oldest first.
         objects: byte entries taken over from its newest source.
         common: its common state, ready to be written.
         in_distcp: the common state is an entry of the distcp files, not a file of its own.
@@ -33,7 +33,7 @@ class Product:
 
     root: Path
     iteration: int
-    members: tuple[int, ...]
+    source_indices: tuple[int, ...]
     decay: MergeCoefficients
     objects: tuple[str, ...]
     common: bytes
@@ -46,22 +46,22 @@ class Product:
 
     @property
     def newest(self) -> int:
-        return self.members[-1]
+        return self.source_indices[-1]
 
     @property
     def merge(self) -> Merge:
-        return Merge(self.members, self.decay.coefficients)
+        return Merge(self.source_indices, self.decay.coefficients)
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPlan:
     """What one rank does.
 
     Attributes:
         tasks: those that it does by itself.
-        written: for every product, the tasks whose chunks it stores, in the order of its file.
-        objects: for every product, the byte entries that it copies.
-        side_files: products, by number, whose side files it copies.
+        written: for every output, the tasks whose chunks it stores, in the order of its file.
+        objects: for every output, the byte entries that it copies.
+        side_files: outputs, by number, whose side files it copies.
         nbytes: bytes that it reads and writes, by itself and with others.
     """
 
@@ -74,52 +74,54 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """Sources, what is made of them, and the plan that all products share.
+    """Sources, what is made of them, and the plan that all outputs share.
 
     Attributes:
-        dealt_for: what the ranks' shares were cut for, where some of its products are left out:
+        scattered_for: what the ranks' shares were cut for, where some of its outputs are left out:
             those that remain keep their places in the ranks' files.
     """
 
     config: MergeConfig
     sources: tuple[Source, ...]
-    products: tuple[Product, ...]
+    outputs: tuple[OutputCheckpoint, ...]
     plan: MergePlan
-    dealt_for: tuple[Merge, ...] = ()
+    scattered_for: tuple[Merge, ...] = ()
     execution: ExecutionOptions = ExecutionOptions()
 
-    def iterations(self, product: Product) -> tuple[int, ...]:
-        return tuple(self.sources[j].iteration for j in product.members)
+    def iterations(self, output: OutputCheckpoint) -> tuple[int, ...]:
+        return tuple(self.sources[j].iteration for j in output.source_indices)
 
-    def newest(self, product: Product) -> Layout:
-        return self.sources[product.newest].layout
+    def newest(self, output: OutputCheckpoint) -> Layout:
+        return self.sources[output.newest].layout
 
     @property
     def merges(self) -> list[Merge]:
-        return [product.merge for product in self.products]
+        return [output.merge for output in self.outputs]
 
-    def only(self, products: Sequence[int]) -> Job:
-        """The same job for some of its products, and the sources that these are of."""
-        kept, used = [self.products[k] for k in products], self.used_by(products)
+    def only(self, outputs: Sequence[int]) -> Job:
+        """The same job for some of its outputs, and the sources that these are of."""
+        kept, used = [self.outputs[k] for k in outputs], self.used_by(outputs)
         place = {j: n for n, j in enumerate(used)}
         return replace(
             self,
             sources=tuple(self.sources[j] for j in used),
-            products=tuple(replace(p, members=tuple(place[j] for j in p.members)) for p in kept),
-            dealt_for=self.dealt_for or tuple(self.merges),
+            outputs=tuple(
+                replace(p, source_indices=tuple(place[j] for j in p.source_indices)) for p in kept
+            ),
+            scattered_for=self.scattered_for or tuple(self.merges),
         )
 
-    def used_by(self, products: Sequence[int]) -> list[int]:
-        """The sources that some of its products are of."""
-        return sorted({j for k in products for j in self.products[k].members})
+    def used_by(self, outputs: Sequence[int]) -> list[int]:
+        """The sources that some of its outputs are of."""
+        return sorted({j for k in outputs for j in self.outputs[k].source_indices})
 
-    def parts(self, ranks: int) -> tuple[Part, ...]:
+    def rank_plans(self, ranks: int) -> tuple[RankPlan, ...]:
         """What every rank does where all see all files: rank 0 also what is no tensor."""
-        shares = self.plan.shares(ranks, self.dealt_for or self.merges)
-        every = [product.objects for product in self.products]
+        shares = self.plan.shares(ranks, self.scattered_for or self.merges)
+        every = [output.objects for output in self.outputs]
         none: list[tuple[str, ...]] = [() for _ in every]
         return tuple(
-            self.part(
+            self.rank_plan(
                 rank,
                 share,
                 [share] * len(every),
@@ -129,7 +131,7 @@ class Job:
             for rank, share in enumerate(shares)
         )
 
-    def part(
+    def rank_plan(
         self,
         rank: int,
         tasks: Sequence[Task],
@@ -137,75 +139,77 @@ class Job:
         objects: Sequence[Sequence[str]],
         side_files: Sequence[int],
         more: int = 0,
-    ) -> Part:
-        """A rank's part. ``more``: bytes that it reads and writes with other ranks."""
+    ) -> RankPlan:
+        """A rank's plan. ``more``: bytes that it reads and writes with other ranks."""
         nbytes = sum(costs(tasks, self.merges)) + self._objects_read(objects)
         nbytes += self._objects_written(objects, rank == 0) + more
-        return Part(tasks, written, objects, side_files, nbytes)
+        return RankPlan(tasks, written, objects, side_files, nbytes)
 
     def bytes_to_read(self) -> int:
         """Bytes of tensors and objects, over all ranks."""
-        objects = [product.objects for product in self.products]
+        objects = [output.objects for output in self.outputs]
         return sum(bytes_read(self.plan.tasks, self.merges)) + self._objects_read(objects)
 
     def bytes_to_write(self) -> int:
-        """Bytes of all products' tensors, objects and side files."""
-        objects = [product.objects for product in self.products]
-        tensors = self.plan.bytes_to_write() * len(self.products)
-        beside = sum(self.sources[product.newest].beside.nbytes for product in self.products)
+        """Bytes of all outputs' tensors, objects and side files."""
+        objects = [output.objects for output in self.outputs]
+        tensors = self.plan.bytes_to_write() * len(self.outputs)
+        beside = sum(self.sources[output.newest].beside.nbytes for output in self.outputs)
         return tensors + self._objects_written(objects, True) + beside
 
     def stored_bytes(self) -> list[int]:
-        """Bytes that each product takes up: containers, objects, common state, side files."""
+        """Bytes that each output takes up: containers, objects, common state, side files."""
         tensors = sum(item.stored_bytes for item in chunks_of(self.plan.tasks))
-        return [tensors + self._beside_tensors(product) for product in self.products]
+        return [tensors + self._beside_tensors(output) for output in self.outputs]
 
-    def _beside_tensors(self, product: Product) -> int:
-        objects = sum(item.nbytes for item in self._objects(product, product.objects, True))
-        common = 0 if product.in_distcp else len(product.common)
-        return objects + common + self.sources[product.newest].beside.nbytes
+    def _beside_tensors(self, output: OutputCheckpoint) -> int:
+        objects = sum(item.nbytes for item in self._objects(output, output.objects, True))
+        common = 0 if output.in_distcp else len(output.common)
+        return objects + common + self.sources[output.newest].beside.nbytes
 
-    def copy_beside(self, product: Product, directory: Path) -> Files:
+    def copy_beside(self, output: OutputCheckpoint, directory: Path) -> Files:
         """Copy what lies beside the newest source's tensors; size and CRC-32 of the copies."""
-        source, kept = self.sources[product.newest], self.config.keeps_optimizer
-        return copy_side_files(source.path, source.beside, directory, product.iteration, kept)
+        source, kept = self.sources[output.newest], self.config.keeps_optimizer
+        return copy_side_files(source.path, source.beside, directory, output.iteration, kept)
 
-    def placed(self, k: int, rank: int, part: Part) -> list[Placed]:
-        """Everything that one rank stores for product ``k``, in the order of its file."""
-        items = self._objects(self.products[k], part.objects[k], rank == 0)
-        return place([*items, *chunks_of(part.written[k])], rank)
+    def placed(self, k: int, rank: int, rank_plan: RankPlan) -> list[Placed]:
+        """Everything that one rank stores for output ``k``, in the order of its file."""
+        items = self._objects(self.outputs[k], rank_plan.objects[k], rank == 0)
+        return place([*items, *chunks_of(rank_plan.written[k])], rank)
 
-    def takers(self, objects: Sequence[Sequence[str]]) -> dict[tuple[int, str], list[int]]:
-        """Of byte entries that products copy: which products take each, by source and key."""
-        takers: dict[tuple[int, str], list[int]] = {}
+    def consumers(self, objects: Sequence[Sequence[str]]) -> dict[tuple[int, str], list[int]]:
+        """Of byte entries that outputs copy: which outputs take each, by source and key."""
+        consumers: dict[tuple[int, str], list[int]] = {}
         for k, keys in enumerate(objects):
             for key in keys:
-                takers.setdefault((self.products[k].newest, key), []).append(k)
-        return takers
+                consumers.setdefault((self.outputs[k].newest, key), []).append(k)
+        return consumers
 
-    def common_key(self, product: Product) -> str | None:
+    def common_key(self, output: OutputCheckpoint) -> str | None:
         """Key of the common state's entry; None where it is a file of its own."""
-        return COMMON_KEY if product.in_distcp else None
+        return COMMON_KEY if output.in_distcp else None
 
-    def marker(self, product: Product) -> dict[str, Any]:
+    def marker(self, output: OutputCheckpoint) -> dict[str, Any]:
         """What goes into ``metadata.json``."""
-        return marker_for(self.newest(product).marker, product.in_distcp)
+        return marker_for(self.newest(output).marker, output.in_distcp)
 
-    def _objects(self, product: Product, keys: Sequence[str], with_common: bool) -> list[Item]:
-        layout = self.newest(product)
+    def _objects(
+        self, output: OutputCheckpoint, keys: Sequence[str], with_common: bool
+    ) -> list[Item]:
+        layout = self.newest(output)
         items = [Item(key, nbytes=layout.objects[key].nbytes) for key in keys]
-        if with_common and (key := self.common_key(product)):
-            items.append(Item(key, nbytes=len(product.common)))
+        if with_common and (key := self.common_key(output)):
+            items.append(Item(key, nbytes=len(output.common)))
         return items
 
     def _objects_read(self, objects: Sequence[Sequence[str]]) -> int:
-        return sum(self.sources[j].layout.objects[key].nbytes for j, key in self.takers(objects))
+        return sum(self.sources[j].layout.objects[key].nbytes for j, key in self.consumers(objects))
 
     def _objects_written(self, objects: Sequence[Sequence[str]], with_common: bool) -> int:
         return sum(
             item.nbytes
-            for product, keys in zip(self.products, objects, strict=True)
-            for item in self._objects(product, keys, with_common)
+            for output, keys in zip(self.outputs, objects, strict=True)
+            for item in self._objects(output, keys, with_common)
         )
 
 

@@ -23,7 +23,7 @@ from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.flat_buckets import flat_buckets
-from wsm_megatron.optimizer.flat_main_params import FlatMains
+from wsm_megatron.optimizer.flat_main_params import FlatMainParams
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _check_mains_alone(layout: Layout, option: str, patterns: Sequence[str]) -> 
             )
 
 
-def check_flat(layout: Layout, choice: Choice, flat: FlatMains) -> None:
+def check_flat(layout: Layout, choice: Choice, flat: FlatMainParams) -> None:
     """Raise ``UsageError`` where a model tensor is copied or left out, and its main param cannot be
     because it lies in a flat bucket."""
     mains = [key for key, entry in layout.tensors.items() if entry.role is Role.MAIN]

@@ -13,14 +13,14 @@ from wsm_megatron.checkpoint.keys import (
     Role,
     is_flat_bucket,
     main_of,
-    mains_beside,
+    main_params_beside,
 )
 from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError, UsageError, some
-from wsm_megatron.optimizer.flat_main_params import FlatMain, FlatMains
+from wsm_megatron.optimizer.flat_main_params import FlatMainParam, FlatMainParams
 from wsm_megatron.optimizer.precision import Kinds
 from wsm_megatron.optimizer.representation import Representation
 from wsm_megatron.planning.compatibility import (
@@ -29,7 +29,7 @@ from wsm_megatron.planning.compatibility import (
     check_remainders,
     check_same_model,
     check_unknown,
-    rebuilds_mains,
+    rebuilds_main_params,
     warn_of_remainders,
 )
 from wsm_megatron.planning.patterns import Choice, check_flat, check_patterns, choose
@@ -51,7 +51,7 @@ class MergePlan:
     recipes: tuple[Recipe, ...]
     tasks: tuple[Task, ...]
     left_out: tuple[str, ...]
-    rebuilds_mains: bool = False
+    rebuilds_main_params: bool = False
     """Main params are the merged model's, not merged themselves."""
 
     def bytes_to_write(self) -> int:
@@ -72,7 +72,7 @@ class MergePlan:
 def make_plan(
     layouts: Sequence[Layout],
     config: MergeConfig,
-    flat: FlatMains | None = None,
+    flat: FlatMainParams | None = None,
     kinds: Kinds | None = None,
 ) -> MergePlan:
     """Plan a merge of checkpoints, oldest first.
@@ -88,7 +88,7 @@ def make_plan(
             and the key.
         MergeError: what would be written is not every tensor, whole.
     """
-    newest, flat, kinds = layouts[-1], flat or FlatMains(), kinds or Kinds()
+    newest, flat, kinds = layouts[-1], flat or FlatMainParams(), kinds or Kinds()
     if config.keeps_optimizer:
         check_remainders(newest, kinds, config)
     check_patterns(layouts, config)
@@ -98,7 +98,7 @@ def make_plan(
     if config.keeps_optimizer:
         check_optimizer(layouts, choice, config)
         check_flat(newest, choice, flat)
-    rebuilds = rebuilds_mains(layouts, config)
+    rebuilds = rebuilds_main_params(layouts, config)
     mains = _read_with_models(layouts, config, choice, kinds)
     recipes = _recipes(newest, replace(config, rebuild_main_params=rebuilds), choice, mains)
     if all(recipe.rule is Rule.COPY for recipe in recipes):
@@ -239,7 +239,7 @@ def _tasks(
     recipe: Recipe,
     newest: Layout,
     choice: Choice,
-    flat: FlatMains,
+    flat: FlatMainParams,
     kinds: Kinds,
     config: MergeConfig,
 ) -> Iterator[tuple[Location, Task]]:
@@ -263,7 +263,7 @@ def _tasks(
                 yield chunk.location, part
 
 
-def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMains) -> Iterator[Task]:
+def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMainParams) -> Iterator[Task]:
     """What of a flat bucket's chunk is done for itself; main params go with their model."""
     for part in flat.rest(recipe.key, whole):
         yield Task(recipe, part)
@@ -275,14 +275,14 @@ def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMains) -> Iterator[Task]
                 yield Task(copy, common)
 
 
-def _copied_moments(recipe: Recipe, choice: Choice, flat: FlatMains) -> FlatMains:
+def _copied_moments(recipe: Recipe, choice: Choice, flat: FlatMainParams) -> FlatMainParams:
     """Where in a flat bucket that is merged the moments of copied model tensors lie."""
     if recipe.rule is Rule.COPY or not choice.copied:
-        return FlatMains()
-    mains = mains_beside(recipe.key)
-    return FlatMains(
+        return FlatMainParams()
+    mains = main_params_beside(recipe.key)
+    return FlatMainParams(
         {
-            chunk: FlatMain(recipe.key, place.start)
+            chunk: FlatMainParam(recipe.key, place.start)
             for chunk, place in flat.places.items()
             if place.bucket == mains and chunk[0] in choice.copied
         }

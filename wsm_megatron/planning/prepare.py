@@ -14,19 +14,19 @@ from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
 from wsm_megatron.config import ExecutionOptions, MergeConfig
-from wsm_megatron.optimizer.flat_main_params import FlatMains, find_flat_mains
+from wsm_megatron.optimizer.flat_main_params import FlatMainParams, find_flat_main_params
 from wsm_megatron.optimizer.precision import Kinds, args_of, kinds_of
 from wsm_megatron.planning.adapters import adapter_pairs
 from wsm_megatron.planning.compatibility import check_alike
 from wsm_megatron.planning.integers import check_integers
-from wsm_megatron.planning.job import Job, Product
+from wsm_megatron.planning.job import Job, OutputCheckpoint
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.plan import kept_objects, make_plan
 from wsm_megatron.planning.provenance import describe, describe_source
 from wsm_megatron.planning.selection import selector
 from wsm_megatron.planning.sources import Source, check_saves, open_source
 from wsm_megatron.planning.tasks import Rule
-from wsm_megatron.process.gc_paused import no_collection
+from wsm_megatron.process.gc_paused import gc_paused
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint, Window
 
@@ -45,7 +45,7 @@ def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOpti
     Raises:
         UsageError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
-    with no_collection():
+    with gc_paused():
         select = selector(config.load, config.allow_lr_decay).select
         wanted = wanted_merges(config, lambda window: select(window, config.sliding_every))
         sources = tuple(open_source(config.load, c.iteration) for c in all_of(wanted))
@@ -61,7 +61,7 @@ def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOpti
 
 def find_mains(
     config: MergeConfig, newest: Layout, older: Sequence[Layout]
-) -> tuple[FlatMains | None, Kinds]:
+) -> tuple[FlatMainParams | None, Kinds]:
     """Main params that are merged: where they lie in the newest source's flat buckets, if it has
     some, and how they are kept.
 
@@ -71,14 +71,14 @@ def find_mains(
     kinds = kinds_of(newest, args_of(*read_common(newest.path, newest)))
     if not config.keeps_optimizer and not kinds.usual.finer:
         return None, kinds
-    return find_flat_mains(newest, older, kinds.usual, must=config.keeps_optimizer), kinds
+    return find_flat_main_params(newest, older, kinds.usual, must=config.keeps_optimizer), kinds
 
 
 def plan_job(
     config: MergeConfig,
     wanted: Wanted,
     sources: tuple[Source, ...],
-    flat: FlatMains | None,
+    flat: FlatMainParams | None,
     kinds: Kinds,
     common_of: Callable[[Source], tuple[bytes, str]],
 ) -> Job:
@@ -91,26 +91,26 @@ def plan_job(
     check_saves(sources)
     layouts = [source.layout for source in sources]
     plan = make_plan(layouts, config, flat, kinds)
-    if plan.rebuilds_mains and not config.rebuild_main_params:
+    if plan.rebuilds_main_params and not config.rebuild_main_params:
         logger.warning(
             "the sources keep their optimizer state differently: main params are rebuilt from the "
             "merged model, as with --rebuild-main-params"
         )
         config = replace(config, rebuild_main_params=True)
         wanted = [(replace(one, rebuild_main_params=True), chosen) for one, chosen in wanted]
-    products = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
-    job = Job(config, sources, products, plan)
+    outputs = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
+    job = Job(config, sources, outputs, plan)
     _check_copied(job)
     _warn_of_adapters(job)
-    newest = sorted({product.newest for product in products})
+    newest = sorted({output.newest for output in outputs})
     warn_of_left_out([(sources[j].path, sources[j].beside) for j in newest])
     return job
 
 
 def _check_copied(job: Job) -> None:
-    """Every product's own newest source has what is copied from it."""
+    """Every output's own newest source has what is copied from it."""
     copied = [recipe for recipe in job.plan.recipes if recipe.rule is Rule.COPY]
-    layouts = [job.newest(product) for product in job.products] + [job.sources[-1].layout]
+    layouts = [job.newest(output) for output in job.outputs] + [job.sources[-1].layout]
     for recipe in copied:
         for key in recipe.inputs:
             check_alike(layouts, key)
@@ -120,8 +120,8 @@ def _warn_of_adapters(job: Job) -> None:
     summed = [recipe.key for recipe in job.plan.recipes if recipe.rule is not Rule.COPY]
     if pairs := adapter_pairs(summed):
         logger.warning(
-            "%s: %s are factors of adapters (LoRA), as are %d pairs in all: the product of merged "
-            "factors is not the merge of their products, unless one of them is the same in all "
+            "%s: %s are factors of adapters (LoRA), as are %d pairs in all: the output of merged "
+            "factors is not the merge of their outputs, unless one of them is the same in all "
             "sources; merge checkpoints whose adapters are folded into the weights instead",
             job.sources[-1].path, " and ".join(pairs[0]), len(pairs),
         )  # fmt: skip
@@ -181,13 +181,13 @@ def _product(
     chosen: tuple[Checkpoint, ...],
     opened: tuple[Source, ...],
     common_of: Callable[[Source], tuple[bytes, str]],
-) -> Product:
+) -> OutputCheckpoint:
     decay = MergeCoefficients.over(
         chosen, config.decay, config.min_decay, config.weights, config.allow_unnormalized
     )
     index = {source.iteration: j for j, source in enumerate(opened)}
-    members = tuple(index[checkpoint.iteration] for checkpoint in chosen)
-    sources = tuple(opened[j] for j in members)
+    source_indices = tuple(index[checkpoint.iteration] for checkpoint in chosen)
+    sources = tuple(opened[j] for j in source_indices)
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
     before = load_common(*common_of(newest))
@@ -195,10 +195,10 @@ def _product(
     provenance = describe(described, decay, config, iteration)
     provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
     common = common_of_merge(newest.layout, before, config, iteration, provenance)
-    return Product(
+    return OutputCheckpoint(
         root=_root(whole, config),
         iteration=iteration,
-        members=members,
+        source_indices=source_indices,
         decay=decay,
         objects=common.objects,
         common=dump_common(common.state, in_distcp=common.in_distcp),

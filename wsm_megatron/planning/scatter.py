@@ -10,30 +10,30 @@ from dataclasses import replace
 
 from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.layout import Chunk, Layout
-from wsm_megatron.planning.job import Job, Part
+from wsm_megatron.planning.job import Job, RankPlan
 from wsm_megatron.planning.plan import MergePlan
 from wsm_megatron.planning.tasks import Task, sources_read
 
 
-class Dealer:
-    """Cuts a job into its ranks' parts."""
+class JobSlices:
+    """A job cut along its ranks' plans: what each rank is sent."""
 
-    def __init__(self, job: Job, parts: Sequence[Part]):
-        self._job, self._parts = job, parts
+    def __init__(self, job: Job, rank_plans: Sequence[RankPlan]):
+        self._job, self._rank_plans = job, rank_plans
         self._sources = sources_read(job.merges)
         self._indices: list[dict[str, ChunkIndex]] = [{} for _ in job.sources]
 
-    def deal(self, rank: int) -> tuple[Job, Part]:
-        """The job as a rank needs it to do its part. Rank 0, which publishes, gets all of it."""
-        part = self._parts[rank]
+    def of(self, rank: int) -> tuple[Job, RankPlan]:
+        """The job as a rank needs it to do its part. Rank 0, which publishes, gets all."""
+        rank_plan = self._rank_plans[rank]
         if rank == 0:
-            return self._job, part
+            return self._job, rank_plan
         sources = [
-            replace(source, layout=self._only(j, source.layout, part.tasks))
+            replace(source, layout=self._only(j, source.layout, rank_plan.tasks))
             for j, source in enumerate(self._job.sources)
         ]
-        plan = replace(self._job.plan, tasks=tuple(part.tasks))
-        return replace(self._job, sources=tuple(sources), plan=plan), part
+        plan = replace(self._job.plan, tasks=tuple(rank_plan.tasks))
+        return replace(self._job, sources=tuple(sources), plan=plan), rank_plan
 
     def _only(self, j: int, layout: Layout, tasks: Sequence[Task]) -> Layout:
         """A source's layout with the chunks that tasks read."""
@@ -64,5 +64,5 @@ def outline(job: Job) -> Job:
         replace(source, layout=replace(source.layout, tensors={}, objects={}))
         for source in job.sources
     ]
-    plan = MergePlan((), (), job.plan.left_out, job.plan.rebuilds_mains)
+    plan = MergePlan((), (), job.plan.left_out, job.plan.rebuilds_main_params)
     return replace(job, sources=tuple(sources), plan=plan)

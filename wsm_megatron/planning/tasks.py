@@ -10,7 +10,7 @@ import torch
 
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.region import Box, span_of
-from wsm_megatron.optimizer.flat_buckets import FlatMain
+from wsm_megatron.optimizer.flat_buckets import FlatMainParam
 from wsm_megatron.optimizer.representation import ROUNDED, Representation
 
 VALUE = torch.float32
@@ -104,9 +104,9 @@ class Task:
 
     recipe: Recipe
     box: Box
-    flat: FlatMain | None = None
+    flat: FlatMainParam | None = None
 
-    def __reduce__(self) -> tuple[type[Task], tuple[Recipe, Box, FlatMain | None]]:
+    def __reduce__(self) -> tuple[type[Task], tuple[Recipe, Box, FlatMainParam | None]]:
         return Task, (self.recipe, self.box, self.flat)  # what dataclasses do takes ten times that
 
     def part(self, key: str, tile: Box) -> Box:
@@ -121,7 +121,7 @@ class Task:
         for box in self.box.split(limit):
             flat = self.flat
             if flat is not None:
-                flat = FlatMain(flat.bucket, self.part(flat.bucket, box).offsets[0])
+                flat = FlatMainParam(flat.bucket, self.part(flat.bucket, box).offsets[0])
             yield Task(self.recipe, box, flat)
 
 
@@ -129,12 +129,12 @@ class Task:
 class Merge:
     """Coefficients of one merged checkpoint, for some of the sources, oldest first."""
 
-    members: tuple[int, ...]
+    source_indices: tuple[int, ...]
     coefficients: tuple[float, ...]
 
     @property
     def newest(self) -> int:
-        return self.members[-1]
+        return self.source_indices[-1]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def whole_stages(tasks: Iterable[Task], merges: Sequence[Merge]) -> list[Stage]:
 def sources_read(merges: Sequence[Merge]) -> dict[Rule, tuple[int, ...]]:
     """The sources that tasks of each rule read, each once for all merges together."""
     copied = tuple(sorted({merge.newest for merge in merges}))
-    summed = tuple(sorted({j for merge in merges for j in merge.members}))
+    summed = tuple(sorted({j for merge in merges for j in merge.source_indices}))
     return {rule: copied if rule is Rule.COPY else summed for rule in Rule}
 
 

@@ -98,7 +98,7 @@ class WSMConfig(Options):
         "last",
     )
     allow_lr_decay: bool = option(
-        "merge although the LR schedule decays too: the effective decay is then the product",
+        "merge although the LR schedule decays too: the effective decay is then the output",
         SWITCH,
         False,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry, read_layout
 from wsm_megatron.errors import MergeError
-from wsm_megatron.optimizer.main_params import check_mains
+from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.plugin.collectives import all_gather, rank_and_size, together
 
 
@@ -24,7 +24,7 @@ def check_written(directory: Path) -> None:
     """
     wrong: Sequence[str] = ()
     with together(f"reading {directory} back"):
-        wrong = check_mains(_share(read_layout(directory))).wrong
+        wrong = check_main_params(_share(read_layout(directory))).wrong
     if names := sorted(set().union(*all_gather(wrong))):
         raise MergeError(
             f"{directory}: Megatron wrote main params that are not those of the weights, for "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Make objects without looking through all of them for garbage again and again.
 
     A layout of 100,000 chunks is a million objects: collecting takes three quarters of the time.

@@ -17,7 +17,7 @@ _PATIENCE = 5.0
 """Seconds that a thread has, after a failure, to come back from a call to the system."""
 
 
-def work_through(
+def run_workers(
     items: Iterable[T],
     work: Callable[[T], None],
     threads: int,

@@ -18,7 +18,7 @@ import torch
 
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.archive import Archive, check_archive
-from wsm_megatron.safe_pickle.opaque import CALLED, NAMES, REAL, Inert, Reference, is_known
+from wsm_megatron.safe_pickle.opaque import CALLED, NAMES, REAL, GlobalName, OpaqueObject, is_known
 from wsm_megatron.safe_pickle.scan import MAX_ODD_KEYS, check_pickle
 
 
@@ -70,8 +70,8 @@ class _Unpickler(_PythonUnpickler):
         super().__init__(io.BytesIO(archive.pickle))
 
     def find_class(self, module: str, name: str) -> Any:
-        in_protocol_2 = Reference({"builtins": "__builtin__"}.get(module, module), name)
-        return REAL.get(in_protocol_2, Reference(module, name))
+        in_protocol_2 = GlobalName({"builtins": "__builtin__"}.get(module, module), name)
+        return REAL.get(in_protocol_2, GlobalName(module, name))
 
     def persistent_load(self, pid: Any) -> torch.TypedStorage:
         """A tensor's storage; ``pid`` is ``("storage", class, record, device, elements)``."""
@@ -101,16 +101,16 @@ class _Unpickler(_PythonUnpickler):
         super().load_setitems()
 
     def _count_slow_keys(self, keys: Collection[Any]) -> None:
-        """Inert keys are compared in Python; a file can make their hashes equal."""
-        self._slow_keys += sum(isinstance(key, Inert) for key in keys)
+        """OpaqueObject keys are compared in Python; a file can make their hashes equal."""
+        self._slow_keys += sum(isinstance(key, OpaqueObject) for key in keys)
         if self._slow_keys > MAX_ODD_KEYS:
             self._refuse("more keys of other classes than any checkpoint")
 
     def load_reduce(self) -> None:
         args = self._arguments()
         called = self.stack[-1]
-        if isinstance(called, Reference):
-            self.stack[-1] = Inert(called, args)
+        if isinstance(called, GlobalName):
+            self.stack[-1] = OpaqueObject(called, args)
         elif isinstance(called, (type, *_FUNCTIONS)) and called in CALLED:
             if called in (set, frozenset):
                 self._count_slow_keys(args[0])
@@ -121,8 +121,8 @@ class _Unpickler(_PythonUnpickler):
     def load_newobj(self) -> None:
         args = self._arguments()
         made = self.stack[-1]
-        if isinstance(made, Reference):
-            self.stack[-1] = Inert(made, args, new=True)
+        if isinstance(made, GlobalName):
+            self.stack[-1] = OpaqueObject(made, args, new=True)
         elif made is argparse.Namespace and not args:
             self.stack[-1] = argparse.Namespace()
         else:
@@ -131,7 +131,7 @@ class _Unpickler(_PythonUnpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         built = self.stack[-1]
-        if isinstance(built, Inert) and built.state is None:
+        if isinstance(built, OpaqueObject) and built.state is None:
             built.state = state
         elif isinstance(built, _WITH_ATTRIBUTES) and isinstance(state, dict):
             vars(built).update(state)
@@ -164,7 +164,7 @@ class _Pickler(_PythonPickler):
             raise MergeError(f"cannot write {obj!r} into a checkpoint: not a class it may refer to")
         self._write_reference(obj, NAMES[obj])
 
-    def save_reference(self, obj: Reference) -> None:
+    def save_reference(self, obj: GlobalName) -> None:
         if not is_known(obj):
             raise MergeError(f"cannot write a reference to {obj} into a checkpoint")
         self._write_reference(obj, obj)
@@ -174,7 +174,7 @@ class _Pickler(_PythonPickler):
         items = sorted(obj, key=lambda item: (type(item).__name__, repr(item)))
         self.save_reduce(type(obj), (items,), obj=obj)
 
-    def save_inert(self, obj: Inert) -> None:
+    def save_inert(self, obj: OpaqueObject) -> None:
         self.save(obj.reference)
         self.save(obj.args)
         self.write(pickle.NEWOBJ if obj.new else pickle.REDUCE)
@@ -190,12 +190,12 @@ class _Pickler(_PythonPickler):
             self.save(obj.state)
             self.write(pickle.BUILD)
 
-    def _write_reference(self, obj: Any, reference: Reference) -> None:
+    def _write_reference(self, obj: Any, reference: GlobalName) -> None:
         # Identifiers, known ones: nothing in them could be read as further opcodes.
         self.write(pickle.GLOBAL + f"{reference.module}\n{reference.name}\n".encode("ascii"))
         self.memoize(obj)
 
     dispatch[types.FunctionType] = save_global
     dispatch[set] = dispatch[frozenset] = save_set
-    dispatch[Reference] = save_reference
-    dispatch[Inert] = save_inert
+    dispatch[GlobalName] = save_reference
+    dispatch[OpaqueObject] = save_inert

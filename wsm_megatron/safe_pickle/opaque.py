@@ -1,9 +1,9 @@
-"""What becomes of the classes that a pickle refers to: real or inert; inert ones known or foreign.
+"""What becomes of the classes that a pickle refers to: real or opaque; opaque ones known or foreign.
 
 Megatron's common state holds instances of Megatron's own classes (enums in ``args``, mostly) and
-sometimes of the user's. Here such a class is a :class:`Reference`, its name and nothing else, and
-an instance an :class:`Inert`: what the pickle would have called, recorded instead. Nothing is
-imported or called for either, and what is foreign is not written into a checkpoint.
+sometimes of the user's. Here such a class is a :class:`GlobalName`, its name and nothing else, and
+an instance an :class:`OpaqueObject`: what the pickle would have called, recorded instead. Nothing
+is imported or called for either, and what is foreign is not written into a checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _KNOWN_NAMES = {
 
 
 @dataclass(frozen=True)
-class Reference:
+class GlobalName:
     """The name of a class or function, as a pickle gives it. Nothing was imported for it."""
 
     module: str
@@ -56,8 +56,8 @@ class Reference:
 
 
 @dataclass
-class Inert:
-    """An object of a :class:`Reference`: the call that would make it, and its state.
+class OpaqueObject:
+    """An object of a :class:`GlobalName`: the call that would make it, and its state.
 
     Attributes:
         reference: what a real unpickler would call.
@@ -68,7 +68,7 @@ class Inert:
         pairs: what would be set in it, for dict-likes.
     """
 
-    reference: Reference
+    reference: GlobalName
     args: tuple[Any, ...]
     new: bool = False
     state: Any = None
@@ -95,14 +95,18 @@ def _frozen(value: Any) -> Any:
         return tuple(map(_frozen, value))
     if isinstance(value, dict):
         return frozenset((_frozen(key), _frozen(held)) for key, held in value.items())
-    return value if isinstance(value, (Reference, Inert, str, bytes, int, float)) else type(value)
+    return (
+        value
+        if isinstance(value, (GlobalName, OpaqueObject, str, bytes, int, float))
+        else type(value)
+    )
 
 
-def references(value: Any) -> Iterator[Reference]:
+def references(value: Any) -> Iterator[GlobalName]:
     """Every inert class and function in a value, keys included."""
-    if isinstance(value, Reference):
+    if isinstance(value, GlobalName):
         yield value
-    elif isinstance(value, Inert):
+    elif isinstance(value, OpaqueObject):
         yield value.reference
         yield from references([value.args, value.state, value.items, value.pairs])
     elif isinstance(value, Mapping):
@@ -165,19 +169,19 @@ def _is_storage_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, torch.storage._LegacyStorage)
 
 
-REAL: dict[Reference, Any] = {
-    Reference("argparse", "Namespace"): argparse.Namespace,
-    Reference("types", "SimpleNamespace"): types.SimpleNamespace,
-    Reference("collections", "OrderedDict"): collections.OrderedDict,
-    Reference("__builtin__", "set"): set,
-    Reference("__builtin__", "frozenset"): frozenset,
-    Reference("__builtin__", "bytes"): bytes,
-    Reference("_codecs", "encode"): codecs.encode,
-    Reference("torch", "Size"): torch.Size,
-    Reference("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    Reference("torch.storage", "UntypedStorage"): torch.UntypedStorage,
+REAL: dict[GlobalName, Any] = {
+    GlobalName("argparse", "Namespace"): argparse.Namespace,
+    GlobalName("types", "SimpleNamespace"): types.SimpleNamespace,
+    GlobalName("collections", "OrderedDict"): collections.OrderedDict,
+    GlobalName("__builtin__", "set"): set,
+    GlobalName("__builtin__", "frozenset"): frozenset,
+    GlobalName("__builtin__", "bytes"): bytes,
+    GlobalName("_codecs", "encode"): codecs.encode,
+    GlobalName("torch", "Size"): torch.Size,
+    GlobalName("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    GlobalName("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     **{
-        Reference("torch", n): v
+        GlobalName("torch", n): v
         for n, v in vars(torch).items()
         if isinstance(v, torch.dtype) or _is_storage_class(v)
     },
@@ -185,7 +189,7 @@ REAL: dict[Reference, Any] = {
 """What a pickle gets for real, by the names of protocol 2 (Python 2's, for builtins)."""
 
 NAMES = {value: reference for reference, value in reversed(REAL.items())} | {
-    v: Reference("torch", str(v).removeprefix("torch."))
+    v: GlobalName("torch", str(v).removeprefix("torch."))
     for v in REAL.values()
     if isinstance(v, torch.dtype)  # which have aliases: torch.float is torch.float32
 }
@@ -204,7 +208,7 @@ CALLED: dict[Any, Callable[..., Any]] = {
 """What a pickle may call, and what is called for it."""
 
 
-def is_known(reference: Reference) -> bool:
+def is_known(reference: GlobalName) -> bool:
     """Whether a reference may be written into a checkpoint: one into a known package."""
     parts = [*reference.module.split("."), *reference.name.split(".")]
     if not all(part.isidentifier() and part.isascii() for part in parts):

@@ -11,7 +11,7 @@ from typing import Any
 
 from wsm_megatron.errors import MergeError
 from wsm_megatron.storage.fingerprint import Fingerprint, check_unchanged
-from wsm_megatron.storage.retry import patiently
+from wsm_megatron.storage.retry import with_retries
 
 LOOK_EVERY = 15.0
 """Seconds between two looks."""
@@ -73,7 +73,7 @@ class ChangeWatch:
 
 def _state(path: Path) -> tuple[int, int] | None:
     """Size and modification time (ns); None where there is nothing."""
-    return patiently(partial(_stat, path), lambda: f"{path}: looking")
+    return with_retries(partial(_stat, path), lambda: f"{path}: looking")
 
 
 def _stat(path: Path) -> tuple[int, int] | None:

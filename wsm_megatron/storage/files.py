@@ -15,7 +15,7 @@ from pathlib import Path
 from wsm_megatron.errors import MergeError
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.descriptors import Descriptor, Opened, pool
-from wsm_megatron.storage.retry import RETRIES, patiently, watched
+from wsm_megatron.storage.retry import RETRIES, watched, with_retries
 
 try:
     from wsm_megatron.storage import _reads  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ class SourceFiles:
             what: what is read, for messages.
         """
         descriptor = self.descriptor(name)  # kept until the read is over
-        return patiently(
+        return with_retries(
             partial(os.preadv, descriptor.number, [out], position),
             partial(self.place, name, position, what),
             self._retries,
@@ -92,7 +92,7 @@ class SourceFiles:
         with self._lock:
             descriptor = self._opened.get(name)
             if descriptor is None:
-                number = patiently(
+                number = with_retries(
                     partial(_open_file, path), lambda: f"{path}: opening", self._retries
                 )
                 descriptor = Descriptor(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from wsm_megatron.errors import MergeError
-from wsm_megatron.storage.retry import patiently, watched
+from wsm_megatron.storage.retry import watched, with_retries
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 """Name, size, modification and change time (ns) of a directory's files. The change time also tells
@@ -25,7 +25,7 @@ def fingerprint(path: Path) -> Fingerprint:
 
 def check_unchanged(path: Path, before: Fingerprint) -> None:
     """Raise ``MergeError`` when a directory was rewritten or deleted since."""
-    if not patiently(path.is_dir, lambda: f"{path}: looking"):
+    if not with_retries(path.is_dir, lambda: f"{path}: looking"):
         raise MergeError(
             f"{path} was deleted while it was read (does the run keep its newest checkpoints "
             "only?); nothing was published"

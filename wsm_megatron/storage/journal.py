@@ -13,7 +13,7 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32
 
-from wsm_megatron.storage.retry import patiently, watched
+from wsm_megatron.storage.retry import watched, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _LINE = re.compile(rb"(\d+) (\d+) ([0-9a-f]{8}) ([0-9a-f]{16})\n")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class JournalEntry:
     """A finished part of a file.
 
     Attributes:
@@ -57,21 +57,21 @@ class Journal:
     def __init__(self, path: Path, file: Path, descriptor: int):
         self._descriptor, self._file, self._path = descriptor, file, path
         self._lock, self._syncing = threading.Lock(), threading.Lock()
-        self._new: list[Part] = []
+        self._new: list[JournalEntry] = []
         self._asked, self._since_asked, self._unsynced = time.monotonic(), 0, 0
         self._wake, self._ending = threading.Event(), False
         self._thread: threading.Thread | None = None
         self._failure: OSError | None = None
         self._old = {part.offset: part for part in _read(self._path)}
 
-    def holds(self, offset: int, length: int, identity: str) -> Part | None:
+    def holds(self, offset: int, length: int, identity: str) -> JournalEntry | None:
         """The part at an offset, where an earlier merge finished it and it is still as it was."""
         found, crc = self._old.get(offset), 0
         if found is None or (found.length, found.identity) != (length, identity):
             return None
         for start in range(offset, offset + length, _READ_BYTES):
             count = min(_READ_BYTES, offset + length - start)
-            data = patiently(
+            data = with_retries(
                 partial(os.pread, self._descriptor, count, start), partial(self._place, start)
             )
             if len(data) < count:
@@ -79,7 +79,7 @@ class Journal:
             crc = crc32(data, crc)
         return found if crc == found.crc else None
 
-    def add(self, part: Part) -> None:
+    def add(self, part: JournalEntry) -> None:
         """A part has been written; now and then, everything new goes to disk.
 
         Raises:
@@ -152,11 +152,11 @@ class Journal:
         return f"{self._file}: reading at byte {position}"
 
 
-def _line(part: Part) -> str:
+def _line(part: JournalEntry) -> str:
     return f"{part.offset} {part.length} {part.crc:08x} {part.identity}\n"
 
 
-def _read(path: Path) -> list[Part]:
+def _read(path: Path) -> list[JournalEntry]:
     """Lines of a journal. What a crash has cut short or garbled does not count; a last line of
     that kind is removed, so that no other is written behind it.
     """
@@ -167,7 +167,7 @@ def _read(path: Path) -> list[Part]:
         os.truncate(path, data.rfind(b"\n") + 1)
     found = map(_LINE.fullmatch, data.splitlines(keepends=True))
     return [
-        Part(int(line[1]), int(line[2]), int(line[3], 16), line[4].decode())
+        JournalEntry(int(line[1]), int(line[2]), int(line[3], 16), line[4].decode())
         for line in found
         if line is not None
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.errors import MergeError
-from wsm_megatron.storage.retry import patiently
+from wsm_megatron.storage.retry import with_retries
 
 MAX_DEPTH = 50
 """How deep lists and objects may lie in each other."""
@@ -16,11 +16,11 @@ MAX_BYTES = 2**30
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises ``MergeError``, which names it, for anything else."""
-    size = patiently(path.stat, lambda: f"{path}: looking").st_size
+    size = with_retries(path.stat, lambda: f"{path}: looking").st_size
     if size > MAX_BYTES:
         raise MergeError(f"{path} is damaged ({size} bytes)")
     try:
-        return parse_json(patiently(path.read_bytes, lambda: f"{path}: reading"))
+        return parse_json(with_retries(path.read_bytes, lambda: f"{path}: reading"))
     except ValueError as error:
         raise MergeError(f"{path} is damaged ({error})") from error
 

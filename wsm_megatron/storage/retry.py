@@ -43,7 +43,7 @@ def watched(where: Callable[[], str]) -> Iterator[None]:
         del _pending[call]
 
 
-def patiently(read: Callable[[], T], where: Callable[[], str], retries: int = RETRIES) -> T:
+def with_retries(read: Callable[[], T], where: Callable[[], str], retries: int = RETRIES) -> T:
     """``read()``, again after an ``OSError`` that may pass.
 
     Args:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from wsm_megatron.errors import StorageError
-from wsm_megatron.storage.retry import patiently, watched
+from wsm_megatron.storage.retry import watched, with_retries
 
 VISIBLE_WITHIN = 90.0
 """Seconds; an NFS client believes what it knows of a directory for up to 60 (``acdirmax``)."""
@@ -70,7 +70,7 @@ def _comes_true(seen: Callable[[], bool], check: Callable[[], None]) -> bool:
 
 def _sees(path: Path) -> bool:
     _ask_anew(path.parent)
-    return patiently(path.is_dir, lambda: f"{path}: looking")
+    return with_retries(path.is_dir, lambda: f"{path}: looking")
 
 
 def _size(path: Path) -> int | None:
@@ -82,7 +82,7 @@ def _size(path: Path) -> int | None:
         except FileNotFoundError:
             return None
 
-    return patiently(look, lambda: f"{path}: looking")
+    return with_retries(look, lambda: f"{path}: looking")
 
 
 def _ask_anew(directory: Path) -> None:

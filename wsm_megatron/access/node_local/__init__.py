@@ -1,1 +1,1 @@
-"""Merges of checkpoints that are spread over the disks of several nodes."""
+"""Merges of checkpoints that are assignment over the disks of several nodes."""

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from wsm_megatron.access.node_local.assignment import Held
+from wsm_megatron.access.node_local.assignment import TaskAssignment
 from wsm_megatron.access.node_local.pipeline import Digests, run_pipeline
 from wsm_megatron.access.node_local.planning import prepare_node_local
 from wsm_megatron.access.node_local.schedule import bytes_sent
-from wsm_megatron.access.node_local.shares import Spread, parts_of
-from wsm_megatron.access.node_local.transport import Wire, open_wire
+from wsm_megatron.access.node_local.shares import Assignment, rank_plans_of
+from wsm_megatron.access.node_local.transport import Transport, open_transport
 from wsm_megatron.access.protocol import Distribution, Estimate
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.comm.communicator import Ranks
@@ -38,8 +38,8 @@ class NodeLocal:
 
     def __init__(self, config: MergeConfig, execution: ExecutionOptions, ranks: Ranks):
         self._config, self._execution, self._ranks = config, execution, ranks
-        self._spread = Spread((), (), (), ())
-        self._transport: Wire | None = None
+        self._assignment = Assignment((), (), (), ())
+        self._transport: Transport | None = None
         self._digests = Digests()
 
     def check_options(self) -> None:
@@ -47,21 +47,21 @@ class NodeLocal:
             check_outputs(self._config, self._execution)
 
     def prepare(self) -> Job:
-        job, self._spread = prepare_node_local(self._config, self._execution, self._ranks)
+        job, self._assignment = prepare_node_local(self._config, self._execution, self._ranks)
         return job
 
-    def only(self, job: Job, products: Sequence[int]) -> Job:
-        newest = {job.products[k].newest for k in products}
-        self._spread = self._spread.only(job.used_by(products), newest)
-        return job.only(products)
+    def only(self, job: Job, outputs: Sequence[int]) -> Job:
+        newest = {job.outputs[k].newest for k in outputs}
+        self._assignment = self._assignment.only(job.used_by(outputs), newest)
+        return job.only(outputs)
 
     def estimate(self, job: Job) -> Estimate:
-        sent = bytes_sent(self._spread.held, job.merges)
+        sent = bytes_sent(self._assignment.held, job.merges)
         return Estimate(job.bytes_to_read(), job.bytes_to_write(), sent)
 
     def distribute(self, job: Job) -> Distribution:
-        parts = parts_of(job, self._spread)
-        return Distribution(job, parts[self._ranks.rank], parts)
+        rank_plans = rank_plans_of(job, self._assignment)
+        return Distribution(job, rank_plans[self._ranks.rank], rank_plans)
 
     @contextmanager
     def watching(self, job: Job) -> Iterator[None]:
@@ -78,26 +78,26 @@ class NodeLocal:
         progress: ProgressFactory | None,
         phases: Phases,
     ) -> RankResult:
-        ranks, spread = self._ranks, self._spread
+        ranks, assignment = self._ranks, self._assignment
         check_shared(directories[0], ranks)
 
         def pipeline(own: RankWork) -> None:
-            steps, checks = spread.steps(ranks.rank), spread.checks(ranks.rank)
-            self._digests = run_pipeline(own, spread.held, steps, checks, self._transport)
+            steps, checks = assignment.steps(ranks.rank), assignment.checks(ranks.rank)
+            self._digests = run_pipeline(own, assignment.held, steps, checks, self._transport)
 
         with ranks.together("merging"):
-            self._transport = _connect(self._execution, spread.held, ranks)
+            self._transport = _connect(self._execution, assignment.held, ranks)
             return run_rank(
-                work.job, ranks, work.part, directories, progress, phases, before=pipeline
+                work.job, ranks, work.rank_plan, directories, progress, phases, before=pipeline
             )
 
     def verify(self, job: Job, result: RankResult) -> None:
-        of_ranks = self._ranks.gather((result.ledgers, self._digests))
+        of_ranks = self._ranks.all_gather((result.ledgers, self._digests))
         with self._ranks.together("checking the sources"):
             for j, source in enumerate(job.sources):
                 ledgers = [by_source[j] for by_source, _ in of_ranks]
                 _check_source(source, _own_records(ledgers, self._ranks.rank))
-            _compare(job, self._spread.held, [digests for _, digests in of_ranks])
+            _compare(job, self._assignment.held, [digests for _, digests in of_ranks])
 
     def abandon(self) -> None:
         if self._transport is not None:
@@ -110,7 +110,7 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
     Raises:
         StorageError: one does not.
     """
-    name = ranks.from_first(lambda: _probe(directory), "preparing the target")
+    name = ranks.broadcast(lambda: _probe(directory), "preparing the target")
     with ranks.together("preparing the target"):
         wait_for_directory(directory, ranks.check)
         wait_for_files(directory, {name: 0}, ranks.check)
@@ -124,7 +124,9 @@ def _probe(directory: Path) -> str:
     return probe.name
 
 
-def _connect(execution: ExecutionOptions, held: Sequence[Held], ranks: Ranks) -> Wire | None:
+def _connect(
+    execution: ExecutionOptions, held: Sequence[TaskAssignment], ranks: Ranks
+) -> Transport | None:
     """Connect the ranks where sums go from one to another. Collective.
 
     The connections stay until all ranks are done: closing one breaks the others'.
@@ -132,9 +134,9 @@ def _connect(execution: ExecutionOptions, held: Sequence[Held], ranks: Ranks) ->
     if not any(one.travels for one in held):
         return None
     if execution.device != "cuda":  # a GPU that only some ranks have or take connects no others
-        return open_wire(ranks)
+        return open_transport(ranks)
     device = choose_device("cuda", 0, 0, 0, 0, local_rank())
-    return open_wire(ranks, device.torch_device)
+    return open_transport(ranks, device.torch_device)
 
 
 def _check_source(source: Source, records: Ledger) -> None:
@@ -153,15 +155,16 @@ def _check_source(source: Source, records: Ledger) -> None:
 
 
 def _own_records(ledgers: Sequence[Ledger], rank: int) -> Ledger:
-    """Records of which this rank is the first that has read any, with the parts that all read."""
+    """Records of which this rank is the first that has read any, with the parts
+    that all ranks read."""
     own: Ledger = {}
     for location in ledgers[rank]:
         if not any(location in ledger for ledger in ledgers[:rank]):
-            own[location] = [part for ledger in ledgers for part in ledger.get(location, ())]
+            own[location] = [one for ledger in ledgers for one in ledger.get(location, ())]
     return own
 
 
-def _compare(job: Job, held: Sequence[Held], digests: Sequence[Digests]) -> None:
+def _compare(job: Job, held: Sequence[TaskAssignment], digests: Sequence[Digests]) -> None:
     """Raise ``MergeError`` where main params are of other weights than their model."""
     models = {place: crc for one in digests for place, crc in one.models.items()}
     for one in digests:

@@ -25,7 +25,7 @@ Seeing = Sequence[Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Held:
+class TaskAssignment:
     """A task, and who reads what of it.
 
     Attributes:
@@ -57,10 +57,10 @@ class Held:
         checked = bool(self.checkers) and self.checkers[j] == rank
         return len(recipe.inputs) if checked or recipe.indivisible else 1
 
-    def only(self, sources: Sequence[int], newest: Collection[int]) -> Held:
+    def only(self, sources: Sequence[int], newest: Collection[int]) -> TaskAssignment:
         """The same for some of the sources, of which ``newest`` are copied from."""
         copied = self.task.recipe.rule is Rule.COPY
-        return Held(
+        return TaskAssignment(
             self.task,
             tuple(self.holders[j] if j in newest or not copied else None for j in sources),
             tuple(self.checkers[j] for j in sources) if self.checkers else (),
@@ -73,7 +73,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Step:
+class PeerStage:
     """A rank's turn in a task: the sources ``first .. last``, both included.
 
     Attributes:
@@ -93,23 +93,23 @@ class Step:
         return range(self.first, self.last + 1)
 
 
-def steps_of(number: int, held: Held) -> list[Step]:
+def peer_stages_of(number: int, held: TaskAssignment) -> list[PeerStage]:
     """The steps of a task, in order."""
-    steps: list[Step] = []
+    steps: list[PeerStage] = []
     for j, rank in enumerate(held.holders):
         if rank is None:
             continue
         if steps and steps[-1].rank == rank and held.task.recipe.rule is not Rule.COPY:
             steps[-1] = replace(steps[-1], last=j)
         else:
-            steps.append(Step(number, rank, j, j))
+            steps.append(PeerStage(number, rank, j, j))
     if held.task.recipe.rule is Rule.COPY:
         return steps
     ranks = [None, *(step.rank for step in steps), None]
     return [replace(s, before=ranks[i], after=ranks[i + 2]) for i, s in enumerate(steps)]
 
 
-class Holders:
+class Assigner:
     """Chooses the holders of tasks: as few hops as can be, then equal bytes.
 
     Args:
@@ -131,7 +131,7 @@ class Holders:
         self._load = [0] * ranks
         self._indices: list[dict[str, ChunkIndex]] = [{} for _ in layouts]
 
-    def hold(self, tasks: Iterable[Task]) -> Iterator[Held]:
+    def hold(self, tasks: Iterable[Task]) -> Iterator[TaskAssignment]:
         """Every task with its holders, cut where no rank sees enough of a source for all of it.
 
         Raises:
@@ -155,7 +155,7 @@ class Holders:
             )
         return self._least(ranks, location.length)
 
-    def _hold(self, task: Task) -> Iterator[Held]:
+    def _hold(self, task: Task) -> Iterator[TaskAssignment]:
         copied = task.recipe.rule is Rule.COPY
         keys = task.recipe.inputs
         wanted = sorted(self._newest) if copied else range(len(self._layouts))
@@ -201,7 +201,7 @@ class Holders:
         task: Task,
         able: Mapping[int, tuple[int, ...]],
         model: Mapping[int, tuple[int, ...]] | None = None,
-    ) -> Held:
+    ) -> TaskAssignment:
         """Each holder goes on as far as it can: no choice makes fewer hops."""
         nbytes = [task.box.numel * dtype.itemsize for dtype in task.recipe.input_dtypes]
         holders: list[int | None] = [None] * len(self._layouts)
@@ -218,7 +218,7 @@ class Holders:
         for j, ranks in (model or {}).items():
             near = [holders[j]] if holders[j] in ranks else ranks
             checkers.append(self._least([rank for rank in near if rank is not None], nbytes[1]))
-        return Held(task, tuple(holders), tuple(checkers))
+        return TaskAssignment(task, tuple(holders), tuple(checkers))
 
     def _nearest(
         self,

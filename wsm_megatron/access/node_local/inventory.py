@@ -22,14 +22,14 @@ from wsm_megatron.checkpoint.run_directory import (
 )
 from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.storage.fingerprint import Fingerprint
-from wsm_megatron.storage.retry import patiently
+from wsm_megatron.storage.retry import with_retries
 
 _END_BYTES = 4096
 """Of a file's end: it holds the CRC-32 of the last tensor, and so tells one save from another."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenFile:
     """One file as a rank sees it: size, modification and change time (ns), CRC-32 of its last
     bytes.
     """
@@ -39,16 +39,16 @@ class Seen:
     changed: int
     end: int
 
-    def is_same(self, other: Seen) -> bool:
+    def is_same(self, other: SeenFile) -> bool:
         """Copies of one file may have been made at different times."""
         return (self.size, self.end) == (other.size, other.end)
 
 
-Sight = Mapping[int, Mapping[str, Seen]]
+Inventory = Mapping[int, Mapping[str, SeenFile]]
 """What one rank sees: by iteration, the files directly in the checkpoint's folder, by name."""
 
 
-def look(root: Path) -> Sight:
+def take_inventory(root: Path) -> Inventory:
     """Look at the checkpoints under ``root``; nothing where there is no such directory.
 
     Raises:
@@ -56,18 +56,18 @@ def look(root: Path) -> Sight:
     """
     if not root.is_dir():
         return {}
-    found = patiently(partial(list_checkpoints, root), lambda: f"{root}: listing")
+    found = with_retries(partial(list_checkpoints, root), lambda: f"{root}: listing")
     return {iteration: _files(path) for iteration, path in found.items()}
 
 
-def _files(path: Path) -> dict[str, Seen]:
-    names = patiently(partial(os.listdir, path), lambda: f"{path}: listing")
+def _files(path: Path) -> dict[str, SeenFile]:
+    names = with_retries(partial(os.listdir, path), lambda: f"{path}: listing")
     places = [path / name for name in names]
-    seen = [patiently(partial(_see, place), partial(_reading, place)) for place in places]
+    seen = [with_retries(partial(_see, place), partial(_reading, place)) for place in places]
     return {name: one for name, one in zip(names, seen, strict=True) if one is not None}
 
 
-def _see(path: Path) -> Seen | None:
+def _see(path: Path) -> SeenFile | None:
     """None for a folder or device, and for a file that is deleted while its run goes on."""
     if not path.is_file():
         return None
@@ -76,7 +76,7 @@ def _see(path: Path) -> Seen | None:
             stat = os.fstat(stream.fileno())
             stream.seek(max(0, stat.st_size - _END_BYTES))
             end = crc32(stream.read(_END_BYTES))
-            return Seen(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, end)
+            return SeenFile(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, end)
     except (FileNotFoundError, IsADirectoryError):
         return None
 
@@ -86,17 +86,17 @@ def _reading(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class View:
+class JobInventory:
     """What all ranks see together.
 
     Attributes:
         root: as rank 0 calls the run's directory; other ranks may have another name for theirs.
-        sights: by rank.
+        inventories: by rank.
         trackers: the tracker's text by rank, where there is one.
     """
 
     root: Path
-    sights: Sequence[Sight]
+    inventories: Sequence[Inventory]
     trackers: Sequence[str | None] = ()
 
     def run(self) -> RunDirectory:
@@ -105,7 +105,7 @@ class View:
         Raises:
             UsageError: there are none.
         """
-        found = {iteration for sight in self.sights for iteration in sight}
+        found = {iteration for inventory in self.inventories for iteration in inventory}
         if not found:
             raise UsageError(f"{self.root}: no rank sees an iter_XXXXXXX checkpoint there")
         finished = {i for i in found if self.ranks(i).get(MARKER_FILE)}
@@ -120,8 +120,8 @@ class View:
     def ranks(self, iteration: int) -> dict[str, tuple[int, ...]]:
         """The ranks that see each file of a checkpoint."""
         ranks: dict[str, tuple[int, ...]] = {}
-        for rank, sight in enumerate(self.sights):
-            for name in sight.get(iteration, ()):
+        for rank, inventory in enumerate(self.inventories):
+            for name in inventory.get(iteration, ()):
                 ranks[name] = (*ranks.get(name, ()), rank)
         return ranks
 
@@ -137,7 +137,7 @@ class View:
                 f"{checkpoint_path(self.root, iteration)}: no rank sees {METADATA_FILE} and "
                 f"{MARKER_FILE}; the node of Megatron's rank 0, which wrote them, must take part"
             )
-        return max(able, key=lambda rank: (len(self.sights[rank][iteration]), -rank))
+        return max(able, key=lambda rank: (len(self.inventories[rank][iteration]), -rank))
 
     def is_reported(self, iteration: int) -> bool:
         """Whether some rank sees a checkpoint's metadata."""
@@ -149,11 +149,11 @@ class View:
 
     def fingerprint(self, rank: int, iteration: int) -> Fingerprint:
         """What tells later that the files which a rank sees have changed."""
-        files = self.sights[rank].get(iteration, {})
+        files = self.inventories[rank].get(iteration, {})
         return tuple((name, s.size, s.modified, s.changed) for name, s in sorted(files.items()))
 
     def sees_all(self, rank: int, layout: Layout, iteration: int) -> bool:
-        return layout.files.keys() <= self.sights[rank].get(iteration, {}).keys()
+        return layout.files.keys() <= self.inventories[rank].get(iteration, {}).keys()
 
     def check(self, layout: Layout, iteration: int) -> None:
         """Files that a checkpoint's metadata names are long enough, and the same on all ranks.
@@ -174,7 +174,7 @@ class View:
                         f"{first}: one is of another save; remove it"
                     )
 
-    def _seen(self, iteration: int, file: str) -> Iterator[tuple[int, Seen]]:
-        for rank, sight in enumerate(self.sights):
-            if (seen := sight.get(iteration, {}).get(file)) is not None:
+    def _seen(self, iteration: int, file: str) -> Iterator[tuple[int, SeenFile]]:
+        for rank, inventory in enumerate(self.inventories):
+            if (seen := inventory.get(iteration, {}).get(file)) is not None:
                 yield rank, seen

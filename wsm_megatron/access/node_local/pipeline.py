@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 import torch
 from isal.isal_zlib import crc32
 
-from wsm_megatron.access.node_local.assignment import TRAVEL_ELEMENTS, Held, Step
+from wsm_megatron.access.node_local.assignment import TRAVEL_ELEMENTS, PeerStage, TaskAssignment
 from wsm_megatron.access.node_local.schedule import Place, ending, scope_of, tickets_of
-from wsm_megatron.access.node_local.transport import Wire
+from wsm_megatron.access.node_local.transport import Transport
 from wsm_megatron.execution.rank import RankWork
 from wsm_megatron.execution.tiles import Memory
 from wsm_megatron.planning.tasks import Merge, Stage
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.buffer import Buffer
 
-STEP_BYTES = 16 * TRAVEL_ELEMENTS
+STAGE_BYTES = 16 * TRAVEL_ELEMENTS
 """Memory of a thread that runs steps: sums of 8 bytes, and as much for tiles."""
 _DIGEST_ELEMENTS = 2**20
 
@@ -57,10 +57,10 @@ class Pipeline:
 
     def __init__(
         self,
-        held: Sequence[Held],
-        steps: Sequence[Step],
+        held: Sequence[TaskAssignment],
+        steps: Sequence[PeerStage],
         merges: Sequence[Merge],
-        transport: Wire | None,
+        transport: Transport | None,
     ):
         self._transport = transport
         self._tickets = tickets_of(steps, merges)
@@ -90,10 +90,10 @@ class Pipeline:
 
 def run_pipeline(
     work: RankWork,
-    held: Sequence[Held],
-    steps: Sequence[Step],
+    held: Sequence[TaskAssignment],
+    steps: Sequence[PeerStage],
     checks: Sequence[Place],
-    transport: Wire | None,
+    transport: Transport | None,
 ) -> Digests:
     """Do a rank's steps, but those of tasks that an earlier merge finished; then read the model
     tensors that it checks for others. Collective.
@@ -115,43 +115,47 @@ def run_pipeline(
         else:
             left.append(step)
     pipeline = Pipeline(held, left, merges, transport)
-    work.execute_with(pipeline, pipeline.stages, STEP_BYTES)
+    work.execute_with(pipeline, pipeline.stages, STAGE_BYTES)
     _digest_models(work, held, checks, pipeline.digests)
     return pipeline.digests
 
 
-def _stage(step: Step, held: Sequence[Held], merges: Sequence[Merge]) -> Stage:
+def _stage(step: PeerStage, held: Sequence[TaskAssignment], merges: Sequence[Merge]) -> Stage:
     one = held[step.number]
     return Stage(one.task, scope_of(step, one, merges))
 
 
-def _written_before(work: RankWork, held: Sequence[Held], steps: Sequence[Step]) -> set[Place]:
+def _written_before(
+    work: RankWork, held: Sequence[TaskAssignment], steps: Sequence[PeerStage]
+) -> set[Place]:
     """Task and merge of what an earlier merge has finished, of all ranks. Collective."""
-    context, mine = work.context.crew(work.budget.threads), set[Place]()
+    context, mine = work.context.for_workers(work.budget.threads), set[Place]()
 
-    def look(step: Step) -> None:
+    def look(step: PeerStage) -> None:
         task = held[step.number].task
         with context.phases("resuming"):
             for k in ending(step, context.merges):
                 if context.targets[k].has(task):
                     mine.add((step.number, k))
 
-    work_through(steps, look, work.budget.threads, threading.Event(), work.ranks.check)
+    run_workers(steps, look, work.budget.threads, threading.Event(), work.ranks.check)
     with context.phases("waiting"):
-        return set[Place]().union(*work.ranks.gather(mine))
+        return set[Place]().union(*work.ranks.all_gather(mine))
 
 
-def _is_finished(held: Held, number: int, merges: Sequence[Merge], written: set[Place]) -> bool:
+def _is_finished(
+    held: TaskAssignment, number: int, merges: Sequence[Merge], written: set[Place]
+) -> bool:
     """Every rank has written its part of the task. Not so while digests are to be compared."""
     return not held.checked_apart and all((number, k) in written for k in range(len(merges)))
 
 
 def _digest_models(
-    work: RankWork, held: Sequence[Held], checks: Sequence[Place], digests: Digests
+    work: RankWork, held: Sequence[TaskAssignment], checks: Sequence[Place], digests: Digests
 ) -> None:
     """Read model tensors of which other ranks have the main params."""
     local, stop = threading.local(), threading.Event()
-    context = work.context.crew(work.budget.threads)
+    context = work.context.for_workers(work.budget.threads)
 
     def digest(place: Place) -> None:
         number, j = place
@@ -160,7 +164,7 @@ def _digest_models(
         if not hasattr(local, "memory"):
             local.memory = Memory()
         with context.phases("reading"):
-            cover = context.readers[j].cover(key, task.box)
+            cover = context.readers[j].region_reader(key, task.box)
         for box in task.box.split(_DIGEST_ELEMENTS):
             if stop.is_set():
                 return
@@ -170,7 +174,7 @@ def _digest_models(
             with context.phases("reducing"):
                 crc = crc32(buffer.data, crc)
             context.progress(box.numel * dtype.itemsize)
-        cover.settle()
+        cover.finish()
         digests.models[place] = crc
 
-    work_through(checks, digest, work.budget.threads, stop, work.ranks.check)
+    run_workers(checks, digest, work.budget.threads, stop, work.ranks.check)

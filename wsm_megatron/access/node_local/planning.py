@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsm_megatron.access.node_local.assignment import Holders
-from wsm_megatron.access.node_local.inventory import View, look
-from wsm_megatron.access.node_local.shares import Spread
+from wsm_megatron.access.node_local.assignment import Assigner
+from wsm_megatron.access.node_local.inventory import JobInventory, take_inventory
+from wsm_megatron.access.node_local.shares import Assignment
 from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary, read_common, read_summary
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.flat_buckets import Contents, Search, contents, flat_buckets, search
-from wsm_megatron.optimizer.flat_main_params import FlatMains, settle
+from wsm_megatron.optimizer.flat_main_params import FlatMainParams, settle
 from wsm_megatron.optimizer.precision import Kinds, args_of, kinds_of
 from wsm_megatron.optimizer.representation import Representation
 from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
@@ -42,7 +42,7 @@ class _Report:
 
 def prepare_node_local(
     config: MergeConfig, execution: ExecutionOptions, ranks: Ranks
-) -> tuple[Job, Spread]:
+) -> tuple[Job, Assignment]:
     """:func:`.prepare_job` from what all ranks see together. Collective.
 
     Returns:
@@ -53,9 +53,9 @@ def prepare_node_local(
             sees files that are needed.
     """
     with ranks.together("looking at the sources"):
-        seen = look(config.load), read_tracker(config.load)
-    sights, trackers = zip(*ranks.gather(seen), strict=True)
-    view = View(config.load, sights, trackers)
+        seen = take_inventory(config.load), read_tracker(config.load)
+    inventories, trackers = zip(*ranks.all_gather(seen), strict=True)
+    view = JobInventory(config.load, inventories, trackers)
     wanted = _select(config, view, ranks)
     with ranks.together("opening the sources"):
         iterations = [checkpoint.iteration for checkpoint in all_of(wanted)]
@@ -64,31 +64,31 @@ def prepare_node_local(
             for i in iterations
             if view.reporter(i) == ranks.rank
         }
-    told = {i: report for some in ranks.collect(reports) for i, report in some.items()}
-    kinds = ranks.from_first(lambda: told[iterations[-1]].kinds, "planning")
+    told = {i: report for some in ranks.gather(reports) for i, report in some.items()}
+    kinds = ranks.broadcast(lambda: told[iterations[-1]].kinds, "planning")
     flat = _flat_mains(config, view, reports, iterations, kinds.usual, ranks)
 
-    def plan() -> tuple[Job, Spread]:  # minutes for large runs, in which a rank may be lost
+    def plan() -> tuple[Job, Assignment]:  # minutes for large runs, in which a rank may be lost
         return in_background(
             lambda: _plan(config, view, wanted, told, flat, kinds, ranks.size), ranks.check
         )
 
-    job, spread = ranks.from_first(plan, "planning")
-    sources = spread.seen_from(ranks.rank, config.load, job.sources)
+    job, assignment = ranks.broadcast(plan, "planning")
+    sources = assignment.seen_from(ranks.rank, config.load, job.sources)
     here = replace(job.config, load=config.load)
     job = replace(job, config=here, execution=execution, sources=sources)
     if copied_integers(job):
         with ranks.together("comparing integer tensors"):
             own = checksums(job, ranks.rank)
-        of_ranks = ranks.gather(own)
-        ranks.from_first(lambda: compare_checksums(job, of_ranks), "planning")
-    return job, spread
+        of_ranks = ranks.all_gather(own)
+        ranks.broadcast(lambda: compare_checksums(job, of_ranks), "planning")
+    return job, assignment
 
 
-def _select(config: MergeConfig, view: View, ranks: Ranks) -> Wanted:
+def _select(config: MergeConfig, view: JobInventory, ranks: Ranks) -> Wanted:
     """The merges that are wanted. Ranks tell rank 0 what the checkpoints say that they see: of the
     range that is merged, or of all where a window is in tokens. Collective."""
-    run = ranks.from_first(view.run, "planning")
+    run = ranks.broadcast(view.run, "planning")
     told: dict[int, CommonSummary] = {}
     selector = Selector(run, lambda i: told.get(i, UNKNOWN), config.allow_lr_decay)
 
@@ -100,16 +100,16 @@ def _select(config: MergeConfig, view: View, ranks: Ranks) -> Wanted:
 
     asked = list(run.finished)
     if config.window_tokens is None:
-        wanted = ranks.from_first(choose, "planning")
+        wanted = ranks.broadcast(choose, "planning")
         chosen = {i for _, c in wanted for i in c}
         asked = [i for i in asked if min(chosen) <= i <= max(chosen)]
         asked = [i for i in asked if i in chosen or view.is_reported(i)]
     told.update(_summaries(config, view, ranks, asked))
-    return ranks.from_first(place, "planning")
+    return ranks.broadcast(place, "planning")
 
 
 def _summaries(
-    config: MergeConfig, view: View, ranks: Ranks, iterations: Sequence[int]
+    config: MergeConfig, view: JobInventory, ranks: Ranks, iterations: Sequence[int]
 ) -> dict[int, CommonSummary]:
     """What checkpoints say of themselves, each read by one rank. Collective."""
     with ranks.together("opening the sources"):
@@ -118,10 +118,12 @@ def _summaries(
             for i in iterations
             if view.reporter(i) == ranks.rank
         }
-    return {i: said for some in ranks.gather(known) for i, said in some.items()}
+    return {i: said for some in ranks.all_gather(known) for i, said in some.items()}
 
 
-def _report(config: MergeConfig, view: View, rank: int, iteration: int, newest: bool) -> _Report:
+def _report(
+    config: MergeConfig, view: JobInventory, rank: int, iteration: int, newest: bool
+) -> _Report:
     source = open_source(config.load, iteration, whole=False)
     common = read_common(source.path, source.layout)
     kinds, flat = Kinds(), None
@@ -132,7 +134,7 @@ def _report(config: MergeConfig, view: View, rank: int, iteration: int, newest: 
     return _Report(source, common, flat, kinds)
 
 
-def _search(view: View, rank: int, source: Source, usual: Representation) -> Search | None:
+def _search(view: JobInventory, rank: int, source: Source, usual: Representation) -> Search | None:
     """Main params in flat buckets are found by content, which one rank must see."""
     if not flat_buckets(source.layout):
         return None
@@ -142,18 +144,18 @@ def _search(view: View, rank: int, source: Source, usual: Representation) -> Sea
 
 def _flat_mains(
     config: MergeConfig,
-    view: View,
+    view: JobInventory,
     reports: Mapping[int, _Report],
     iterations: Sequence[int],
     usual: Representation,
     ranks: Ranks,
-) -> FlatMains | None:
+) -> FlatMainParams | None:
     """Where main params lie, on rank 0: equal chunks are told apart by what all ranks see.
 
     Collective.
     """
     own = reports.get(iterations[-1])
-    searches = ranks.gather(None if own is None else own.flat)
+    searches = ranks.all_gather(None if own is None else own.flat)
     found = next((one for one in searches if one is not None), None)
     if found is None:
         return None
@@ -163,13 +165,13 @@ def _flat_mains(
             if found.lies_in(report.source.layout):
                 _check_seen(view, ranks.rank, report.source)
                 told[i] = report.source.path, contents(report.source.layout, found.unsure, usual)
-    by_source = {i: one for some in ranks.collect(told) for i, one in some.items()}
+    by_source = {i: one for some in ranks.gather(told) for i, one in some.items()}
     with ranks.together("planning"):
         newest_first = [by_source[i] for i in sorted(by_source, reverse=True)]
         return settle(found, newest_first, config.keeps_optimizer) if ranks.rank == 0 else None
 
 
-def _check_seen(view: View, rank: int, source: Source) -> None:
+def _check_seen(view: JobInventory, rank: int, source: Source) -> None:
     if not view.sees_all(rank, source.layout, source.iteration):
         raise UsageError(
             f"{source.path} keeps its main params in flat buckets (dp_reshardable), which one rank "
@@ -180,13 +182,13 @@ def _check_seen(view: View, rank: int, source: Source) -> None:
 
 def _plan(
     config: MergeConfig,
-    view: View,
+    view: JobInventory,
     wanted: Wanted,
     told: Mapping[int, _Report],
-    flat: FlatMains | None,
+    flat: FlatMainParams | None,
     kinds: Kinds,
     ranks: int,
-) -> tuple[Job, Spread]:
+) -> tuple[Job, Assignment]:
     iterations = sorted(told)
     sources = tuple(told[i].source for i in iterations)
     for source in sources:
@@ -196,14 +198,14 @@ def _plan(
     )
     layouts = [source.layout for source in sources]
     seeing = [view.ranks(i) for i in iterations]
-    newest = {product.newest for product in job.products}
-    holders = Holders(layouts, seeing, newest, ranks, len(job.products))
+    newest = {output.newest for output in job.outputs}
+    holders = Assigner(layouts, seeing, newest, ranks, len(job.outputs))
     held = tuple(holders.hold(job.plan.tasks))
     objects: list[dict[str, int]] = [{} for _ in sources]
-    for product in job.products:
-        j = product.newest
-        objects[j] |= {k: holders.object(j, k) for k in product.objects if k not in objects[j]}
-    spread = Spread(
+    for output in job.outputs:
+        j = output.newest
+        objects[j] |= {k: holders.object(j, k) for k in output.objects if k not in objects[j]}
+    assignment = Assignment(
         held,
         tuple(objects),
         tuple(view.reporter(i) for i in iterations),
@@ -211,4 +213,4 @@ def _plan(
     )
     plan = replace(job.plan, tasks=tuple(one.task for one in held))
     check_whole(plan.tasks)
-    return replace(job, plan=plan), spread
+    return replace(job, plan=plan), assignment

@@ -1,4 +1,4 @@
-"""The ranks' shares of a job whose sources are spread over nodes."""
+"""The ranks' shares of a job whose sources are assignment over nodes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsm_megatron.access.node_local.assignment import Held, Step, steps_of
+from wsm_megatron.access.node_local.assignment import PeerStage, TaskAssignment, peer_stages_of
 from wsm_megatron.access.node_local.schedule import check_bytes, scope_of
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
-from wsm_megatron.planning.job import Job, Part
+from wsm_megatron.planning.job import Job, RankPlan
 from wsm_megatron.planning.sources import Source
 from wsm_megatron.planning.tasks import Merge, Stage, Task
 from wsm_megatron.storage.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
-class Spread:
+class Assignment:
     """Which rank reads what.
 
     Attributes:
@@ -26,7 +26,7 @@ class Spread:
         fingerprints: ``[source][rank]``: what each rank sees of it.
     """
 
-    held: tuple[Held, ...]
+    held: tuple[TaskAssignment, ...]
     objects: tuple[dict[str, int], ...]
     reporters: tuple[int, ...]
     fingerprints: tuple[tuple[Fingerprint, ...], ...]
@@ -35,9 +35,9 @@ class Spread:
     def ranks(self) -> int:
         return len(self.fingerprints[0])
 
-    def only(self, sources: Sequence[int], newest: Collection[int]) -> Spread:
+    def only(self, sources: Sequence[int], newest: Collection[int]) -> Assignment:
         """The same for some of the sources, of which ``newest`` are copied from."""
-        return Spread(
+        return Assignment(
             tuple(held.only(sources, newest) for held in self.held),
             tuple(self.objects[j] for j in sources),
             tuple(self.reporters[j] for j in sources),
@@ -61,10 +61,12 @@ class Spread:
             tasks[rank].append(held.task)
         return tasks
 
-    def steps(self, rank: int) -> list[Step]:
+    def steps(self, rank: int) -> list[PeerStage]:
         """A rank's turns in tasks that it does with others, in the order of all ranks."""
         together = [(n, held) for n, held in enumerate(self.held) if held.alone is None]
-        return [step for n, held in together for step in steps_of(n, held) if step.rank == rank]
+        return [
+            step for n, held in together for step in peer_stages_of(n, held) if step.rank == rank
+        ]
 
     def checks(self, rank: int) -> list[tuple[int, int]]:
         """Task and source of the model tensors that a rank reads to check another's main params."""
@@ -86,28 +88,28 @@ class Spread:
         return tuple(local)
 
 
-def parts_of(job: Job, spread: Spread) -> tuple[Part, ...]:
+def rank_plans_of(job: Job, assignment: Assignment) -> tuple[RankPlan, ...]:
     """What every rank does of a job."""
-    newest, merges = [product.newest for product in job.products], job.merges
-    written = {j: spread.written(j) for j in set(newest)}
-    parts = []
-    for rank, tasks in enumerate(spread.alone()):
-        steps = (_stage_bytes(step, spread, merges) for step in spread.steps(rank))
-        part = job.part(
+    newest, merges = [output.newest for output in job.outputs], job.merges
+    written = {j: assignment.written(j) for j in set(newest)}
+    rank_plans = []
+    for rank, tasks in enumerate(assignment.alone()):
+        steps = (_stage_bytes(step, assignment, merges) for step in assignment.steps(rank))
+        rank_plan = job.rank_plan(
             rank,
             tasks,
             [written[j][rank] for j in newest],
             [
-                [key for key in product.objects if spread.objects[j][key] == rank]
-                for product, j in zip(job.products, newest, strict=True)
+                [key for key in output.objects if assignment.objects[j][key] == rank]
+                for output, j in zip(job.outputs, newest, strict=True)
             ],
-            [k for k, j in enumerate(newest) if spread.reporters[j] == rank],
-            sum(steps) + check_bytes(spread.held, spread.checks(rank)),
+            [k for k, j in enumerate(newest) if assignment.reporters[j] == rank],
+            sum(steps) + check_bytes(assignment.held, assignment.checks(rank)),
         )
-        parts.append(part)
-    return tuple(parts)
+        rank_plans.append(rank_plan)
+    return tuple(rank_plans)
 
 
-def _stage_bytes(step: Step, spread: Spread, merges: Sequence[Merge]) -> int:
-    held = spread.held[step.number]
+def _stage_bytes(step: PeerStage, assignment: Assignment, merges: Sequence[Merge]) -> int:
+    held = assignment.held[step.number]
     return Stage(held.task, scope_of(step, held, merges)).nbytes

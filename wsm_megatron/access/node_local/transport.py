@@ -15,14 +15,14 @@ import torch.distributed as dist
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.errors import LostError, MergeError
-from wsm_megatron.process.worker_threads import work_through
+from wsm_megatron.process.worker_threads import run_workers
 
 _PATIENCE = timedelta(days=7)
 """The line finds ranks that are lost. A rank may well compute for hours between two messages."""
 _LOOK = 0.2
 
 
-class Wire:
+class Transport:
     """Connections between the ranks of a job. Safe to share between threads.
 
     Neither NCCL nor this class labels messages: two ranks exchange theirs in one order, which
@@ -91,7 +91,7 @@ class Wire:
             time.sleep(_LOOK)
 
 
-def open_wire(ranks: Ranks, device: torch.device | str = "cpu") -> Wire:
+def open_transport(ranks: Ranks, device: torch.device | str = "cpu") -> Transport:
     """Connect all ranks with each other. Collective.
 
     Args:
@@ -111,8 +111,8 @@ def open_wire(ranks: Ranks, device: torch.device | str = "cpu") -> Wire:
                 "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network to use"
             ) from error
 
-    work_through([None], connect, 1, threading.Event(), ranks.check)
-    return Wire(groups[0], ranks.check, device)
+    run_workers([None], connect, 1, threading.Event(), ranks.check)
+    return Transport(groups[0], ranks.check, device)
 
 
 def _group(store: dist.Store, ranks: Ranks, device: torch.device) -> Any:
