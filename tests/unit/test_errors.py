@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import runs
+from tests.merge.test_continued import ALONE, stop_after
 from tests.reference import RUNS
-from tests.unit.test_go_on import ALONE, stop_after
 from wsm_megatron import MergeConfig, MergeError, UsageError, api, merge
 from wsm_megatron.access import shared
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE, StorageError, exit_code, printable

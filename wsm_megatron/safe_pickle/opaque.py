@@ -1,4 +1,4 @@
-"""What becomes of the classes that a pickle refers to: real or opaque; opaque ones known or foreign.
+"""What becomes of classes that a pickle refers to: real or opaque; opaque ones known or foreign.
 
 Megatron's common state holds instances of Megatron's own classes (enums in ``args``, mostly) and
 sometimes of the user's. Here such a class is a :class:`GlobalName`, its name and nothing else, and

@@ -67,7 +67,7 @@ def test_merge_with_optimizer_state_equals_the_reference(run, optimizer_state, t
         elif key in mains:
             expected = expected_sum(mains[key], sources).to(tensor.dtype)
         elif roles[key] is Role.MODEL:
-            continue  # rounded from flat buckets: tests/unit/test_flat.py
+            continue  # rounded from flat buckets: tests/unit/optimizer/test_flat_main_params.py
         else:
             expected = expected_sum(key, sources)
         assert same_bits(tensor, expected), key

@@ -28,7 +28,7 @@ from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle import metadata_classes
 from wsm_megatron.safe_pickle.metadata import load_metadata
 
-RUNS = Path(__file__).parents[1] / "data" / "runs"
+RUNS = Path(__file__).parents[2] / "data" / "runs"
 
 
 def make_metadata(**more: Any) -> Metadata:

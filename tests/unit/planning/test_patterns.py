@@ -9,7 +9,7 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
-from tests.unit.test_flat import BUCKET, in_bucket
+from tests.unit.optimizer.test_flat_main_params import BUCKET, in_bucket
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.keys import model_of
 from wsm_megatron.checkpoint.layout import read_layout

@@ -14,7 +14,7 @@ import pytest
 from tests import runs
 from tests.ports import reserved_ports
 from tests.reference import RUNS
-from tests.unit.test_slurm import STEP
+from tests.unit.comm.test_slurm import STEP
 from wsm_megatron.cli.main import main
 from wsm_megatron.comm.launcher import launched_as, local_rank
 from wsm_megatron.errors import EXIT_USAGE

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from tests import runs
+from tests.merge.test_continued import stop_merge
 from tests.reference import RUNS, load_tensors, same_bits
-from tests.unit.test_go_on import stop_merge
 from wsm_megatron import ExecutionOptions, MergeConfig, merge, verify
 from wsm_megatron.checkpoint.layout import COMMON_KEY, read_layout
 from wsm_megatron.planning.prepare import prepare_job

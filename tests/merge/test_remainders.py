@@ -20,7 +20,7 @@ from tests.reference import (
     split,
     weighted_sum64,
 )
-from tests.unit.test_staging import staged_merge
+from tests.unit.execution.test_gpu_tiles import staged_merge
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.keys import Role, main_of, state_of
 from wsm_megatron.checkpoint.layout import read_layout

@@ -24,7 +24,7 @@ from wsm_megatron.safe_pickle.metadata import load_metadata
 from wsm_megatron.safe_pickle.objects import dump_object, load_object
 from wsm_megatron.safe_pickle.opaque import GlobalName, OpaqueObject, is_known, references
 
-RUNS = Path(__file__).parents[1] / "data" / "runs"
+RUNS = Path(__file__).parents[2] / "data" / "runs"
 COMMON_ENTRY = "common_state/shard_0_1"
 
 
@@ -99,7 +99,7 @@ assert not [m for m in sys.modules if m.partition(".")[0] == "megatron"]
 def test_what_was_written_without_megatron_loads_equal_with_it(tmp_path: Path) -> None:
     paths = sorted(RUNS.glob("mcore*/iter_0000004/common.pt"))
     command = [sys.executable, "-c", BLOCKED, str(tmp_path), *map(str, paths)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[3])
     pytest.importorskip("megatron.core")
     for path in paths:
         written = torch.load(tmp_path / f"{path.parts[-3]}.pt", weights_only=False)
@@ -325,7 +325,7 @@ def test_the_same_bytes_are_written_in_every_process(tmp_path: Path) -> None:
             command,
             check=True,
             capture_output=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             env={**os.environ, "PYTHONHASHSEED": str(seed)},
         )
         written.add(done.stdout)

@@ -70,7 +70,7 @@ def test_staged_merges_name_what_is_wrong(tmp_path, monkeypatch):
 def test_staged_merge_through_the_triton_kernel(tmp_path):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "tests.unit.test_staging", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.unit.execution.test_gpu_tiles", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "same bits\n"

@@ -7,8 +7,8 @@ import torch
 
 from tests import runs
 from tests.reference import load_tensors, same_bits
-from tests.unit.test_flat import BUCKET, FC2, LAYER
-from tests.unit.test_staging import staged_merge
+from tests.unit.execution.test_gpu_tiles import staged_merge
+from tests.unit.optimizer.test_flat_main_params import BUCKET, FC2, LAYER
 from wsm_megatron import MergeConfig, MergeError, merge
 from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.kernels import reference

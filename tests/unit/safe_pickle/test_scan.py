@@ -18,7 +18,7 @@ import pytest
 
 from tests import archives
 from tests.reference import RUNS
-from tests.unit.test_objects import common_bytes, pickle_of
+from tests.unit.safe_pickle.test_objects import common_bytes, pickle_of
 from wsm_megatron.safe_pickle import scan as pickle_scan
 from wsm_megatron.safe_pickle.scan import scan_in_python
 
@@ -200,7 +200,7 @@ def test_bombs_are_refused(tmp_path: Path) -> None:
         [sys.executable, "-c", LOAD, *map(str, paths)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         preexec_fn=small_time,
     )
     assert (done.returncode, done.stdout) == (0, "refused 0\n" * len(paths)), done.stderr

@@ -25,7 +25,7 @@ from wsm_megatron.safe_pickle.metadata import load_metadata
 from wsm_megatron.safe_pickle.objects import load_object
 from wsm_megatron.safe_pickle.opaque import GlobalName, OpaqueObject
 
-RUNS = Path(__file__).parents[1] / "data" / "runs"
+RUNS = Path(__file__).parents[2] / "data" / "runs"
 PROVENANCE = {"sources": [{"iteration": 2, "tokens": None}], "coefficients": [0.25, 0.75]}
 
 

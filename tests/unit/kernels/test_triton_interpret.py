@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 @pytest.mark.filterwarnings("ignore")
 def test_interpreted_kernel_gives_the_same_bits():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "tests.unit.test_triton_interpret"]
+    command = [sys.executable, "-m", "tests.unit.kernels.test_triton_interpret"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "interpreted: all cases pass\n"
