@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from wsm_megatron.cli.main import JOB_OPTIONS
 from wsm_megatron.options import Option
 from wsm_megatron.plugin.arguments import OPTIONS as TRAINING
+from wsm_megatron.process.timeouts import VARIABLE
 
 TOP = """\
 # Options
@@ -89,6 +90,7 @@ VARIABLES = (
         "whether the job that holds a lock still runs",
     ),
     ("SLURM_ARRAY_TASK_ID", "Slurm", "in the event log"),
+    (VARIABLE, "by hand", "how long a job waits for what: `lost_after=60,stalled_after=900`"),
     ("GLOO_SOCKET_IFNAME", "by hand", "network interface of the sums of --node-local"),
     ("TORCH_CPP_LOG_LEVEL", "by hand", "what torch's C++ code logs (ERROR where it is not set)"),
 )

@@ -25,8 +25,8 @@ from wsm_megatron.checkpoint.writer import CheckpointFile
 from wsm_megatron.cli import main
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.execution.tiles import Tile
-from wsm_megatron.process import worker_threads
-from wsm_megatron.storage import change_watch, retry, visibility
+from wsm_megatron.process.timeouts import timeouts
+from wsm_megatron.storage import visibility
 
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "stalled read", "stalled write", "rank exception")
 STAGES = ("plan", "read", "reduce", "write", "publish")
@@ -56,12 +56,12 @@ def run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    heartbeat.BEAT, heartbeat.LOST_AFTER = 0.2, LOST_AFTER
-    retry.STALLED_AFTER, retry.FIRST_PAUSE = STALLED_AFTER, 0.01
-    main.GRACE, worker_threads._PATIENCE = 2.0, 0.2
+    timeouts.beat, timeouts.lost_after = 0.2, LOST_AFTER
+    timeouts.stalled_after, timeouts.first_pause = STALLED_AFTER, 0.01
+    timeouts.exit_grace, timeouts.worker_grace = 2.0, 0.2
     global _run
     _run = Path(argv[argv.index("--load") + 1])
-    visibility.VISIBLE_WITHIN, change_watch.LOOK_EVERY = SEEN_WITHIN, 0.1
+    timeouts.visible_within, timeouts.look_every = SEEN_WITHIN, 0.1
     if case is not None and case.rank == rank:
         _UNSEEN.get((case.fault, case.stage), lambda: _inject(case))()
     sys.exit(main.main(argv))

@@ -54,14 +54,12 @@ from wsm_megatron.options import (
 from wsm_megatron.planning.selection import select_checkpoints
 from wsm_megatron.process.signals import Stop, ending_signals
 from wsm_megatron.process.streams import say, show
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
 from wsm_megatron.storage.retry import check_storage
 
 logger = logging.getLogger(__name__)
-
-GRACE = 10.0
-"""Seconds that a merge has to end by itself once storage hangs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +135,7 @@ def _status(arguments: argparse.Namespace, run: _Command) -> int:
     """The exit status of a command, its answer or its error printed."""
     name = f"wsm {arguments.command}"
     try:
+        timeouts.read(os.environ)
         answer = run(arguments)
         lines = list(answer.lines)
         if lines and arguments.json:
@@ -298,11 +297,13 @@ def _exit_when_storage_hangs() -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(GRACE):
+        while not over.wait(timeouts.exit_grace):
             try:
                 check_storage()
             except MergeError as error:
-                if not over.wait(GRACE):  # where only a worker hangs, the merge ends by itself
+                if not over.wait(
+                    timeouts.exit_grace
+                ):  # where only a worker hangs, the merge ends by itself
                     _say_last(f"{error}; nothing was published")
                     os._exit(EXIT_FAILED)
 

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from wsm_megatron.execution.context import Progress
 from wsm_megatron.process.streams import say
+from wsm_megatron.process.timeouts import timeouts
 
-LOG_SECONDS = 30.0
-"""Seconds between two lines in a log file."""
 _LINE = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {rate_fmt}, {remaining} left"
 
 
@@ -37,14 +36,14 @@ def progress_bar(rank: int, total: int) -> Iterator[Progress]:
 class _Lines:
     """Whole lines: a bar writes over itself, and what collects the output of ranks waits for ends.
 
-    Silent for the first :data:`LOG_SECONDS`.
+    Silent for the first ``log_every``.
     """
 
     def __init__(self, total: int):
         self._total, self._done = total, 0
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._due = self._started + LOG_SECONDS
+        self._due = self._started + timeouts.log_every
 
     def update(self, nbytes: int) -> None:
         with self._lock:
@@ -52,7 +51,7 @@ class _Lines:
             now = time.monotonic()
             if now < self._due:
                 return
-            self._due = now + LOG_SECONDS
+            self._due = now + timeouts.log_every
             line = tqdm.format_meter(
                 self._done,
                 self._total,

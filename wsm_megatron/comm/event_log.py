@@ -20,16 +20,13 @@ from typing import Any
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.messages import Failure
 from wsm_megatron.errors import MergeError, UsageError, exit_code
+from wsm_megatron.process.timeouts import timeouts
 
 logger = logging.getLogger(__name__)
 _library = logging.getLogger("wsm_megatron")
 
-PROGRESS_EVERY = 5.0
-"""Seconds between two ``progress`` events."""
 _RATE_OVER = 12
 """Progress events over which the rate is taken: a minute."""
-_CLOSE_WITHIN = 5.0
-"""Seconds that a log has for its last lines."""
 
 
 class EventLog:
@@ -61,23 +58,23 @@ class EventLog:
         """Have an event written, with the time now."""
         self._todo.put(partial(self._append, self._heartbeat(event, fields)))
 
-    def flush(self, within: float = _CLOSE_WITHIN) -> None:
+    def flush(self, within: float | None = None) -> None:
         """Wait until what was told is written; not for ever."""
         written = threading.Event()
         self._todo.put(written.set)
-        written.wait(within)
+        written.wait(timeouts.flush_within if within is None else within)
 
     def close(self) -> None:
         self._todo.put(None)
-        self._thread.join(_CLOSE_WITHIN)
+        self._thread.join(timeouts.flush_within)
 
     def _run(self) -> None:
-        due = time.monotonic() + PROGRESS_EVERY
+        due = time.monotonic() + timeouts.progress_every
         while True:
             try:
                 step = self._todo.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
-                due = time.monotonic() + PROGRESS_EVERY
+                due = time.monotonic() + timeouts.progress_every
                 if (progress := self.progress) is not None:
                     self._append(self._heartbeat("progress", progress()))
                 continue

@@ -24,24 +24,15 @@ import torch.distributed as dist
 from wsm_megatron.comm.messages import Failure, Sign, reports
 from wsm_megatron.errors import LostError, MergeError
 from wsm_megatron.process.gc_paused import gc_paused
+from wsm_megatron.process.timeouts import timeouts
 
 logger = logging.getLogger(__name__)
 
-BEAT = 1.0
-"""Seconds between a rank's signs of life."""
-LOST_AFTER = 15.0
-"""Seconds without a sign of life after which a rank counts as lost."""
-START_WITHIN = 600.0
-"""Seconds within which every rank must have started."""
 _PART_BYTES = 4 * 2**20
 """The TCP store takes values of up to 8 MiB."""
 _FAILED = "failed"
 _TOLD_A_BEAT = 100
 """Values that a rank tells rank 0 in one beat at most; of more, the newest."""
-_STOP_WITHIN = 5
-"""Beats within which every rank is to stop after a failure."""
-_REPORT_WITHIN = 15
-"""Beats within which rank 0 is to have said why the job failed; else another rank does."""
 
 
 class Heartbeat:
@@ -52,11 +43,11 @@ class Heartbeat:
 
     Attributes:
         phase: what this rank is doing, for messages.
-        health: called at every beat, on the line's thread; what it raises fails the job, also
+        health: called at every beat, on the heartbeat's thread; what it raises fails the job, also
             while the rank's own thread is stuck in a call to the system.
         failure: why the job has failed first; None while it has not.
         count: what this rank has done, in any unit; told with every beat.
-        hear: called on rank 0, on the line's thread, with what other ranks tell.
+        hear: called on rank 0, on the heartbeat's thread, with what other ranks tell.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
@@ -106,7 +97,7 @@ class Heartbeat:
         """Raise where the job has failed on another rank, or the others are out of reach."""
         if self.failure is not None:
             raise self.failure.error()
-        if time.monotonic() - self._contact > LOST_AFTER + 5 * BEAT:
+        if time.monotonic() - self._contact > timeouts.lost_after + 5 * timeouts.beat:
             raise LostError(f"{self._who(0)} does not answer: its node or its network is gone")
 
     def put(self, key: str, value: Any) -> None:
@@ -165,7 +156,7 @@ class Heartbeat:
                     self._ask(partial(self._declare, self._own))
                 self._ask(partial(self._store.set, f"ended/{self.rank}", b"1"))
                 if self.rank == 0:
-                    self._wait_for("ended", _STOP_WITHIN * BEAT)
+                    self._wait_for("ended", timeouts.stop_beats * timeouts.beat)
         first = self.failure
         return first.error() if first is not None and first.rank != self.rank else None
 
@@ -204,10 +195,15 @@ class Heartbeat:
         with contextlib.suppress(MergeError):  # the others are gone
             self._ask(partial(self._store.set, f"left/{self.rank}", b"1"))
             if self.rank == 0:
-                self._wait_for("left", LOST_AFTER if self.failure is None else _STOP_WITHIN * BEAT)
+                self._wait_for(
+                    "left",
+                    timeouts.lost_after
+                    if self.failure is None
+                    else timeouts.stop_beats * timeouts.beat,
+                )
         self._leaving.set()
         self._requests.put((lambda: None, queue.SimpleQueue()))  # wakes the thread
-        self._thread.join(BEAT)
+        self._thread.join(timeouts.beat)
 
     def _wait_for(self, word: str, patience: float) -> None:
         """Until every other rank that has come, and is not lost, has said a word."""
@@ -232,7 +228,7 @@ class Heartbeat:
 
     def _is_reported(self) -> bool:
         """Whether rank 0 reports for all, or another rank does in its place."""
-        until = time.monotonic() + _REPORT_WITHIN * BEAT
+        until = time.monotonic() + timeouts.report_beats * timeouts.beat
         try:
             while time.monotonic() < until and not self._is_lost(0):
                 if self._ask(lambda: self._store.check(["reported"])):
@@ -253,7 +249,7 @@ class Heartbeat:
         """Have the thread do something with the store; never waits for a dead store."""
         reply: queue.SimpleQueue = queue.SimpleQueue()
         self._requests.put((request, reply))
-        until = time.monotonic() + LOST_AFTER + 5 * BEAT
+        until = time.monotonic() + timeouts.lost_after + 5 * timeouts.beat
         while time.monotonic() < until and self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 return reply.get(timeout=0.2)
@@ -268,7 +264,7 @@ class Heartbeat:
             while not self._leaving.is_set():
                 if time.monotonic() >= due:
                     self._beat()
-                    due = time.monotonic() + BEAT
+                    due = time.monotonic() + timeouts.beat
                 self._answer(max(0.0, due - time.monotonic()))
         except RuntimeError as error:  # the store's: its process has ended
             logger.debug("rank %d: %s", self.rank, error)
@@ -321,8 +317,8 @@ class Heartbeat:
         if sign != before or self._store.check([f"left/{rank}"]):
             self._silence[rank], self._heard[rank] = 0.0, sign
             return
-        self._silence[rank] = self._silence.get(rank, 0.0) + BEAT
-        if self._silence[rank] >= (LOST_AFTER if sign else START_WITHIN):
+        self._silence[rank] = self._silence.get(rank, 0.0) + timeouts.beat
+        if self._silence[rank] >= (timeouts.lost_after if sign else timeouts.start_within):
             self._declare(self._lost.setdefault(rank, self._silent(rank)))
 
     def _declare(self, failure: Failure) -> None:
@@ -337,11 +333,11 @@ class Heartbeat:
 
     def _silent(self, rank: int) -> Failure:
         if rank not in self._heard:
-            message = f"rank {rank} did not start within {START_WITHIN:.0f} s"
+            message = f"rank {rank} did not start within {timeouts.start_within:.0f} s"
         else:
             message = (
-                f"{self._who(rank)} is lost: no sign of life for {LOST_AFTER:.0f} s (killed, out "
-                "of memory, or its node is gone)"
+                f"{self._who(rank)} is lost: no sign of life for {timeouts.lost_after:.0f} s "
+                "(killed, out of memory, or its node is gone)"
             )
         return Failure.lost(rank, message, self.phase)
 

@@ -17,14 +17,10 @@ import torch.distributed as dist
 
 from wsm_megatron.comm.launcher import Launch
 from wsm_megatron.errors import MergeError
+from wsm_megatron.process.timeouts import timeouts
 
 logger = logging.getLogger(__name__)
 
-MEET_WITHIN = 600.0
-"""Seconds within which every rank must have started."""
-TELL_AFTER = 5.0
-"""Seconds until a rank says whom it waits for."""
-TELL_EVERY = 60.0
 _LOOK = 0.1
 _SHOWN = 8
 _stores: dict[Launch, dist.Store] = {}
@@ -35,13 +31,13 @@ class Waiting:
 
     def __init__(self, launch: Launch):
         self._launch = launch
-        self._due = time.monotonic() + TELL_AFTER
+        self._due = time.monotonic() + timeouts.say_missing_after
 
     def tell(self, missing: list[int]) -> None:
         """Say it where it is due."""
         if time.monotonic() < self._due:
             return
-        self._due = time.monotonic() + TELL_EVERY
+        self._due = time.monotonic() + timeouts.say_missing_every
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         ranks = f"rank {shown}" if len(missing) == 1 else f"{len(missing)} ranks ({shown})"
         logger.warning(
@@ -103,7 +99,7 @@ def _store(launch: Launch) -> dist.Store:
         launch.port,
         launch.size,
         is_master=launch.rank == 0 and not agent,
-        timeout=timedelta(seconds=MEET_WITHIN),
+        timeout=timedelta(seconds=timeouts.start_within),
         wait_for_workers=False,
         multi_tenant=True,  # a process may merge again
     )

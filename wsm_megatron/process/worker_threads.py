@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from wsm_megatron.process.timeouts import timeouts
+
 T = TypeVar("T")
 
 _LOOK = 0.2
 """Seconds between two looks at the threads, and at what else may have gone wrong."""
-_PATIENCE = 5.0
-"""Seconds that a thread has, after a failure, to come back from a call to the system."""
 
 
 def run_workers(
@@ -59,7 +59,7 @@ def run_workers(
     finally:
         stop.set()
         for thread in crew:
-            thread.join(_PATIENCE / len(crew))
+            thread.join(timeouts.worker_grace / len(crew))
     if failures:
         raise failures[0]
 

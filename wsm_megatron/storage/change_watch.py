@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from wsm_megatron.errors import MergeError
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage.fingerprint import Fingerprint, check_unchanged
 from wsm_megatron.storage.retry import with_retries
 
-LOOK_EVERY = 15.0
-"""Seconds between two looks."""
 DIRECTORIES_A_LOOK = 16
 """Directories that one look is for, by two ``stat`` each: metadata servers are not to feel it."""
 
@@ -50,7 +49,7 @@ class ChangeWatch:
 
     def _run(self) -> None:
         try:
-            while not self._ended.wait(LOOK_EVERY):
+            while not self._ended.wait(timeouts.look_every):
                 self._look()
         except MergeError as error:
             self._error = error

@@ -13,12 +13,11 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32
 
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage.retry import watched, with_retries
 
 logger = logging.getLogger(__name__)
 
-SYNC_EVERY = 30.0
-"""Seconds after which the next finished part starts a sync."""
 SYNC_BYTES = 128 * 2**20
 """Bytes that start a sync: little is left to do at the file's end, and a killed merge loses little.
 The kernel by itself would wait until a tenth of the memory is dirty."""
@@ -89,7 +88,10 @@ class Journal:
             self._new.append(part)
             self._unsynced += part.length
             self._since_asked += part.length
-            due = self._since_asked >= SYNC_BYTES or time.monotonic() - self._asked > SYNC_EVERY
+            due = (
+                self._since_asked >= SYNC_BYTES
+                or time.monotonic() - self._asked > timeouts.sync_every
+            )
             if due:
                 self._ask()
             behind = self._unsynced >= BEHIND_BYTES

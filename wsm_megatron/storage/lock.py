@@ -18,17 +18,11 @@ from typing import Any
 
 from wsm_megatron.errors import MergeError
 from wsm_megatron.process.signals import ending_later
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage.json_file import parse_json
 from wsm_megatron.storage.retry import watched
 
 logger = logging.getLogger(__name__)
-
-FRESHEN = 5.0
-"""Seconds between two touches of the lock file."""
-STALE_AFTER = 30.0
-"""Seconds without a touch after which its holder counts as dead."""
-SAY_EVERY = 30.0
-"""Seconds between two messages of who waits."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Lock:
     """A file created exclusively, as also NFS does it; taken over from a holder that is dead.
 
     Dead is a process that this machine no longer has, an earlier start of the same Slurm job, and
-    whoever has not touched the file for :data:`STALE_AFTER` seconds while it was watched.
+    whoever has not touched the file for ``stale_after`` seconds while it was watched.
 
     The successor of a dead holder is whoever first creates a file named after the dead one's token,
     the *claim*: of any number of processes only one can. Its own successor, should it die too, is
@@ -83,7 +77,9 @@ class Lock:
             MergeError: a process that lives holds it for something else. OSError.
         """
         pause = 0.02
-        said = time.monotonic() - SAY_EVERY + 1.0  # a wait of a second is not worth a word
+        said = (
+            time.monotonic() - timeouts.say_waiting_every + 1.0
+        )  # a wait of a second is not worth a word
         while (other := self.try_acquire()) is not None:
             alive, same = self._is_alive(other), other.says.get("makes") == self._mine["makes"]
             if alive and not same:
@@ -91,13 +87,13 @@ class Lock:
                     f"{self.path}: another merge is making this checkpoint: {other}; wait for it, "
                     "or give another --save or --output-iteration"
                 )
-            if time.monotonic() - said >= SAY_EVERY:
+            if time.monotonic() - said >= timeouts.say_waiting_every:
                 said = time.monotonic()
                 doing = "is doing the same; waiting for it" if same else "holds it; does it live?"
                 logger.warning("%s: %s %s", self.path, other, doing)
             check()
             time.sleep(pause)
-            pause = min(2 * pause, STALE_AFTER / 30)
+            pause = min(2 * pause, timeouts.stale_after / 30)
 
     def try_acquire(self) -> _Holder | None:
         """Hold the lock now, or say who does. Raises ``OSError``."""
@@ -121,7 +117,7 @@ class Lock:
         """Raise ``MergeError`` where another merge has taken the lock over.
 
         Args:
-            look: now; otherwise it is said what was found within the last :data:`FRESHEN` seconds.
+            look: now; otherwise what was found within the last ``freshen_every`` seconds.
         """
         if self._lost or (look and not self.holds()):
             raise MergeError(
@@ -183,15 +179,15 @@ class Lock:
             self._touches = self._seen is not None and self._seen[0] == holder.token
             self._seen, self._since = seen, now
         alive = _lives(holder.says)
-        if alive is False or now - self._since > STALE_AFTER:
+        if alive is False or now - self._since > timeouts.stale_after:
             return False
-        lately = abs(time.time() - holder.touched / 1e9) < STALE_AFTER
+        lately = abs(time.time() - holder.touched / 1e9) < timeouts.stale_after
         return True if self._touches or (alive and lately) else None
 
     def _freshen(self, descriptor: int) -> None:
         """Touch the file, wherever it has been moved; never another's."""
         try:
-            while not (self._over.wait(FRESHEN) or self._lost):
+            while not (self._over.wait(timeouts.freshen_every) or self._lost):
                 with contextlib.suppress(OSError):  # the next time may go well
                     if self.holds():
                         os.utime(descriptor)

@@ -10,17 +10,13 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from wsm_megatron.errors import MergeError, StorageError
+from wsm_megatron.process.timeouts import timeouts
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RETRIES = 3
-FIRST_PAUSE = 0.25
-"""Seconds before the first retry; every further pause is twice as long."""
-STALLED_AFTER = 300.0
-"""Seconds after which a single call (a read, a write, a sync) that has not returned counts as
-hanging."""
 
 _FOR_GOOD = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EBADF}
 _FOR_GOOD |= {errno.ELOOP, errno.ENAMETOOLONG}
@@ -66,7 +62,7 @@ def with_retries(read: Callable[[], T], where: Callable[[], str], retries: int =
             logger.warning(
                 "%s failed: %s; trying again", where(), error.strerror, extra={"event": "retried"}
             )
-        time.sleep(FIRST_PAUSE * 2**attempt)
+        time.sleep(timeouts.first_pause * 2**attempt)
         attempt += 1
 
 
@@ -74,7 +70,7 @@ def check_storage() -> None:
     """Raise ``StorageError``, naming the place, while a call of any thread hangs."""
     now = time.monotonic()
     for since, where in list(_pending.values()):
-        if now - since > STALLED_AFTER:
+        if now - since > timeouts.stalled_after:
             raise StorageError(
-                f"{where()} has not returned for {STALLED_AFTER:.0f} s: the storage hangs"
+                f"{where()} has not returned for {timeouts.stalled_after:.0f} s: the storage hangs"
             )

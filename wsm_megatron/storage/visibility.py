@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from wsm_megatron.errors import StorageError
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage.retry import watched, with_retries
 
-VISIBLE_WITHIN = 90.0
-"""Seconds; an NFS client believes what it knows of a directory for up to 60 (``acdirmax``)."""
 _PAUSES = (0.05, 2.0)
 
 
@@ -23,12 +22,12 @@ def wait_for_directory(path: Path, check: Callable[[], None]) -> None:
         check: called between two looks, so that a failure elsewhere ends the wait.
 
     Raises:
-        StorageError: it is not seen within :data:`VISIBLE_WITHIN`.
+        StorageError: it is not seen within ``visible_within``.
     """
     if not _comes_true(lambda: _sees(path), check):
         raise StorageError(
-            f"{path}, made by rank 0, is not there after {VISIBLE_WITHIN:.0f} s: do all nodes see "
-            "the same --save?"
+            f"{path}, made by rank 0, is not there after {timeouts.visible_within:.0f} s: "
+            "do all nodes see the same --save?"
         )
 
 
@@ -51,13 +50,13 @@ def wait_for_files(directory: Path, sizes: Mapping[str, int], check: Callable[[]
         found = _size(directory / name)
         raise StorageError(
             f"{directory / name}: {'missing' if found is None else f'{found} bytes'} where its "
-            f"rank has written {size}, {VISIBLE_WITHIN:.0f} s ago; do all nodes see the same "
-            "--save? Nothing was published"
+            f"rank has written {size}, {timeouts.visible_within:.0f} s ago; do all nodes see "
+            "the same --save? Nothing was published"
         )
 
 
 def _comes_true(seen: Callable[[], bool], check: Callable[[], None]) -> bool:
-    until = time.monotonic() + VISIBLE_WITHIN
+    until = time.monotonic() + timeouts.visible_within
     pause, longest = _PAUSES
     while not seen():
         if time.monotonic() > until:

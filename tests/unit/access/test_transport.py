@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 
 from wsm_megatron.access.node_local.transport import Transport, open_transport
-from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.errors import LostError, MergeError
+from wsm_megatron.process.timeouts import timeouts
 
 
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Transport]]:
-    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
-    monkeypatch.setattr(heartbeat, "LOST_AFTER", 3.0)
+    monkeypatch.setattr(timeouts, "beat", 0.05)
+    monkeypatch.setattr(timeouts, "lost_after", 3.0)
     store = dist.HashStore()
     lines = [Heartbeat(store, rank, 2) for rank in range(2)]
     ranks = [Ranks(rank, 2, one, store) for rank, one in enumerate(lines)]

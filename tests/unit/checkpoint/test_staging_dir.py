@@ -20,6 +20,7 @@ from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, write_tracker
 from wsm_megatron.checkpoint.staging_dir import advance_tracker
 from wsm_megatron.errors import StoppedError
 from wsm_megatron.process.signals import ending_later
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage import lock
 
 WHOLE = {"iter_0000008", TRACKER_FILE}
@@ -118,8 +119,8 @@ def test_a_kill_loses_nothing(
     config: MergeConfig, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:
     """The next start finds the checkpoint published, or complete but for what is made last."""
-    monkeypatch.setattr(lock, "FRESHEN", 60.0)
-    monkeypatch.setattr(lock, "STALE_AFTER", 0.5)  # this process lives
+    monkeypatch.setattr(timeouts, "freshen_every", 60.0)
+    monkeypatch.setattr(timeouts, "stale_after", 0.5)  # this process lives
     with monkeypatch.context() as patch:
         at(patch, step, killed(patch), after)
         with pytest.raises(Killed):

@@ -23,7 +23,7 @@ from wsm_megatron.cli.main import main
 from wsm_megatron.comm import event_log
 from wsm_megatron.comm.event_log import EventLog, Meter
 from wsm_megatron.errors import EXIT_USAGE
-from wsm_megatron.storage import retry
+from wsm_megatron.process.timeouts import timeouts
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_how_a_job_runs_is_not_part_of_the_merge(
 def test_a_read_that_is_tried_again(
     config: MergeConfig, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(timeouts, "first_pause", 0.0)
     read, failed = os.preadv, threading.Event()
 
     def flaky(*arguments: Any) -> int:
@@ -187,7 +187,7 @@ def answers() -> Iterator[threading.Event]:
 def test_a_log_that_hangs_holds_nothing_up(
     config: MergeConfig, log: Path, monkeypatch: pytest.MonkeyPatch, answers: threading.Event
 ) -> None:
-    monkeypatch.setattr(event_log, "_CLOSE_WITHIN", 0.1)
+    monkeypatch.setattr(timeouts, "flush_within", 0.1)
     on(monkeypatch, Broken(answers))
     assert merge_logged(config, log).output.exists()
     assert not answers.is_set()
@@ -202,7 +202,7 @@ def test_a_later_job_goes_on_after_a_line_cut_short(config: MergeConfig, log: Pa
 
 
 def test_progress_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_log, "PROGRESS_EVERY", 0.01)
+    monkeypatch.setattr(timeouts, "progress_every", 0.01)
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
     log.progress = lambda: {"bytes_done": 5}

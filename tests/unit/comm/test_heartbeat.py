@@ -22,14 +22,14 @@ from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.errors import StoppedError, exit_code
 from wsm_megatron.process.signals import ENDING, Stop
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.process.worker_threads import in_background
-from wsm_megatron.storage import visibility
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
-    monkeypatch.setattr(heartbeat, "LOST_AFTER", 3.0)
+    monkeypatch.setattr(timeouts, "beat", 0.05)
+    monkeypatch.setattr(timeouts, "lost_after", 3.0)
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_a_failure_reaches_ranks_that_wait(
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 waits for the others to stop, and they for its report, however busy the machine."""
-    monkeypatch.setattr(heartbeat, "_STOP_WITHIN", 600)
-    monkeypatch.setattr(heartbeat, "_REPORT_WITHIN", 600)
+    monkeypatch.setattr(timeouts, "stop_beats", 600)
+    monkeypatch.setattr(timeouts, "report_beats", 600)
 
 
 def reported(ranks: list[Ranks], work: Callable[[Ranks], None], log: Any) -> list[str]:
@@ -214,7 +214,7 @@ def test_a_silent_rank_is_named(ranks: list[Ranks], dead: int) -> None:
 def test_a_target_that_not_all_ranks_see_is_refused(
     ranks: list[Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(visibility, "VISIBLE_WITHIN", 0.1)
+    monkeypatch.setattr(timeouts, "visible_within", 0.1)
     for name in ("shared", "local"):
         (tmp_path / name).mkdir()
 
@@ -266,7 +266,7 @@ def test_a_rank_that_tells_too_much_is_not_heard_out(
 def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(heartbeat, "_STOP_WITHIN", 10**6)
+    monkeypatch.setattr(timeouts, "stop_beats", 10**6)
     store = dist.HashStore()
     first, second = (Heartbeat(store, rank, 4) for rank in (0, 1))
     told: list[list[int]] = []
@@ -292,7 +292,7 @@ def test_rank_0_says_which_ranks_have_not_come_and_does_not_wait_for_them_to_sto
 
 
 def test_a_rank_that_dies_before_all_have_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "LOST_AFTER", 0.5)
+    monkeypatch.setattr(timeouts, "lost_after", 0.5)
     store = dist.HashStore()
     first, second = (Heartbeat(store, rank, 3) for rank in (0, 1))
     second._leaving.set()

@@ -13,6 +13,7 @@ import pytest
 
 from tests import runs
 from wsm_megatron import MergeError
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage import change_watch
 from wsm_megatron.storage.change_watch import ChangeWatch
 from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
@@ -84,7 +85,7 @@ def test_a_look_costs_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_thread_says_what_it_has_seen(
     run: Path, opened: dict[Path, Fingerprint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(change_watch, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(timeouts, "look_every", 0.01)
     with ChangeWatch(opened) as watching:
         watching.check()
         (runs.checkpoint(run, 2) / "metadata.json").unlink()

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from wsm_megatron.errors import MergeError, StorageError
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage import files as module
-from wsm_megatron.storage import retry
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.files import Read, SourceFiles, read_all
 from wsm_megatron.storage.retry import check_storage
@@ -103,7 +103,7 @@ def test_a_read_that_hangs_is_named(
         goes_on.wait(60)
         return 0
 
-    monkeypatch.setattr(retry, "STALLED_AFTER", -1.0)
+    monkeypatch.setattr(timeouts, "stalled_after", -1.0)
     monkeypatch.setattr(module._reads, "fill", hang)
     thread = threading.Thread(target=read_all, args=[reads_of(sources)])
     thread.start()

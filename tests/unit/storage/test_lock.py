@@ -26,6 +26,7 @@ from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge
 from wsm_megatron.errors import StoppedError
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.planning.staging_key import merge_digest
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage import lock
 from wsm_megatron.storage.lock import Lock
 
@@ -35,8 +36,8 @@ ANOTHER = "0123456789abcdef"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "FRESHEN", 0.05)
-    monkeypatch.setattr(lock, "STALE_AFTER", 2.0)
+    monkeypatch.setattr(timeouts, "freshen_every", 0.05)
+    monkeypatch.setattr(timeouts, "stale_after", 2.0)
 
 
 def hold(path: Path, **changes: Any) -> None:
@@ -96,7 +97,7 @@ def test_the_very_same_merge_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What the other one publishes meanwhile is the result; nothing is made twice."""
-    monkeypatch.setattr(lock, "SAY_EVERY", 1.1)
+    monkeypatch.setattr(timeouts, "say_waiting_every", 1.1)
     config = MergeConfig(load=RUNS / DENSE, save=tmp_path / "out", decay="mean,ema")
     one = replace(config, save=tmp_path / "out" / "ema", decay="ema")
     one.save.mkdir(parents=True)
@@ -232,7 +233,7 @@ def test_a_pid_of_elsewhere_says_nothing(tmp_path: Path, changes: dict[str, Any]
     began = time.monotonic()
     taken = Lock(path, "mine")
     taken.acquire()
-    assert time.monotonic() - began >= lock.STALE_AFTER
+    assert time.monotonic() - began >= timeouts.stale_after
     taken.release()
     live = Lock(path, "another")
     live._mine |= {"pid": dead_pid(), **changes}

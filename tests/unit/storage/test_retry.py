@@ -15,19 +15,18 @@ import torch.distributed as dist
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import ExecutionOptions, MergeConfig, merge
-from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.heartbeat import Heartbeat
 from wsm_megatron.errors import PassingError, StorageError
-from wsm_megatron.process import worker_threads
-from wsm_megatron.storage import journal, retry
+from wsm_megatron.process.timeouts import timeouts
+from wsm_megatron.storage import journal
 from wsm_megatron.storage.retry import check_storage, watched
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "STALLED_AFTER", 2.0)
-    monkeypatch.setattr(worker_threads, "_PATIENCE", 0.1)
+    monkeypatch.setattr(timeouts, "stalled_after", 2.0)
+    monkeypatch.setattr(timeouts, "worker_grace", 0.1)
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_other_ranks_hear_of_a_rank_whose_own_thread_hangs(
     monkeypatch: pytest.MonkeyPatch, storage: threading.Event
 ) -> None:
     """Its beats go on all the while: it is not lost, and must not be waited for either."""
-    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    monkeypatch.setattr(timeouts, "beat", 0.05)
     store = dist.HashStore()
     lines = [Heartbeat(store, rank, 2) for rank in range(2)]
     ranks = [Ranks(one.rank, 2, one) for one in lines]

@@ -12,14 +12,15 @@ import pytest
 
 from wsm_megatron import MergeError
 from wsm_megatron.errors import StorageError
-from wsm_megatron.storage import retry, visibility
+from wsm_megatron.process.timeouts import timeouts
+from wsm_megatron.storage import visibility
 from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visibility, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(timeouts, "first_pause", 0.0)
 
 
 def never() -> None:
@@ -54,7 +55,7 @@ def test_files_that_come_and_grow(tmp_path: Path) -> None:
 
 
 def test_the_wait_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visibility, "VISIBLE_WITHIN", 0.01)
+    monkeypatch.setattr(timeouts, "visible_within", 0.01)
     with pytest.raises(StorageError, match="x, made by rank 0, is not there after"):
         wait_for_directory(tmp_path / "x", lambda: None)
     with pytest.raises(StorageError, match="y: missing where its rank has written 3"):

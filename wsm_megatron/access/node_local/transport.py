@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from wsm_megatron.comm import heartbeat
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.errors import LostError, MergeError
+from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.process.worker_threads import run_workers
 
 _PATIENCE = timedelta(days=7)
-"""The line finds ranks that are lost. A rank may well compute for hours between two messages."""
+"""The heartbeat finds ranks that are lost. A rank may well compute for hours between two messages."""
 _LOOK = 0.2
 
 
@@ -84,8 +84,8 @@ class Transport:
             self._changed.notify_all()
 
     def _await_cause(self) -> None:
-        """A connection breaks before the line knows why: let it say which rank failed, and how."""
-        until = time.monotonic() + heartbeat.LOST_AFTER + 5 * heartbeat.BEAT
+        """A connection breaks before the heartbeat tells why: let it say which rank failed, and how."""
+        until = time.monotonic() + timeouts.lost_after + 5 * timeouts.beat
         while time.monotonic() < until:
             self._check()
             time.sleep(_LOOK)
