@@ -8,14 +8,12 @@ gap (SwiGLU's halves). It may be there several times: every TP rank has its own 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,19 +30,15 @@ from wsm_megatron.checkpoint.keys import (
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Box
-from wsm_megatron.optimizer.representation import ROUNDED, Bounded, Representation
+from wsm_megatron.optimizer.beginnings import BEGINNING, Beginning, Beginnings, ModelChunk, digest
+from wsm_megatron.optimizer.representation import ROUNDED, Representation
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.retry import check_storage
 
-BEGINNING = 2**12
-"""Elements by which model chunks and main params are told apart, before all are looked at."""
-_HEAD = 64
-"""Elements by which quantised weights and their main params, which are near them, are told."""
 THREADS = 8
 """Reads of a few kilobytes under way at once: they wait for storage, not for a core."""
 _TILE = 2**20
 
-ModelChunk = tuple[str, Box]
 Span = tuple[int, int]
 """Elements of a bucket, from the first up to the second."""
 _T = TypeVar("_T")
@@ -152,7 +146,7 @@ def search(layout: Layout, usual: Representation = ROUNDED) -> Search:
     reader = CheckpointReader(layout)
     try:
         index = _index(reader, chunks, usual)
-        found: list[tuple[_Beginning, FlatMainParam]] = []
+        found: list[tuple[Beginning, FlatMainParam]] = []
 
         def scan(bucket: str) -> None:
             for beginning, start in _Scan(reader, bucket, index).run():
@@ -161,7 +155,7 @@ def search(layout: Layout, usual: Representation = ROUNDED) -> Search:
         in_threads(sorted(buckets), scan)
     finally:
         reader.close()
-    places: dict[_Beginning, list[FlatMainParam]] = defaultdict(list)
+    places: dict[Beginning, list[FlatMainParam]] = defaultdict(list)
     for beginning, place in found:
         places[beginning].append(place)
     alike = [
@@ -203,10 +197,10 @@ def contents(layout: Layout, alike: Iterable[Alike], usual: Representation = ROU
         (key, _), *others = one.chunks
         dtype = layout.tensors[key].dtype
         if others:
-            found.update({chunk: _digest(_of_chunk(reader, chunk)) for chunk in one.chunks})
+            found.update({chunk: digest(_of_chunk(reader, chunk)) for chunk in one.chunks})
             for place in one.places:
                 pieces = _of_place(reader, place, one.chunks[0])
-                found[place] = _digest(piece.to(dtype) for piece in pieces)
+                found[place] = digest(piece.to(dtype) for piece in pieces)
             return
         found[one.chunks[0]] = b"equal"
         for place in one.places:
@@ -224,101 +218,15 @@ def in_threads(items: Iterable[_T], work: Callable[[_T], None]) -> None:
     run_workers(items, work, THREADS, threading.Event(), check_storage)
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """How a model chunk begins, and how long it is."""
-
-    dtype: torch.dtype
-    numel: int
-    digest: bytes
-
-
-class _Index:
-    """Model chunks by their beginnings.
-
-    Args:
-        usual: how main params stand to them.
-    """
-
-    def __init__(self, usual: Representation) -> None:
-        self._usual = usual
-        self.chunks: dict[_Beginning, list[ModelChunk]] = defaultdict(list)
-        self._heads: dict[_Beginning, torch.Tensor] = {}
-
-    def enter(self, beginning: _Beginning, chunk: ModelChunk, data: torch.Tensor) -> None:
-        """Take note of a model chunk, and of how it begins."""
-        self.chunks[beginning].append(chunk)
-        if isinstance(self._usual, Bounded):
-            self._heads[beginning] = data[:_HEAD].float()
-
-    def starting_with(self, main: torch.Tensor, room: int, param: str) -> list[_Beginning]:
-        """Beginnings that the first elements of a main param round to.
-
-        Args:
-            main: of any length; shorter than :data:`BEGINNING`, it fits short chunks only.
-            room: elements up to the end of the bucket.
-            param: the name of the params' dtype, where known.
-        """
-        found = []
-        for (dtype, length), numels in self._kinds.items():
-            if length > len(main) or (param in self._dtypes and str(dtype) != param):
-                continue
-            digest = _digest([main[:length].to(dtype)])
-            candidates = (_Beginning(dtype, n, digest) for n in numels if n <= room)
-            found += [one for one in candidates if one in self.chunks]
-        return found or self._near(main, room)
-
-    def _near(self, main: torch.Tensor, room: int) -> list[_Beginning]:
-        """Beginnings that a main param is near to, where it rounds to none; one of each length."""
-        if not isinstance(self._usual, Bounded):
-            return []
-        found = []
-        for numel, (beginnings, heads) in self._stacked.items():
-            length = heads.shape[1]
-            if length > len(main) or numel > room:
-                continue
-            near = self._usual.close(main[:length].expand_as(heads), heads).all(1)
-            if int(near.sum()) == 1:
-                found.append(beginnings[int(near.nonzero())])
-        return found
-
-    @cached_property
-    def _stacked(self) -> dict[int, tuple[list[_Beginning], torch.Tensor]]:
-        """Beginnings and their first elements, a row each, by the chunks' lengths."""
-        of_length: dict[int, list[_Beginning]] = defaultdict(list)
-        for one in self._heads:
-            of_length[one.numel].append(one)
-        return {
-            numel: (some, torch.stack([self._heads[one] for one in some]))
-            for numel, some in of_length.items()
-        }
-
-    @cached_property
-    def longest(self) -> int:
-        return max((length for _, length in self._kinds), default=0)
-
-    @cached_property
-    def _dtypes(self) -> set[str]:
-        return {str(dtype) for dtype, _ in self._kinds}
-
-    @cached_property
-    def _kinds(self) -> dict[tuple[torch.dtype, int], set[int]]:
-        """Sizes of chunks, by dtype and length of their beginning."""
-        kinds: dict[tuple[torch.dtype, int], set[int]] = defaultdict(set)
-        for one in self.chunks:
-            kinds[one.dtype, min(one.numel, BEGINNING)].add(one.numel)
-        return dict(kinds)
-
-
 def _index(
     reader: CheckpointReader, chunks: Sequence[tuple[str, Chunk]], usual: Representation
-) -> _Index:
-    index, entering = _Index(usual), threading.Lock()
+) -> Beginnings:
+    index, entering = Beginnings(usual), threading.Lock()
 
     def enter(item: tuple[str, Chunk]) -> None:
         key, chunk = item
         data = reader.read_run(key, chunk, 0, min(chunk.numel, BEGINNING))
-        beginning = _Beginning(data.dtype, chunk.numel, _digest([data]))
+        beginning = Beginning(data.dtype, chunk.numel, digest([data]))
         with entering:
             index.enter(beginning, (key, Box(chunk.offsets, chunk.sizes)), data)
 
@@ -329,7 +237,7 @@ def _index(
 class _Scan:
     """One walk through a bucket, from param to param."""
 
-    def __init__(self, reader: CheckpointReader, bucket: str, index: _Index):
+    def __init__(self, reader: CheckpointReader, bucket: str, index: Beginnings):
         self._reader, self._bucket, self._index = reader, bucket, index
         entry = reader.layout.tensors[bucket]
         self._chunks, self._end = entry.chunks, entry.shape[0]
@@ -338,7 +246,7 @@ class _Scan:
         named = re.search(r"\.dtype_\((torch\.\w+), ", bucket)
         self._param = named[1] if named else ""
 
-    def run(self) -> Iterator[tuple[_Beginning, int]]:
+    def run(self) -> Iterator[tuple[Beginning, int]]:
         """Beginnings of model chunks, and from which element of the bucket on each is found."""
         position = 0
         while position < self._end:
@@ -349,7 +257,7 @@ class _Scan:
                 yield found, position
                 position += found.numel
 
-    def _at(self, position: int) -> _Beginning | None:
+    def _at(self, position: int) -> Beginning | None:
         """The chunk that begins here: rather one that ends with the param, or else the longest."""
         n = bisect_right(self._starts, position) - 1
         chunk = self._chunks[n]
@@ -418,14 +326,3 @@ def _is_at(
 ) -> bool:
     pieces = zip(_of_chunk(reader, chunk), _of_place(reader, place, chunk), strict=True)
     return not any(usual.differ(main, model) for model, main in pieces)
-
-
-def _digest(pieces: Iterable[torch.Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for piece in pieces:
-        digest.update(_bits(piece).numpy().data)
-    return digest.digest()
-
-
-def _bits(data: torch.Tensor) -> torch.Tensor:
-    return data.view(torch.uint8)

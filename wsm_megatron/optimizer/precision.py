@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.common_state import attributes, load_common, read_common
 from wsm_megatron.checkpoint.keys import MERGEABLE, Role, is_flat_bucket, main_of, state_of
 from wsm_megatron.checkpoint.layout import (
@@ -135,23 +136,29 @@ def kinds_of(
     if aware is False:
         return Kinds(usual)
     keys = [key for key, entry in layout.tensors.items() if _may_be_remainders(layout, entry)]
-    keys = [key for key in keys if sees(layout.tensors[key].chunks[0].location.file)]
+    seen = {key: box for key in keys if (box := _box_seen(layout, key, sees)) is not None}
+    looked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     reader = CheckpointReader(layout)
+
+    def look(key: str) -> None:
+        model = main_of(key)
+        assert model is not None
+        looked[key] = reader.read(key, seen[key]), reader.read(model, seen[key])
+
     try:
-        looked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        if aware is None and keys and not are_remainders(_beginning(reader, keys[0])[0]):
-            return Kinds(usual)
-
-        def look(key: str) -> None:
-            looked[key] = _beginning(reader, key)
-
-        in_threads(keys, look)
+        for key in seen if aware is None else ():
+            look(key)
+            if are_remainders(looked[key][0]):
+                break
+            if REMAINDER.differ(*looked[key]):
+                return Kinds(usual)
+        in_threads(seen, look)
     finally:
         reader.close()
     if not any(are_remainders(main) for main, _ in looked.values()):
         return Kinds(usual)
-    found = [key for key, (main, model) in looked.items() if _is_remainder(main, model, usual)]
-    return Kinds(usual, dict.fromkeys(found, REMAINDER))
+    others = {key for key, read in looked.items() if not _is_remainder(*read, usual)}
+    return Kinds(usual, {key: REMAINDER for key in keys if key not in others})
 
 
 def _may_be_remainders(layout: Layout, entry: TensorEntry) -> bool:
@@ -168,6 +175,18 @@ def _may_be_remainders(layout: Layout, entry: TensorEntry) -> bool:
     )
 
 
+def _box_seen(layout: Layout, key: str, sees: Callable[[str], bool]) -> Box | None:
+    """A few elements that can be read of a main param and of its model tensor; None: nowhere."""
+    main, model = layout.tensors[key], layout.tensors[main_of(key) or ""]
+    index = ChunkIndex(main)
+    for chunk in model.chunks:
+        box = next(Box(chunk.offsets, chunk.sizes).split(_LOOKED_AT))
+        locations = [chunk.location, *(one.location for one in index.overlapping(box))]
+        if all(sees(location.file) for location in locations):
+            return box
+    return None
+
+
 def _is_remainder(main: torch.Tensor, model: torch.Tensor, usual: Representation) -> bool:
     """Where others are remainders, small integers are too, unless they may be quantised weights'
     main params."""
@@ -175,15 +194,6 @@ def _is_remainder(main: torch.Tensor, model: torch.Tensor, usual: Representation
         return True
     integers = not REMAINDER.differ(main, model)
     return integers and (usual is ROUNDED or bool(usual.differ(main, model)))
-
-
-def _beginning(reader: CheckpointReader, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first elements of a main param's first chunk, and those of its model tensor."""
-    offsets, sizes, _ = reader.layout.tensors[key].chunks[0]
-    box = next(Box(offsets, sizes).split(_LOOKED_AT))
-    model = main_of(key)
-    assert model is not None
-    return reader.read(key, box), reader.read(model, box)
 
 
 def saved_args(path: Path) -> dict[str, Any]:
@@ -225,7 +235,8 @@ def explain(path: Path, main: str, values: torch.Tensor | None = None) -> str:
             f"It was saved with {option}: its model tensors are quantised weights, and its main "
             "params are more precise by design, but these are farther apart than that format is "
             "coarse. Is one of its files of another save? Restore it, leave this checkpoint out, "
-            "or merge the quantised weights with --rebuild-main-params"
+            "or merge the quantised weights themselves with --optimizer-state drop --drop "
+            "'*optimizer.*'"
         )
     if is_flat_bucket(main):
         return (

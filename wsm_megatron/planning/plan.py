@@ -32,7 +32,7 @@ from wsm_megatron.planning.compatibility import (
     rebuilds_main_params,
     warn_of_remainders,
 )
-from wsm_megatron.planning.patterns import Choice, check_flat, check_patterns, choose
+from wsm_megatron.planning.patterns import Choice, check_flat, check_patterns, choose, matches
 from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task, costs
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def _read_with_models(
         kind = kinds.of(entry)
         if key not in choice.left_out:
             found[model.key] = entry, kind
-        elif kind.finer and not config.keeps_optimizer and model.dtype in MERGEABLE:
+        elif _is_finer(key, kind, config) and model.dtype in MERGEABLE:
             others = [layout.tensors.get(key) for layout in layouts]
             if all(o and (o.dtype, o.shape) == (entry.dtype, model.shape) for o in others):
                 found[model.key] = entry, kind
@@ -173,6 +173,18 @@ def _read_with_models(
             "which are less exact", newest.path, some(sorted(lacking)),
         )  # fmt: skip
     return found
+
+
+def _is_finer(main: str, kind: Representation, config: MergeConfig) -> bool:
+    """A main param is merged, although no optimizer state is kept; ``--drop`` can name it."""
+    return kind.finer and not config.keeps_optimizer and not matches(main, config.drop)
+
+
+def _goes_with(recipe: Recipe, bucket: TensorEntry, kinds: Kinds, config: MergeConfig) -> bool:
+    """Whether a model tensor is done together with its main param in a flat bucket."""
+    if config.keeps_optimizer:
+        return True
+    return recipe.rule is not Rule.COPY and _is_finer(bucket.key, kinds.of(bucket), config)
 
 
 def _recipes(newest: Layout, config: MergeConfig, choice: Choice, mains: Mains) -> list[Recipe]:
@@ -250,8 +262,8 @@ def _tasks(
     for chunk in entry.chunks:
         whole = Box(chunk.offsets, chunk.sizes)
         main = flat.places.get((entry.key, whole)) if len(recipe.inputs) == 1 else None
-        if main is not None and (config.keeps_optimizer or recipe.rule is not Rule.COPY):
-            bucket = newest.tensors[main.bucket]
+        bucket = None if main is None else newest.tensors[main.bucket]
+        if bucket is not None and _goes_with(recipe, bucket, kinds, config):
             pair = _flat_pair(recipe, bucket, kinds.of(bucket), config)
             tasks: Iterable[Task] = [Task(pair, whole, main)]
         elif is_flat_bucket(entry.key):

@@ -23,6 +23,7 @@ from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.optimizer.flat_main_params import FlatMainParam
+from wsm_megatron.optimizer.representation import REMAINDER, ROUNDED, Representation
 from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task
 
 KEY, ROWS = "weight", 24
@@ -176,14 +177,18 @@ def test_load_is_shared_where_all_see_all() -> None:
     assert sorted(held.alone for held in helds) == [0, 0, 1, 1, 2, 2]  # type: ignore[type-var]
 
 
-def with_mains(who_main: list[tuple[int, ...]], who_model: list[tuple[int, ...]]) -> TaskAssignment:
+def with_mains(
+    who_main: list[tuple[int, ...]],
+    who_model: list[tuple[int, ...]],
+    kind: Representation = ROUNDED,
+) -> TaskAssignment:
     layouts = []
     for j in range(len(who_main)):
         one, main = layout(j, 1), layout(j, 1, "main")
         layouts.append(Layout(one.path, {**one.tensors, **main.tensors}, {}, {}))
     seeing = [{"main0": a, "weight0": b} for a, b in zip(who_main, who_model, strict=True)]
     outputs = Output("main", FP32, (ROWS, 8)), Output(KEY, BF16, (ROWS, 8))
-    recipe = Recipe(Rule.SUM_MAIN, Role.MODEL, ("main", KEY), outputs, (FP32, BF16))
+    recipe = Recipe(Rule.SUM_MAIN, Role.MODEL, ("main", KEY), outputs, (FP32, BF16), kind)
     (held,) = Assigner(layouts, seeing, [], RANKS, 1).hold([Task(recipe, Box((0, 0), (ROWS, 8)))])
     return held
 
@@ -198,6 +203,14 @@ def test_mains_are_checked_apart_where_no_rank_sees_both() -> None:
     held = with_mains([(0,), (0,)], [(2,), (0,)])
     assert (held.holders, held.checkers, held.alone) == ((0, 0), (2, 0), None)
     assert held.checked_apart and not held.travels
+
+
+def test_remainders_are_read_with_their_model_by_one_rank() -> None:
+    held = with_mains([(0, 1), (0, 2)], [(1, 2), (0, 1)], REMAINDER)
+    assert (held.holders, held.checkers) == ((1, 0), ())
+    assert held.inputs(1, 0) == held.inputs(0, 1) == 2 and held.travels
+    with pytest.raises(MergeError, match="main and weight at .* read together.*one node"):
+        with_mains([(0,), (0,)], [(2,), (0,)], REMAINDER)
 
 
 def test_copied_entries_need_the_newest_source_only() -> None:

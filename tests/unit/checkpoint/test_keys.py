@@ -10,6 +10,7 @@ from wsm_megatron.checkpoint.keys import (
     main_of,
     may_be_padding,
     object_role,
+    state_roles,
     tensor_role,
 )
 from wsm_megatron.checkpoint.layout import read_layout
@@ -55,6 +56,19 @@ def test_tensor_roles(key, dtype, role):
 )
 def test_object_roles(key, role):
     assert object_role(key) is role
+
+
+def test_what_stands_beside_codes_in_a_flat_bucket_is_no_moment():
+    kinds = {
+        "param": torch.float32, "state1": torch.uint8, "extra": torch.float32,
+    }  # fmt: skip
+    bucket = {f"{FLAT}.bucket_idx_0.{name}": (dtype, (64,)) for name, dtype in kinds.items()}
+    other = {f"{FLAT}.bucket_idx_1.{name}": (torch.float32, (64,)) for name in ("param", "extra")}
+    roles = state_roles({**bucket, **other})
+    assert roles == {f"{FLAT}.bucket_idx_0.{name}": Role.OPTIMIZER for name in ("state1", "extra")}
+    assert state_roles({f"{FLAT}.bucket_idx_0.exp_avg": (torch.float32, (64,))}) == {
+        f"{FLAT}.bucket_idx_0.exp_avg": Role.UNKNOWN
+    }
 
 
 def test_main_of():

@@ -114,9 +114,7 @@ def test_quantised_weights_with_main_params_of_another_checkpoint(run, tmp_path,
     stale = load_tensors(runs.checkpoint(path, 2))
     checkpoint = runs.checkpoint(path, 8)
     runs.rewrite(checkpoint, lambda key, t: stale[key] if _is_main(key) else t)
-    with pytest.raises(
-        MergeError, match="--fp8-param-gather.*coarse.*--rebuild-main-params|nothing"
-    ):
+    with pytest.raises(MergeError, match="--fp8-param-gather.*coarse.*--optimizer-state drop"):
         merged(path, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("iter_*"))
     assert main(["resume-check", str(checkpoint)]) == EXIT_DOES_NOT_RESUME
@@ -128,7 +126,35 @@ def _is_main(key: str) -> bool:
     return state is not None and state[2] in MAINS
 
 
-def test_quantised_weights_can_be_merged_themselves(tmp_path):
+@QUANTISED
+def test_quantised_weights_are_merged_themselves_where_main_params_are_dropped(run, tmp_path):
+    path = quantised_run(run, tmp_path / "run", "fp8_param_gather")
+    stale = load_tensors(runs.checkpoint(path, 2))
+    runs.rewrite(runs.checkpoint(path, 8), lambda key, t: stale[key] if _is_main(key) else t)
+    output = merged(path, tmp_path / "out", optimizer_state="drop", drop=("*optimizer.*",))
+    sources = [load_tensors(runs.checkpoint(path, i)) for i in (6, 8)]
+    for key, tensor in load_tensors(output).items():
+        total = weighted_sum64(WEIGHTS, [source[key] for source in sources])
+        assert same_bits(tensor, rounded(total, tensor.dtype)), key
+    verify(output, sources="all")
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_optimizer_state_that_was_offloaded_to_the_cpu_is_as_any_other(aware, tmp_path, caplog):
+    """HybridDeviceOptimizer: the same keys, float32 main params, also where it is asked for the
+    precision-aware optimizer."""
+    run = runs.copy_run(runs.FULLY, tmp_path / "run")
+    for i in runs.ITERATIONS:
+        path = runs.checkpoint(run, i)
+        set_args(path, optimizer_cpu_offload=True, use_precision_aware_optimizer=aware)
+    found = load_tensors(merged(run, tmp_path / "out"))
+    for key, tensor in load_tensors(merged(RUNS / runs.FULLY, tmp_path / "plain")).items():
+        assert same_bits(found[key], tensor), key
+    assert check_resume(tmp_path / "out").resumes
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def test_keyed_main_params_are_rebuilt_from_quantised_weights_where_asked(tmp_path):
     path = quantised_run(runs.FULLY, tmp_path / "run", "fp8_param_gather")
     output = merged(path, tmp_path / "out", rebuild_main_params=True)
     sources = [load_tensors(runs.checkpoint(path, i)) for i in (6, 8)]
@@ -145,6 +171,16 @@ def test_a_format_that_is_not_known_has_no_bound_and_says_so(tmp_path, capsys):
     assert main(["resume-check", str(checkpoint)]) == 0
     assert "whose error is not known here" in capsys.readouterr().out
     merged(path, tmp_path / "out")
+
+
+def test_in_flat_buckets_such_a_format_leaves_main_params_unfound(tmp_path, caplog):
+    path = quantised_run(runs.FLAT, tmp_path / "run", "fp8_param_gather")
+    for i in runs.ITERATIONS:
+        set_args(runs.checkpoint(path, i), fp8_recipe="custom")
+    with pytest.raises(MergeError, match="nothing there rounds to them"):
+        merged(path, tmp_path / "out")
+    merged(path, tmp_path / "out", optimizer_state="drop")
+    assert "merged from the model tensors, which are less exact" in caplog.text
 
 
 @pytest.mark.parametrize("args, relative", [

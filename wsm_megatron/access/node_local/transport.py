@@ -18,7 +18,7 @@ from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.process.worker_threads import run_workers
 
 _PATIENCE = timedelta(days=7)
-"""The heartbeat finds ranks that are lost. A rank may well compute for hours between two messages."""
+"""Heartbeats find ranks that are lost. A rank may well compute for hours between two messages."""
 _LOOK = 0.2
 
 
@@ -84,7 +84,7 @@ class Transport:
             self._changed.notify_all()
 
     def _await_cause(self) -> None:
-        """A connection breaks before the heartbeat tells why: let it say which rank failed, and how."""
+        """A connection breaks before a heartbeat tells why: wait for which rank failed, and how."""
         until = time.monotonic() + timeouts.lost_after + 5 * timeouts.beat
         while time.monotonic() < until:
             self._check()
