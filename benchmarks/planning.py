@@ -148,7 +148,7 @@ def main() -> None:
         state = "last" if given.flat else "drop"
         config = MergeConfig(load=root, save=Path(folder) / "out", optimizer_state=state)
         job = timed("prepare_job: open all, plan", lambda: prepare_job(config))
-    parts = timed(f"parts of {given.ranks} ranks", lambda: job.parts(given.ranks))
+    parts = timed(f"parts of {given.ranks} ranks", lambda: job.rank_plans(given.ranks))
     dealer = JobSlices(job, parts)
     with gc_paused():  # as Ranks.deal does
         dealt = timed(

@@ -233,8 +233,10 @@ def _complete(
     placed = [
         one for rank, rank_plan in enumerate(rank_plans) for one in job.placed(k, rank, rank_plan)
     ]
-    files[METADATA_FILE] = write_metadata(directory, placed, job.newest(output).mcore_data)
-    if job.common_key(output) is None:
-        files[COMMON_FILE] = write_file(directory / COMMON_FILE, output.common)
-    files[MARKER_FILE] = write_marker(directory, job.marker(output))
+    named, paths = job.on_disk(output, placed)
+    files[METADATA_FILE] = write_metadata(directory, named, job.newest(output).mcore_data, paths)
+    if output.common.file is not None:
+        files[COMMON_FILE] = write_file(directory / COMMON_FILE, output.common.file)
+    if (marker := job.marker(output)) is not None:
+        files[MARKER_FILE] = write_marker(directory, marker)
     write_provenance(directory, output.provenance, files)

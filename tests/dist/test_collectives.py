@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,9 +92,7 @@ def test_nothing_is_raised_where_nothing_failed(reports: list[dict[str, Any]]) -
 
 
 @pytest.mark.parametrize("name, rank", [("user", 1), ("damaged", 0)])
-def test_the_same_error_on_every_rank(
-    reports: list[dict[str, Any]], name: str, rank: int
-) -> None:
+def test_the_same_error_on_every_rank(reports: list[dict[str, Any]], name: str, rank: int) -> None:
     own = CASES[name][rank]
     kind = type(own).__name__
     elsewhere = f"the test failed on another rank: rank {rank}: {kind}: {own}"
@@ -122,10 +119,14 @@ def test_the_first_failure_is_what_all_raise_and_an_own_one_is_its_cause(
     outcomes = [report["two"][0] for report in reports]
     assert [kind for kind, _, _ in outcomes] == ["UsageError"] * 3
     for rank in (0, 2):
-        assert outcomes[rank][1].endswith("rank 1: UsageError: too large; rank 2: OSError: no space")
+        assert outcomes[rank][1].endswith(
+            "rank 1: UsageError: too large; rank 2: OSError: no space"
+        )
     assert [cause for _, _, cause in outcomes] == ["None", "None", "OSError('no space')"]
 
 
 def test_a_rank_that_goes_on_alone_is_told(reports: list[dict[str, Any]]) -> None:
-    assert reports[2]["swallowed"].startswith("the block failed on another rank: rank 0: MergeError")
+    assert reports[2]["swallowed"].startswith(
+        "the block failed on another rank: rank 0: MergeError"
+    )
     assert reports[1]["swallowed"] == "no luck"

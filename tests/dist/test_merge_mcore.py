@@ -11,8 +11,8 @@ import pytest
 from tests.mcore import CONFIGS, WRONG_MAINS, GPTConfig, run_ranks
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, MergeReport, merge
-from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.keys import Role, main_of
+from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.optimizer.main_params import check_main_params
 
 ITERATIONS = (2, 3, 4)

@@ -15,9 +15,8 @@ import torch.distributed as dist
 
 from tests.mcore import CONFIGS, GPTConfig, RankError, run_ranks
 from wsm_megatron import verify
-from wsm_megatron.planning.launch_flags import as_data
 from wsm_megatron.inspection.megatron_resume import check_resume
-
+from wsm_megatron.planning.launch_flags import as_data
 
 CONFIG = CONFIGS["dp2-fully_reshardable"]
 
@@ -127,7 +126,11 @@ class Run:
 
     def saved_with(self, iteration: int) -> Namespace:
         """What the arguments in a checkpoint say."""
-        return Namespace(seq_length=self.seq_lengths.get(iteration, 16), iteration=self.began.get(iteration, 0), save_interval=2)
+        return Namespace(
+            seq_length=self.seq_lengths.get(iteration, 16),
+            iteration=self.began.get(iteration, 0),
+            save_interval=2,
+        )
 
 
 def _arguments(root: Path, train_iters: int) -> Namespace:

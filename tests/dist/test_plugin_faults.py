@@ -132,7 +132,9 @@ def test_a_merge_needs_two_snapshots(reports: list[dict[str, Any]]) -> None:
         assert "MergeError: a merge needs at least two snapshots" in report["too few"]
 
 
-def test_a_snapshot_that_fails_on_one_rank_is_left_out_on_all(reports: list[dict[str, Any]]) -> None:
+def test_a_snapshot_that_fails_on_one_rank_is_left_out_on_all(
+    reports: list[dict[str, Any]],
+) -> None:
     for report in reports:
         assert report["kept"] == [1, 2, 5]
 

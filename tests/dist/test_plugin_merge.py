@@ -12,8 +12,8 @@ import torch
 from tests.mcore import CONFIGS, GPTConfig, run_ranks
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.keys import Role, main_of
+from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.schedule.decay import coefficients
 
 LAYOUTS = CONFIGS | {"pp2-tied": GPTConfig(pipeline_parallel=2, tied_embeddings=True)}

@@ -181,8 +181,9 @@ def test_a_folder_of_another_iteration_is_left_out(reports: dict[str, Any]) -> N
 def test_a_branch_that_was_given_up_is_left_out(reports: dict[str, Any]) -> None:
     assert reports["branch"]["window"] == [2, 6]
     assert len(reports["branch"]["warned"]) == 1
-    assert "window without iteration 4: it is of a job that started from iteration 0" in (
-        reports["branch"]["warned"][0]
+    assert (
+        "window without iteration 4: it is of a job that started from iteration 0"
+        in (reports["branch"]["warned"][0])
     )
 
 

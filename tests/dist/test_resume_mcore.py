@@ -18,10 +18,10 @@ from tests import runs
 from tests.mcore import CONFIGS, GPTConfig, run_ranks
 from tests.reference import RUNS, load_tensors, same_bits
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.keys import Role
-from wsm_megatron.optimizer.main_params import check_main_params
+from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.inspection.megatron_resume import check_resume
+from wsm_megatron.optimizer.main_params import check_main_params
 
 ITERATIONS = (2, 3, 4)
 NEWEST = f"iter_{ITERATIONS[-1]:07d}"

@@ -29,8 +29,7 @@ AT_ONCE = 4
 
 def run_rank(case: Case | None, rank: int, port: int, log: Path, argv: list[str]) -> None:
     """One rank, in which a look at the run or a message can go wrong too."""
-    from wsm_megatron.access.node_local import inventory
-    from wsm_megatron.access.node_local import transport
+    from wsm_megatron.access.node_local import inventory, transport
 
     faults._PLACES.update({"look": (inventory, "_see"), "transfer": (transport.Transport, "_wait")})
     faults.run_rank(case, rank, RANKS, port, log, argv)

@@ -260,7 +260,7 @@ def test_other_products_that_place_this_one_elsewhere_start_over(tmp_path: Path)
             optimizer_state="last",
         )
         job = prepare_job(config)
-        parts = job.parts(9)
+        parts = job.rank_plans(9)
         one = next(p for p in job.outputs if len(p.members) == 3)
         placed = placement(job, job.outputs.index(one), parts)
         stored = [
@@ -283,13 +283,13 @@ def test_what_is_left_of_a_job_keeps_its_places(tmp_path: Path, ranks: int) -> N
         optimizer_state="last",
     )
     job = prepare_job(config)
-    whole = [placement(job, k, job.parts(ranks)) for k in range(3)]
+    whole = [placement(job, k, job.rank_plans(ranks)) for k in range(3)]
     for left in ([0], [1], [2], [0, 2]):
         rest = job.only(left)
-        parts = rest.parts(ranks)
+        parts = rest.rank_plans(ranks)
         assert [placement(rest, k, parts) for k in range(len(left))] == [whole[k] for k in left]
     last = job.only([0, 2]).only([1])
-    assert placement(last, 0, last.parts(ranks)) == whole[2]
+    assert placement(last, 0, last.rank_plans(ranks)) == whole[2]
 
 
 @pytest.mark.parametrize("parallel", ["", "--node-local"])
@@ -314,7 +314,7 @@ run, save, parallel = sys.argv[1:]
 config = MergeConfig(load=run, save=save, optimizer_state="last", decay="mean,ema")
 access = (NodeLocal if parallel else Shared)(config, ExecutionOptions(), Ranks())
 job = access.prepare()
-parts = access.distribute(job).parts if parallel else job.parts(3)
+parts = access.distribute(job).rank_plans if parallel else job.rank_plans(3)
 print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.outputs)))
 """
 

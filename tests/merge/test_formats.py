@@ -84,5 +84,5 @@ def test_a_merge_of_a_converted_merge(tmp_path):
 
 
 def test_unknown_format(tmp_path):
-    with pytest.raises(ValueError, match="--format is '0.17', not one of"):
+    with pytest.raises(ValueError, match="--format must be one of .*not '0.17'"):
         MergeConfig(load=tmp_path, save=tmp_path / "out", format="0.17")

@@ -1,8 +1,9 @@
 """The common state: what a Megatron checkpoint keeps beside its sharded tensors and objects.
 
-``args``, ``iteration``, optimizer and LR scheduler settings. It is one ``torch.save`` archive:
-``common.pt`` holding the dict up to Megatron 0.18, the entry ``common_state/shard_0_1`` holding a
-list of that one dict from 0.19.
+``args``, ``iteration``, optimizer and LR scheduler settings. In ``torch_dist`` it is one
+``torch.save`` archive: ``common.pt`` holding the dict up to Megatron 0.18, the entry
+``common_state/shard_0_1`` holding a list of that one dict from 0.19. In ``fsdp_dtensor`` and
+``torch_dcp`` every value is an archive, and an entry, of its own.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.formats import (
+    COMMON_FILE,
+    COMMON_KEY,
+    METADATA_FILE,
+    PROVENANCE_KEY,
+    CommonEntries,
+    StoredCommon,
+    finishing_file,
+    nested,
+)
+from wsm_megatron.checkpoint.keys import Role
+from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.lr_schedule import LearningRate, learning_rate
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.objects import dump_object, load_object
 from wsm_megatron.safe_pickle.opaque import OpaqueObject, is_known, references
 from wsm_megatron.storage.retry import with_retries
-
-PROVENANCE_KEY = "wsm_merge"
-"""Where a merged checkpoint's common state says how it was made. Megatron's ``load_checkpoint``
-reads the loaded state by key and passes over keys that it does not know."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,34 +72,38 @@ class CommonSummary:
 UNKNOWN = CommonSummary(None, None, None)
 
 
-def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes, str]:
+def read_common(path: Path, layout: Layout | None = None) -> tuple[bytes | CommonEntries, str]:
     """A checkpoint's common state as stored, and its name for messages.
 
-    It is ``common.pt``, or from Megatron 0.19 an entry inside the distcp files.
+    It is ``common.pt``, or from Megatron 0.19 an entry inside the distcp files; in the formats of
+    FSDP an entry for every value.
 
     Raises:
-        MergeError: neither is there.
+        MergeError: none is there.
     """
     if (path / COMMON_FILE).is_file():
         return read_file(path / COMMON_FILE), str(path / COMMON_FILE)
     layout = layout or read_layout(path, whole=False)
-    entry = layout.common_entry
-    if entry is None:
+    found = {key: one for key, one in layout.objects.items() if one.role is Role.COMMON}
+    if not found:
         raise MergeError(f"{path}: no common state, neither common.pt nor in the distcp files")
     reader = CheckpointReader(layout)
     try:
-        return reader.read_object(entry), f"{path}: {entry.key}"
+        if (entry := layout.common_entry) is not None:
+            return reader.read_object(entry), f"{path}: {entry.key}"
+        read = {key: reader.read_object(one) for key, one in found.items()}
+        return {layout.path_of(key): data for key, data in read.items()}, f"{path}: common state"
     finally:
         reader.close()
 
 
-def load_common(data: bytes, where: str) -> dict[str, Any]:
-    """The common state in ``data``, of either form; ``where`` names it in messages.
+def load_common(data: bytes | CommonEntries, where: str) -> dict[str, Any]:
+    """The common state in ``data``, of any form; ``where`` names it in messages.
 
     Nothing is imported or called for it: instances of Megatron's classes, and of the user's, are
     :class:`~wsm_megatron.safe_pickle.opaque.OpaqueObject`. Raises ``MergeError`` for damage.
     """
-    state = load_object(data, where)
+    state = load_object(data, where) if isinstance(data, bytes) else nested(data, where)
     if isinstance(state, list) and len(state) == 1:
         state = state[0]
     if not isinstance(state, dict):
@@ -101,6 +113,14 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
         if not issubclass(kind, (dict, type(None))):
             raise MergeError(f"{where}: {key} is a {kind.__name__}, not a dict; it is damaged")
     return state
+
+
+def load_stored(stored: StoredCommon, where: str) -> dict[str, Any]:
+    """The common state that a format would store."""
+    whole = stored.file if stored.file is not None else stored.entries.get(COMMON_KEY)
+    if whole is not None:
+        return load_common(whole, where)
+    return load_common({stored.paths[key]: data for key, data in stored.entries.items()}, where)
 
 
 def dump_common(state: Mapping[str, Any], *, in_distcp: bool = False) -> bytes:
@@ -132,7 +152,8 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
 def read_summary(path: Path) -> CommonSummary:
     """Where in training a checkpoint was taken, from its common state."""
     summary = summarize(load_common(*read_common(path)))
-    finished = with_retries((path / MARKER_FILE).stat, lambda: f"{path}: looking").st_mtime
+    last = path / (finishing_file(path) or METADATA_FILE)
+    finished = with_retries(last.stat, lambda: f"{path}: looking").st_mtime
     return replace(summary, finished=finished)
 
 

@@ -1,4 +1,4 @@
-"""What lies in a folder that is no finished ``torch_dist`` checkpoint, and what to do about it."""
+"""What lies in a folder that is no finished checkpoint of a known format, and the way out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ class Kind(NamedTuple):
 
 
 UNFINISHED = Kind(
-    "unfinished", "there is no metadata.json, which Megatron writes last; leave it out"
-)
-_NO_MARKER = Kind(
     "unfinished",
-    "there is no metadata.json, which Megatron writes last with --ckpt-format torch_dist (with "
-    "fsdp_dtensor and torch_dcp never: they do not merge); leave it out",
+    "there is no metadata.json, which Megatron writes last (no .metadata either, which is the last "
+    "file of fsdp_dtensor and torch_dcp); leave it out",
+)
+NO_FORMAT = Kind(
+    "unfinished",
+    "there is no metadata.json, which Megatron writes last with torch_dist, and .metadata, which "
+    "it writes last with fsdp_dtensor and torch_dcp, is of neither: it names no iteration or no "
+    "model; leave it out",
 )
 _LEGACY = Kind(
     "a legacy checkpoint (mp_rank_* folders, --ckpt-format torch)",
@@ -30,16 +33,14 @@ _LEGACY = Kind(
 _WAYS_OUT = {
     "zarr": "load it with a Megatron-core that still reads zarr, and save it with --ckpt-format "
     "torch_dist",
-    "fsdp_dtensor": "only torch_dist checkpoints merge: train without Megatron FSDP, or convert it",
-    "torch_dcp": "load it in Megatron and save it with --ckpt-format torch_dist",
 }
 
 
 def kind_of(path: Path) -> Kind:
-    """What a checkpoint folder without ``metadata.json`` is."""
+    """What a checkpoint folder without its format's last file is."""
     if any(path.glob("mp_rank_*")):
         return _LEGACY
-    return _NO_MARKER if (path / ".metadata").is_file() else UNFINISHED
+    return NO_FORMAT if (path / ".metadata").is_file() else UNFINISHED
 
 
 def kind_of_format(backend: object) -> Kind | None:

@@ -1,18 +1,13 @@
-"""What differs between Megatron's checkpoint formats: up to core 0.18, and from 0.19 on.
+"""``torch_dist`` as Megatron up to core 0.18 reads it, made of what later versions write.
 
-| | up to 0.18 | from 0.19 |
-|---|---|---|
-| common state | ``common.pt`` | entry ``common_state/shard_0_1`` in the distcp files |
-| ``metadata.json`` | names ``common_backend`` and its version | only the sharded backend |
-| read by | every version (``load_common_state_dict`` of main looks for the file first) | 0.19 on |
-
-All else, optimizer state and its layouts included, is the same.
+Where the common state lies is in :mod:`.formats`; here is what must not be in it. All else,
+optimizer state and its layouts included, is the same.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from wsm_megatron.checkpoint.common_state import attributes, with_attributes
@@ -20,7 +15,6 @@ from wsm_megatron.safe_pickle.opaque import GlobalName, references
 
 logger = logging.getLogger(__name__)
 
-_COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
 _RERUN = "rerun_state_machine"
 
 # What torch.load(weights_only=True) admits in core_v0.16.1 (megatron/core/safe_globals.py), as far
@@ -32,12 +26,6 @@ _SAFE_CLASSES = {
     ("megatron.core.transformer.enums", "CudaGraphScope"),
     *(("megatron.core.rerun_state_machine", f"Rerun{n}") for n in ("Diagnostic", "Mode", "State")),
 }
-
-
-def marker_for(marker: Mapping[str, Any], in_distcp: bool) -> dict[str, Any]:
-    """``metadata.json`` for a common state inside the distcp files, or in ``common.pt``."""
-    kept = {key: value for key, value in marker.items() if key not in _COMMON_BACKEND}
-    return kept if in_distcp else {**kept, **_COMMON_BACKEND}
 
 
 def for_common_file(state: dict[str, Any]) -> dict[str, Any]:

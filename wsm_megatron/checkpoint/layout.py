@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -12,21 +13,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wsm_megatron.checkpoint.foreign_formats import kind_of, kind_of_format
-from wsm_megatron.checkpoint.keys import Role, object_role, state_roles, tensor_role
+from wsm_megatron.checkpoint.foreign_formats import NO_FORMAT, kind_of, kind_of_format
+from wsm_megatron.checkpoint.formats import (
+    COMMON_FILE,
+    COMMON_KEY,
+    MARKER_FILE,
+    METADATA_FILE,
+    TORCH_DIST_016,
+    CheckpointFormat,
+    KeyPath,
+    finishing_file,
+    format_of,
+)
+from wsm_megatron.checkpoint.keys import Role, model_of, state_roles
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError, UsageError
-from wsm_megatron.safe_pickle.metadata import load_metadata
+from wsm_megatron.safe_pickle.metadata import key_paths, load_metadata
 from wsm_megatron.safe_pickle.metadata_classes import Metadata, TensorStorageMetadata
 from wsm_megatron.storage.json_file import read_json
 
-METADATA_FILE = ".metadata"
-MARKER_FILE = "metadata.json"
-COMMON_FILE = "common.pt"
+__all__ = ["COMMON_FILE", "COMMON_KEY", "MARKER_FILE", "METADATA_FILE"]  # of formats
+
 PROVENANCE_FILE = "wsm_merge.json"
 """How a merged checkpoint was made, and all of its files."""
-COMMON_KEY = "common_state/shard_0_1"
-"""Where the common state is from Megatron 0.19 on (``save`` in dist_checkpointing)."""
 
 
 class Location(NamedTuple):
@@ -85,8 +94,11 @@ class Layout:
         path: the ``iter_XXXXXXX`` directory.
         tensors: global tensors by key.
         objects: byte entries by key.
-        marker: contents of ``metadata.json``.
+        marker: contents of ``metadata.json``; empty where the format has none.
         mcore_data: what Megatron attached to the metadata (reformulated shapes), passed on as is.
+        format: what it is of.
+        stored: the keys on disk, of entries that have another one here.
+        paths: by key on disk, where in Megatron's nested state dict an entry is, as torch keeps it.
     """
 
     path: Path
@@ -94,12 +106,14 @@ class Layout:
     objects: dict[str, ObjectEntry]
     marker: dict[str, Any]
     mcore_data: dict[str, Any] = field(default_factory=dict)
+    format: CheckpointFormat = TORCH_DIST_016
+    stored: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, KeyPath] = field(default_factory=dict)
 
     @property
     def common_entry(self) -> ObjectEntry | None:
         """The common state's entry inside the distcp files (Megatron 0.19 and later), if there."""
-        found = [entry for entry in self.objects.values() if entry.role is Role.COMMON]
-        return found[0] if found else None
+        return self.objects.get(COMMON_KEY)
 
     @property
     def entries(self) -> dict[str, TensorEntry | ObjectEntry]:
@@ -118,6 +132,33 @@ class Layout:
             ends[file] = max(ends.get(file, 0), offset + length)
         return ends
 
+    def stored_key(self, key: str) -> str:
+        """The key on disk of an entry."""
+        return self.stored.get(key, key)
+
+    def path_of(self, key: str) -> KeyPath:
+        """Where in Megatron's nested state dict an entry is."""
+        stored = self.stored_key(key)
+        return self.paths.get(stored) or tuple(stored.split(".", 1))
+
+    def renamed(self, names: Mapping[str, str]) -> Layout:
+        """The same layout with other keys for some tensors; those on disk stay."""
+        tensors = {}
+        for key, entry in self.tensors.items():
+            name = names.get(key, key)
+            model = self.tensors.get(model_of(name) or "")
+            shape = None if model is None else model.shape
+            role = self.format.tensor_role(name, entry.dtype, entry.shape, shape)
+            tensors[name] = entry if name == key else replace(entry, key=name, role=role)
+        stored = {names.get(key, key): on_disk for key, on_disk in self.stored.items()}
+        stored |= {name: self.stored_key(key) for key, name in names.items()}
+        return replace(self, tensors=tensors, stored=stored)
+
+    def named_like(self, other: Layout) -> Layout:
+        """The same layout with the keys that another one has for what both store alike."""
+        own = {self.stored_key(key): key for key in self.tensors}
+        return self.renamed({own[at]: key for key, at in other.stored.items() if at in own})
+
     def locations(self) -> list[Location]:
         """Where all entries lie; chunks without elements, which several ranks save, once each."""
         chunks = [chunk for entry in self.tensors.values() for chunk in entry.chunks]
@@ -129,8 +170,8 @@ class Layout:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether Megatron finished this checkpoint: it writes ``metadata.json`` last."""
-    return (path / MARKER_FILE).is_file()
+    """Whether Megatron finished this checkpoint: the file is there that its format writes last."""
+    return finishing_file(path) is not None
 
 
 def read_layout(path: Path, whole: bool = True) -> Layout:
@@ -140,7 +181,7 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
         whole: the files that it names must be there; without, they may be on other nodes.
 
     Raises:
-        UsageError: the directory is not a finished ``torch_dist`` checkpoint.
+        UsageError: the directory is not a finished checkpoint of a known format.
         MergeError: ``.metadata`` is damaged or names files that are missing or too short; a
             tensor's chunks do not tile it, or two entries lie in the same bytes.
     """
@@ -149,16 +190,38 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
         raise MergeError(f"{path}: .metadata is missing; the checkpoint is damaged, leave it out")
     metadata = load_metadata(path / METADATA_FILE)
     locations = _locations(path, metadata)
+    found = metadata.state_dict_metadata
+    form = format_of(found, marker is not None)
+    if form is None:
+        raise UsageError(f"{path} is {NO_FORMAT.what}: {NO_FORMAT.way_out}")
+    keys = {stored: form.key(stored, found) for stored in found}
+    if len(set(keys.values())) != len(keys):
+        raise MergeError(f"{path}: two entries of .metadata have one meaning; it is damaged")
     tensors, objects = {}, {}
-    for key, value in metadata.state_dict_metadata.items():
+    for stored, value in found.items():
+        key = keys[stored]
         if isinstance(value, TensorStorageMetadata):
-            tensors[key] = _tensor_entry(path, key, value, locations)
+            model = found.get(model_of(key) or "")
+            shape = tuple(model.size) if isinstance(model, TensorStorageMetadata) else None
+            tensors[key] = _tensor_entry(path, stored, value, locations)
+            role = form.tensor_role(key, tensors[key].dtype, tensors[key].shape, shape)
+            tensors[key] = replace(tensors[key], key=key, role=role)
         else:
-            location = _location_of(path, key, locations, None)
-            objects[key] = ObjectEntry(key, object_role(key), location)
-    roles = state_roles({key: (entry.dtype, entry.shape) for key, entry in tensors.items()})
-    tensors |= {key: replace(tensors[key], role=role) for key, role in roles.items()}
-    layout = Layout(path, tensors, objects, marker, metadata.mcore_data)
+            location = _location_of(path, stored, locations, None)
+            objects[key] = ObjectEntry(key, form.object_role(key), location)
+    if marker is not None:  # torch_dist, where any optimizer may have any state
+        roles = state_roles({key: (entry.dtype, entry.shape) for key, entry in tensors.items()})
+        tensors |= {key: replace(tensors[key], role=role) for key, role in roles.items()}
+    layout = Layout(
+        path,
+        tensors,
+        objects,
+        marker or {},
+        metadata.mcore_data,
+        form,
+        {key: stored for stored, key in keys.items() if stored != key},
+        key_paths(path / METADATA_FILE, metadata) if marker is None else {},
+    )
     _check_tiling(layout)
     ends = _ends(layout)
     if whole:
@@ -166,12 +229,16 @@ def read_layout(path: Path, whole: bool = True) -> Layout:
     return layout
 
 
-def _read_marker(path: Path) -> dict[str, Any]:
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    """``metadata.json`` of a finished checkpoint; None where its format has none."""
     if not path.is_dir():
         raise UsageError(f"{path}: no such checkpoint directory")
-    if not is_complete(path):
+    finished_by = finishing_file(path)
+    if finished_by is None:
         what, way_out = kind_of(path)
         raise UsageError(f"{path} is {what}: {way_out}")
+    if finished_by != MARKER_FILE:
+        return None
     marker = read_json(path / MARKER_FILE)
     kind = kind_of_format(marker.get("sharded_backend") if isinstance(marker, dict) else None)
     if kind is not None:
@@ -281,7 +348,7 @@ def _tensor_entry(
         chunks.append(Chunk(offsets, sizes, _location_of(path, key, locations, offsets)))
     chunks.sort(key=lambda chunk: chunk.offsets)
     dtype = value.properties.dtype
-    return TensorEntry(key, tensor_role(key, dtype), dtype, tuple(value.size), tuple(chunks))
+    return TensorEntry(key, Role.UNKNOWN, dtype, tuple(value.size), tuple(chunks))
 
 
 @lru_cache(maxsize=2**18)

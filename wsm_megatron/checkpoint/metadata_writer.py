@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE
+from wsm_megatron.checkpoint.formats import MARKER_FILE, METADATA_FILE, KeyPath
 from wsm_megatron.checkpoint.writer import Placed, write_file
 
 _DCP_VERSION = "1.0.0"
@@ -25,10 +25,13 @@ _PROTOCOL = 2
 
 
 def write_metadata(
-    directory: Path, placed: Sequence[Placed], mcore_data: dict[str, Any]
+    directory: Path,
+    placed: Sequence[Placed],
+    mcore_data: dict[str, Any],
+    paths: Mapping[str, KeyPath] | None = None,
 ) -> tuple[int, int]:
     """Write ``.metadata`` for everything placed, durably; its size and CRC-32."""
-    return write_file(directory / METADATA_FILE, pickle_metadata(placed, mcore_data))
+    return write_file(directory / METADATA_FILE, pickle_metadata(placed, mcore_data, paths))
 
 
 def write_marker(directory: Path, marker: dict[str, Any]) -> tuple[int, int]:
@@ -36,11 +39,16 @@ def write_marker(directory: Path, marker: dict[str, Any]) -> tuple[int, int]:
     return write_file(directory / MARKER_FILE, json.dumps(marker).encode())
 
 
-def pickle_metadata(placed: Iterable[Placed], mcore_data: dict[str, Any]) -> bytes:
+def pickle_metadata(
+    placed: Iterable[Placed],
+    mcore_data: dict[str, Any],
+    paths: Mapping[str, KeyPath] | None = None,
+) -> bytes:
     """A pickle of torch's ``Metadata`` for everything placed.
 
     Args:
         mcore_data: Megatron's attribute of that name, of plain values.
+        paths: torch's ``planner_data``: by key, where in a nested state dict an entry is.
     """
     chunks: dict[str, list[Placed]] = {}
     for one in placed:
@@ -53,6 +61,9 @@ def pickle_metadata(placed: Iterable[Placed], mcore_data: dict[str, Any]) -> byt
     program.text(_DCP_VERSION)
     program.text("storage_data")
     _push_storage(program, chunks)
+    if paths:
+        program.text("planner_data")
+        program.last(dict(paths))
     if mcore_data:
         program.text("mcore_data")
         program.last(mcore_data)

@@ -103,6 +103,8 @@ def unit_data(decay: MergeCoefficients) -> dict[str, Any]:
 def checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:
     said = contents.summary
     yield f"{contents.path}: iteration {said.iteration}, tokens {_counted(said)}"
+    form = contents.format
+    yield f"  {form.name}, finished by {form.finished_by}, common state: {form.container}"
     if said.learning_rate is not None:
         yield f"  learning rate {said.learning_rate.value:.6g}"
     for role, found in contents.by_role.items():
@@ -123,6 +125,8 @@ def checkpoint_data(contents: CheckpointContents) -> dict[str, Any]:
         "iteration": contents.summary.iteration,
         "tokens": contents.summary.tokens,
         "bytes": contents.nbytes,
+        "format": contents.format.name,
+        "finished_by": contents.format.finished_by,
         "entries": {
             entry.key: {
                 "role": role.value,
@@ -231,7 +235,8 @@ def resume_data(found: ResumeReport) -> dict[str, Any]:
 
 def launch_lines(launches: dict[str, dict[str, str]], root: str) -> Iterator[str]:
     """The flags of every goal, each with what happens then; from ``flags.as_data``."""
-    yield "launch Megatron with the run's own flags and these:"
+    if launches:
+        yield "launch Megatron with the run's own flags and these:"
     for goal, launch in launches.items():
         yield f"  {GOALS[goal]}: {' '.join(filter(None, ('--load', root, launch['flags'])))}"
         yield f"      {launch['effect']}"

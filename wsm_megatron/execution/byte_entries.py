@@ -19,9 +19,8 @@ def copy_objects(job: Job, rank_plan: RankPlan, context: Context) -> None:
 
 
 def write_common(job: Job, context: Context) -> None:
-    """Write every output's common state, where that is an entry. On rank 0."""
+    """Write every output's common state, as far as it is made of entries. On rank 0."""
     for output, target in zip(job.outputs, context.targets, strict=True):
-        key = job.common_key(output)
-        if key is not None:
-            target.write_object(key, output.common)
-            context.progress(len(output.common))
+        for key, data in output.common.entries.items():
+            target.write_object(key, data)
+            context.progress(len(data))

@@ -13,6 +13,7 @@ from wsm_megatron.checkpoint.common_state import (
     read_summary,
     summarize,
 )
+from wsm_megatron.checkpoint.formats import CheckpointFormat
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import (
     METADATA_FILE,
@@ -45,6 +46,7 @@ class CheckpointContents:
     summary: CommonSummary
     by_role: dict[Role, tuple[TensorEntry | ObjectEntry, ...]]
     provenance: dict | None
+    format: CheckpointFormat
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +90,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
     """List one checkpoint's entries.
 
     Raises:
-        UsageError: not a finished torch_dist checkpoint. MergeError: a damaged one.
+        UsageError: not a finished checkpoint. MergeError: a damaged one.
     """
     layout = read_layout(path)
     summary = summarize(load_common(*read_common(path, layout)))
@@ -96,7 +98,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
     for entry in layout.entries.values():
         by_role.setdefault(entry.role, []).append(entry)
     ordered = {role: tuple(by_role[role]) for role in Role if role in by_role}
-    return CheckpointContents(path, summary, ordered, read_provenance(path))
+    return CheckpointContents(path, summary, ordered, read_provenance(path), layout.format)
 
 
 def inspect_run(path: Path) -> RunContents:

@@ -18,6 +18,7 @@ from wsm_megatron.checkpoint.keys import (
     MAINS,
     Role,
     is_flat_bucket,
+    is_optimizer,
     state_key,
     state_of,
 )
@@ -26,6 +27,7 @@ from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_un
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.inspection.inspect import is_checkpoint
 from wsm_megatron.inspection.manifest import check_files
+from wsm_megatron.optimizer.indexed_state import unnamed_mains, with_names
 from wsm_megatron.optimizer.main_params import MainsCheck, check_main_params
 from wsm_megatron.optimizer.precision import REMAINDERS
 from wsm_megatron.planning.launch_flags import Launch, launches, position_of
@@ -91,10 +93,10 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
             ``path``: differences are reported.
 
     Raises:
-        UsageError: not a finished torch_dist checkpoint. MergeError: a damaged one.
+        UsageError: not a finished checkpoint. MergeError: a damaged one.
     """
     path = _checkpoint(path)
-    layout = read_layout(path)
+    layout = with_names(read_layout(path))
     state = load_common(*read_common(path, layout))
     summary, optimizer = summarize(state), optimizer_layout(layout, state)
     mains = check_main_params(layout, attributes(state.get("args")))
@@ -115,14 +117,16 @@ def check_resume(path: Path, against: Path | None = None) -> ResumeReport:
         moments=sum(entry.role is Role.MOMENT for entry in layout.tensors.values()),
         mains=mains,
         scheduler=state.get("opt_param_scheduler"),
-        rng=sum(entry.role is Role.RNG for entry in layout.objects.values()),
+        rng=sum(entry.role is Role.RNG for entry in layout.entries.values()),
         sizes=_sizes(state),
         any_sizes=optimizer is None or optimizer in _ANY_SIZES,
-        container="common.pt" if layout.common_entry is None else "common_state entry",
-        readers=_readers(layout),
+        container=layout.format.container,
+        readers=layout.format.readers,
         problems=tuple(problems),
         notes=tuple(notes),
-        launches=launches(optimizer=usable, position=position_of(state)),
+        launches=()
+        if optimizer is None and not layout.format.loads_weights_alone
+        else launches(optimizer=usable, position=position_of(state)),
     )
 
 
@@ -133,6 +137,8 @@ def optimizer_layout(layout: Layout, state: Mapping[str, Any]) -> str | None:
     before Megatron-core 0.13 and without that optimizer the keys tell. Without main params the
     model is what the optimizer steps on (``FP32Optimizer``).
     """
+    if layout.format.optimizer_layout is not None:
+        return layout.format.optimizer_layout if any(map(is_optimizer, layout.tensors)) else None
     keys = [key for key in layout.tensors if state_of(key)]
     if not keys and "optimizer" not in state:
         return None
@@ -168,6 +174,13 @@ def _problems(
     layout: Layout, state: Mapping[str, Any], optimizer: str | None, mains: MainsCheck
 ) -> Iterator[str]:
     args = attributes(state.get("args"))
+    if optimizer is None and not layout.format.loads_weights_alone:
+        yield (
+            f"no optimizer state: Megatron's load of {layout.format.name} asks for it, and for RNG "
+            "states, whatever the flags; merge again with --optimizer-state last or merge, or load "
+            "the weights with torch.distributed.checkpoint"
+        )
+        return
     if optimizer is None:
         yield (
             "no optimizer state: plain --load stops with KeyError 'optimizer'; pass "
@@ -179,9 +192,15 @@ def _problems(
             "args say no_save_optim although there is optimizer state: Megatron will not load it, "
             "and stops with KeyError 'optimizer'"
         )
-    for key in ("optimizer", "opt_param_scheduler"):
+    wanted = ("optimizer",) if layout.format.optimizer_layout is None else ()
+    for key in (*wanted, "opt_param_scheduler"):
         if key not in state and not (key == "opt_param_scheduler" and "lr_scheduler" in state):
             yield f"the common state has no {key!r}: plain --load stops with KeyError"
+    if unnamed := unnamed_mains(layout):
+        yield (
+            f"{some(unnamed)} round to no model tensor: one step after a load main params of other "
+            "weights replace the model's"
+        )
     yield from _wrong_mains(layout, mains)
     if unbacked := _without_moments(layout, args):
         yield f"no moments for {some(unbacked)}: Megatron will find keys missing"
@@ -277,29 +296,26 @@ def _notes(
         )
     if mains.without:
         yield f"no main params for {some(mains.without)}: loaded from the model, frozen or not"
-    if optimizer is not None and optimizer not in _ANY_SIZES:
+    keyed_by_format = layout.format.optimizer_layout is not None
+    if optimizer is not None and optimizer not in _ANY_SIZES and not keyed_by_format:
         yield (
             f"{optimizer} optimizer state loads into the same TP, PP and EP sizes only (another DP "
             "size is fine)"
         )
-    if optimizer is not None:
+    yield from layout.format.notes
+    if optimizer is not None and not keyed_by_format:
         needs = "without" if optimizer == REPLICATED else "with"
         yield f"the launch must be {needs} --use-distributed-optimizer, as the checkpoint was saved"
-    if optimizer in _ANY_SIZES and integer_in(args, "num_experts"):
+    if optimizer in (REPLICATED, FULLY_RESHARDABLE) and integer_in(args, "num_experts"):
         yield (
             "the optimizer of EP1 is one, of larger EP sizes two (dense, experts): megatron-core "
             "does not load one as the other"
         )
-    rng = any(entry.role is Role.RNG for entry in layout.objects.values())
+    rng = any(entry.role is Role.RNG for entry in layout.entries.values())
     if args.get("no_save_rng") is True or not rng:
         yield "no RNG states: dropout starts from --seed again (the data's order does not)"
     if "args" not in state:
         yield "no args: Megatron-LM will not know consumed samples (saved by another loop?)"
-
-
-def _readers(layout: Layout) -> str:
-    """``common.pt`` is read by all (main: ``load_common_state_dict``), the entry from 0.19 on."""
-    return "core 0.14 and later" if layout.common_entry is None else "core 0.19 and later"
 
 
 def _differences(layout: Layout, state: Mapping[str, Any], other: Path) -> Iterator[str]:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common_state import dump_common, load_common, read_common
-from wsm_megatron.checkpoint.format import marker_for
+from wsm_megatron.checkpoint.common_state import load_common, load_stored, read_common
 from wsm_megatron.checkpoint.keys import may_be_padding
-from wsm_megatron.checkpoint.layout import COMMON_KEY, METADATA_FILE, Layout, read_layout
+from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
@@ -25,6 +24,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError, UsageError, some
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.kernels import reference
+from wsm_megatron.optimizer.indexed_state import with_names
 from wsm_megatron.planning.plan import MergePlan, make_plan
 from wsm_megatron.planning.prepare import common_of_merge, find_mains
 from wsm_megatron.planning.provenance import described
@@ -66,9 +66,13 @@ def recompute(
         MergeError: what is not the merge of its sources; a source is damaged.
     """
     path = merged.layout.path
-    sources = [CheckpointReader(read_layout(p)) for p in _places(path, provenance, run)]
+    config = _config_of(path, provenance)
+    opened = [read_layout(place) for place in _places(path, provenance, run)]
+    if config.keeps_optimizer:
+        opened = [with_names(layout) for layout in opened]
+    sources = [CheckpointReader(layout) for layout in opened]
+    merged.layout = merged.layout.named_like(opened[-1])
     try:
-        config = _config_of(path, provenance)
         layouts = [source.layout for source in sources]
         flat, kinds = find_mains(config, layouts[-1], layouts[:-1])
         plan = make_plan(layouts, config, flat, kinds)
@@ -169,22 +173,24 @@ def _check_rest(
     expected = common_of_merge(
         newest.layout, before, config, provenance["iteration"], described(provenance)
     )
-    common = (COMMON_KEY,) if expected.in_distcp else ()
-    _compare_names(path, (*expected.objects, *common), layout.objects)
+    if layout.format is not expected.format:
+        raise MergeError(f"{path}: of another format than {newest.layout.path} makes it")
+    stored = expected.format.store(expected.state)
+    _compare_names(path, (*expected.objects, *stored.entries), layout.objects)
     for key in expected.objects:
         source = newest.layout.objects[key]
         if merged.read_object(layout.objects[key]) != newest.read_object(source):
             raise MergeError(f"{path}: {key} is not that of {newest.layout.path}")
-    written = dump_common(expected.state, in_distcp=expected.in_distcp)
     state = load_common(*read_common(path, layout))
-    if differing := list(differences(state, load_common(written, "the expected common state"))):
+    written = load_stored(stored, "the expected common state")
+    if differing := list(differences(state, written)):
         raise MergeError(
             f"{path}: the common state is not what {newest.layout.path} makes it: "
             f"{some(differing, _NAMED)}"
         )
     if layout.mcore_data != newest.layout.mcore_data:
         raise MergeError(f"{path}: mcore_data of .metadata is not that of {newest.layout.path}")
-    if layout.marker != marker_for(newest.layout.marker, expected.in_distcp):
+    if layout.marker != (expected.format.marker(newest.layout.marker) or {}):
         raise MergeError(f"{path}: metadata.json is not what {newest.layout.path} makes it")
 
 

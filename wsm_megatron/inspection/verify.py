@@ -142,7 +142,8 @@ def _check_common(reader: CheckpointReader, provenance: dict[str, Any] | None) -
     """The common state is whole, and says of the merge what ``wsm_merge.json`` says."""
     path = reader.layout.path
     data, where = read_common(path, reader.layout)
-    _check_archive(where, data)
+    for part in (data,) if isinstance(data, bytes) else data.values():
+        _check_archive(where, part)
     said = load_common(data, where).get(PROVENANCE_KEY)
     if said is None:
         return

@@ -12,6 +12,7 @@ import torch
 
 from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.common_state import attributes, load_common, read_common
+from wsm_megatron.checkpoint.formats import CommonEntries
 from wsm_megatron.checkpoint.keys import MERGEABLE, Role, is_flat_bucket, main_of, state_of
 from wsm_megatron.checkpoint.layout import (
     COMMON_FILE,
@@ -207,13 +208,13 @@ def saved_args(path: Path) -> dict[str, Any]:
         if not (path / METADATA_FILE).is_file():
             return {}
         layout = read_layout(path, whole=False)
-        entry = layout.common_entry
-        if entry is None or not (path / entry.location.file).is_file():
+        found = [one for one in layout.objects.values() if one.role is Role.COMMON]
+        if not found or not all((path / one.location.file).is_file() for one in found):
             return {}
     return args_of(*read_common(path, layout))
 
 
-def args_of(common: bytes, where: str) -> dict[str, Any]:
+def args_of(common: bytes | CommonEntries, where: str) -> dict[str, Any]:
     """The args in a common state; none where it has none."""
     return attributes(load_common(common, where).get("args"))
 

@@ -17,6 +17,7 @@ from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.optimizer.flat_buckets import flat_buckets
+from wsm_megatron.optimizer.indexed_state import unnamed_mains
 from wsm_megatron.optimizer.precision import REMAINDERS, Kinds
 from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
 from wsm_megatron.planning.tasks import Recipe, Rule
@@ -130,6 +131,8 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
             f"{newest.path}: main params lie in flat buckets (dp_reshardable) without a key for "
             "each; --rebuild-main-params cannot rebuild them; use --optimizer-state drop"
         )
+    for layout in layouts:
+        _check_named(layout, newest)
     _check_shapes(newest, needed)
     _check_dtypes(newest, needed, choice)
     for layout in layouts[:-1]:
@@ -147,6 +150,24 @@ def _warn_of_copied(newest: Layout, choice: Choice, config: MergeConfig) -> None
             "%s: optimizer state that is no floating moment of its param's shape is copied from "
             "the newest source, not merged: %s", newest.path, some(sorted(copied)),
         )  # fmt: skip
+
+
+def _check_named(layout: Layout, newest: Layout) -> None:
+    """Main params that are numbered are each a model tensor's, the same in all sources."""
+    if unnamed := unnamed_mains(layout):
+        raise UsageError(
+            f"{layout.path}: {some(unnamed)} round to no model tensor: main params of other "
+            "weights; use --optimizer-state drop, or leave the checkpoint out"
+        )
+    for key, entry in layout.tensors.items():
+        if entry.role is not Role.MAIN or key not in newest.tensors:
+            continue
+        if layout.stored_key(key) != newest.stored_key(key):
+            raise UsageError(
+                f"{layout.path} and {newest.path} number their main params differently: that of "
+                f"{main_of(key)} is {layout.stored_key(key)} and {newest.stored_key(key)}; use "
+                "--optimizer-state drop"
+            )
 
 
 def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:

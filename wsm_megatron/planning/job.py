@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.checkpoint.format import marker_for
-from wsm_megatron.checkpoint.layout import COMMON_KEY, Layout
+from wsm_megatron.checkpoint.formats import CheckpointFormat, KeyPath, StoredCommon
+from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.region import Box
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import Files, copy_side_files
@@ -28,7 +28,7 @@ class OutputCheckpoint:
         source_indices: its sources, as indices into the job's, oldest first.
         objects: byte entries taken over from its newest source.
         common: its common state, ready to be written.
-        in_distcp: the common state is an entry of the distcp files, not a file of its own.
+        format: what it is written as.
     """
 
     root: Path
@@ -36,8 +36,8 @@ class OutputCheckpoint:
     source_indices: tuple[int, ...]
     decay: MergeCoefficients
     objects: tuple[str, ...]
-    common: bytes
-    in_distcp: bool
+    common: StoredCommon
+    format: CheckpointFormat
     provenance: dict[str, Any]
 
     @property
@@ -164,8 +164,7 @@ class Job:
 
     def _beside_tensors(self, output: OutputCheckpoint) -> int:
         objects = sum(item.nbytes for item in self._objects(output, output.objects, True))
-        common = 0 if output.in_distcp else len(output.common)
-        return objects + common + self.sources[output.newest].beside.nbytes
+        return objects + output.common.nbytes_beside + self.sources[output.newest].beside.nbytes
 
     def copy_beside(self, output: OutputCheckpoint, directory: Path) -> Files:
         """Copy what lies beside the newest source's tensors; size and CRC-32 of the copies."""
@@ -185,22 +184,35 @@ class Job:
                 consumers.setdefault((self.outputs[k].newest, key), []).append(k)
         return consumers
 
-    def common_key(self, output: OutputCheckpoint) -> str | None:
-        """Key of the common state's entry; None where it is a file of its own."""
-        return COMMON_KEY if output.in_distcp else None
+    def on_disk(
+        self, output: OutputCheckpoint, placed: Sequence[Placed]
+    ) -> tuple[list[Placed], dict[str, KeyPath]]:
+        """What is placed, under the keys of the newest source and in its order, and where in
+        Megatron's nested state dict that is, where the format says so."""
+        newest = self.newest(output)
+        if not (newest.paths or newest.stored):
+            return list(placed), {}
+        order = {newest.stored_key(key): n for n, key in enumerate(newest.entries)}
+        named = [
+            replace(one, item=replace(one.item, key=newest.stored_key(one.item.key)))
+            for one in placed
+        ]
+        named.sort(key=lambda one: order.get(one.item.key, len(order)))
+        known = {**newest.paths, **output.common.paths}
+        keys = dict.fromkeys(one.item.key for one in named)
+        return named, {key: known[key] for key in keys if key in known}
 
-    def marker(self, output: OutputCheckpoint) -> dict[str, Any]:
-        """What goes into ``metadata.json``."""
-        return marker_for(self.newest(output).marker, output.in_distcp)
+    def marker(self, output: OutputCheckpoint) -> dict[str, Any] | None:
+        """What goes into ``metadata.json``; None where its format has none."""
+        return output.format.marker(self.newest(output).marker)
 
     def _objects(
         self, output: OutputCheckpoint, keys: Sequence[str], with_common: bool
     ) -> list[Item]:
         layout = self.newest(output)
         items = [Item(key, nbytes=layout.objects[key].nbytes) for key in keys]
-        if with_common and (key := self.common_key(output)):
-            items.append(Item(key, nbytes=len(output.common)))
-        return items
+        common = output.common.entries if with_common else {}
+        return [*items, *(Item(key, nbytes=len(data)) for key, data in common.items())]
 
     def _objects_read(self, objects: Sequence[Sequence[str]]) -> int:
         return sum(self.sources[j].layout.objects[key].nbytes for j, key in self.consumers(objects))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsm_megatron.checkpoint.common_state import attributes, integer_in, summarize
+from wsm_megatron.checkpoint.formats import TORCH_DIST_016, CheckpointFormat
 from wsm_megatron.config import MergeConfig
 
 CONTINUE = "continue"
@@ -137,20 +138,25 @@ def _decay(position: Position, scheduled: int, steps: int | None) -> tuple[str, 
     )
 
 
-def describe_resume(state: Mapping[str, Any], config: MergeConfig) -> dict[str, Any]:
+def describe_resume(
+    state: Mapping[str, Any], config: MergeConfig, form: CheckpointFormat = TORCH_DIST_016
+) -> dict[str, Any]:
     """What a merge does with the optimizer state, and how to launch Megatron from it.
 
     Args:
         state: the common state before optimizer and scheduler are dropped, with the merge's
             iteration.
+        form: the format of the merge.
     """
     mains = "rebuilt from the merged model" if config.rebuild_main_params else "merged"
     moments = {"drop": "dropped", "last": "of the newest source", "merge": "merged"}
     kept = config.keeps_optimizer
+    loads = kept or form.loads_weights_alone
+    launch = launches(optimizer=kept, position=position_of(state)) if loads else ()
     return {
-        "main_params": mains if kept else "dropped",
+        "main_params": mains if kept or form.model_is_main else "dropped",
         "moments": moments[config.optimizer_state],
-        "launch": as_data(launches(optimizer=kept, position=position_of(state))),
+        "launch": as_data(launch),
     }
 
 

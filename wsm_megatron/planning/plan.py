@@ -233,7 +233,7 @@ def _single(entry: TensorEntry, copied: bool, config: MergeConfig) -> Recipe:
 def _is_copied(entry: TensorEntry, config: MergeConfig, choice: Choice) -> bool:
     return (
         entry.key in choice.copied
-        or entry.role in (Role.COPY, Role.OPTIMIZER)
+        or entry.role in (Role.COPY, Role.OPTIMIZER, Role.RNG)
         or (entry.role is Role.BUFFER and config.buffers == "last")
         or (entry.role is Role.MOMENT and config.optimizer_state == "last")
     )

@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wsm_megatron.checkpoint.common_state import dump_common, load_common, prepare, read_common
+from wsm_megatron.checkpoint.common_state import load_common, prepare, read_common
 from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
+from wsm_megatron.checkpoint.formats import TORCH_DIST_016, CheckpointFormat, CommonEntries
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
 from wsm_megatron.config import ExecutionOptions, MergeConfig
@@ -48,7 +49,10 @@ def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOpti
     with gc_paused():
         select = selector(config.load, config.allow_lr_decay).select
         wanted = wanted_merges(config, lambda window: select(window, config.sliding_every))
-        sources = tuple(open_source(config.load, c.iteration) for c in all_of(wanted))
+        sources = tuple(
+            open_source(config.load, c.iteration, optimizer=config.keeps_optimizer)
+            for c in all_of(wanted)
+        )
         *older, newest = (source.layout for source in sources)
         flat, kinds = find_mains(config, newest, older)
         job = plan_job(
@@ -80,7 +84,7 @@ def plan_job(
     sources: tuple[Source, ...],
     flat: FlatMainParams | None,
     kinds: Kinds,
-    common_of: Callable[[Source], tuple[bytes, str]],
+    common_of: Callable[[Source], tuple[bytes | CommonEntries, str]],
 ) -> Job:
     """:func:`prepare_job` once the sources are opened.
 
@@ -102,6 +106,7 @@ def plan_job(
     job = Job(config, sources, outputs, plan)
     _check_copied(job)
     _warn_of_adapters(job)
+    _warn_of_weights_alone(job)
     newest = sorted({output.newest for output in outputs})
     warn_of_left_out([(sources[j].path, sources[j].beside) for j in newest])
     return job
@@ -124,6 +129,16 @@ def _warn_of_adapters(job: Job) -> None:
             "factors is not the merge of their outputs, unless one of them is the same in all "
             "sources; merge checkpoints whose adapters are folded into the weights instead",
             job.sources[-1].path, " and ".join(pairs[0]), len(pairs),
+        )  # fmt: skip
+
+
+def _warn_of_weights_alone(job: Job) -> None:
+    newest = job.sources[-1].layout
+    if not (job.config.keeps_optimizer or newest.format.loads_weights_alone):
+        logger.warning(
+            "%s: Megatron's load of %s asks for optimizer and RNG states whatever the flags: the "
+            "weights alone load with torch.distributed.checkpoint; --optimizer-state last or merge "
+            "resumes", newest.path, newest.format.name,
         )  # fmt: skip
 
 
@@ -180,7 +195,7 @@ def _product(
     config: MergeConfig,
     chosen: tuple[Checkpoint, ...],
     opened: tuple[Source, ...],
-    common_of: Callable[[Source], tuple[bytes, str]],
+    common_of: Callable[[Source], tuple[bytes | CommonEntries, str]],
 ) -> OutputCheckpoint:
     decay = MergeCoefficients.over(
         chosen, config.decay, config.min_decay, config.weights, config.allow_unnormalized
@@ -193,7 +208,8 @@ def _product(
     before = load_common(*common_of(newest))
     described = list(map(describe_source, sources, chosen))
     provenance = describe(described, decay, config, iteration)
-    provenance["resume"] = describe_resume({**before, "iteration": iteration}, config)
+    state = {**before, "iteration": iteration}
+    provenance["resume"] = describe_resume(state, config, newest.layout.format)
     common = common_of_merge(newest.layout, before, config, iteration, provenance)
     return OutputCheckpoint(
         root=_root(whole, config),
@@ -201,8 +217,8 @@ def _product(
         source_indices=source_indices,
         decay=decay,
         objects=common.objects,
-        common=dump_common(common.state, in_distcp=common.in_distcp),
-        in_distcp=common.in_distcp,
+        common=common.format.store(common.state),
+        format=common.format,
         provenance=provenance,
     )
 
@@ -213,12 +229,12 @@ class MergedCommon:
 
     Attributes:
         objects: keys of byte entries that are copied from the newest source.
-        in_distcp: the common state is an entry of the distcp files, not a file of its own.
+        format: what the merge is written as.
     """
 
     state: dict[str, Any]
     objects: tuple[str, ...]
-    in_distcp: bool
+    format: CheckpointFormat
 
 
 def common_of_merge(
@@ -240,11 +256,10 @@ def common_of_merge(
         provenance=provenance,
         where=str(newest.path),
     )
-    was_in_distcp = newest.common_entry is not None
-    in_distcp = was_in_distcp if config.format == "same" else config.format == "0.19"
+    wanted = newest.format.converted(config.format)
     objects = kept_objects(newest, config)
-    if in_distcp != was_in_distcp:
+    if wanted is not newest.format:
         state, objects = without_rerun_state(state, objects)
-    if not in_distcp:
+    if wanted is TORCH_DIST_016:
         state = for_common_file(state)
-    return MergedCommon(state, objects, in_distcp)
+    return MergedCommon(state, objects, wanted)

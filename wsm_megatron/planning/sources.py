@@ -14,6 +14,7 @@ from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
 from wsm_megatron.errors import UsageError
+from wsm_megatron.optimizer.indexed_state import with_names
 from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 
 
@@ -44,15 +45,17 @@ class Source:
         return self.fingerprints or self.fingerprint
 
 
-def open_source(root: Path, iteration: int, whole: bool = True) -> Source:
+def open_source(root: Path, iteration: int, whole: bool = True, optimizer: bool = False) -> Source:
     """Open one selected checkpoint: its layout, and what tells later that it changed.
 
     Args:
         whole: all of its files must be there.
+        optimizer: its optimizer state matters: some formats number it, and it is named here.
     """
     path = checkpoint_path(root, iteration)
     before = fingerprint(path)
     layout = read_layout(path, whole)
+    layout = with_names(layout) if optimizer else layout
     metadata = read_file(path / METADATA_FILE)
     beside = find_side_files(path, layout.files)
     return Source(path, iteration, layout, crc32(metadata), save_id(metadata), before, beside)

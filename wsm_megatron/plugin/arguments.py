@@ -23,9 +23,8 @@ from wsm_megatron.plugin.config import WSMConfig
 
 logger = logging.getLogger(__name__)
 
+_MERGED_OFFLINE = {"use_megatron_fsdp": "Megatron FSDP", "use_torch_fsdp2": "torch FSDP2"}
 _UNSUPPORTED = {
-    "use_megatron_fsdp": "Megatron FSDP",
-    "use_torch_fsdp2": "torch FSDP2",
     "use_precision_aware_optimizer": "main params inside the precision-aware optimizer",
     "optimizer_cpu_offload": "optimizer offload to the CPU",
     "fp8_param_gather": "FP8 model weights",
@@ -121,6 +120,14 @@ def check_run(args: Any, config: WSMConfig) -> None:
 
 
 def _check_supported(args: Any) -> None:
+    for name, what in _MERGED_OFFLINE.items():
+        if getattr(args, name, False):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"--wsm-merge does not merge inside a run with {what} ({flag}): train without "
+                "--wsm-merge, and merge the checkpoints that it saves: wsm merge --load "
+                f"{getattr(args, 'save', None) or 'SAVE'} --save MERGED"
+            )
     for name, what in _UNSUPPORTED.items():
         if getattr(args, name, False):
             flag = "--" + name.replace("_", "-")

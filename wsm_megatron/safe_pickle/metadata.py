@@ -35,6 +35,8 @@ from wsm_megatron.safe_pickle.scan import check_pickle
 _MOST_BYTES = 2**32
 _LONGEST_NAME, _LONGEST_KEY = 255, 4096
 _MOST_ELEMENTS = 2**60
+_DEEPEST = 64
+"""Dicts in dicts, of a state dict."""
 
 
 def load_metadata(path: Path) -> Metadata:
@@ -62,6 +64,15 @@ def load_metadata(path: Path) -> Metadata:
         raise MergeError(f"{path}: cannot be read, damaged or truncated ({reason})") from error
     _check(loaded, path)
     return loaded
+
+
+def key_paths(path: Path, loaded: Metadata) -> dict[str, tuple[str | int, ...]]:
+    """Where in a nested state dict the entries of a ``.metadata`` are, as torch's planner keeps it
+    (``planner_data``); empty where it says nothing. Raises ``MergeError`` for damage."""
+    if not loaded.planner_data:
+        return {}
+    _check_table(path, "planner_data", loaded, _is_key_path)
+    return loaded.planner_data
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -159,6 +170,7 @@ def _is_entry(key: Any, value: Any) -> bool:
     rank = len(value.size)
     return (
         isinstance(value.properties.dtype, torch.dtype)
+        and isinstance(value.size, torch.Size)
         and _is_shape(value.size, rank)
         and math.prod(value.size) <= _MOST_ELEMENTS
         and isinstance(value.chunks, list)
@@ -167,7 +179,11 @@ def _is_entry(key: Any, value: Any) -> bool:
 
 
 def _is_shape(size: Any, rank: int) -> bool:
-    return isinstance(size, torch.Size) and len(size) == rank and (not size or min(size) >= 0)
+    """Whether this is a size or an offset; Megatron FSDP makes those of chunks plain tuples."""
+    if not isinstance(size, tuple) or len(size) != rank:
+        return False
+    numbers = isinstance(size, torch.Size) or all(type(number) is int for number in size)
+    return numbers and (not size or min(size) >= 0)
 
 
 def _is_storage(key: Any, value: Any) -> bool:
@@ -204,6 +220,16 @@ def _is_of_megatron(key: Any, value: Any) -> bool:
         _is_key(key)
         and isinstance(value, dict)
         and all(_is_key(name) and _is_plain(one) for name, one in value.items())
+    )
+
+
+def _is_key_path(key: Any, value: Any) -> bool:
+    """Whether this is where in a nested dict an entry is."""
+    return (
+        _is_key(key)
+        and isinstance(value, tuple)
+        and 0 < len(value) <= _DEEPEST
+        and all(_is_key(part) or type(part) is int for part in value)
     )
 
 

@@ -131,14 +131,17 @@ class StorageInfo(_StandIn):
 
 @dataclass(slots=True)
 class Metadata(_StandIn):
-    """All of ``.metadata`` that a merge reads; ``mcore_data`` is what Megatron adds."""
+    """All of ``.metadata`` that a merge reads; ``mcore_data`` is what Megatron adds, and
+    ``planner_data`` says where in a nested state dict the entries are, in some formats."""
 
     state_dict_metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata]
     storage_data: dict[MetadataIndex, StorageInfo] | None = None
     mcore_data: dict[str, Any] = field(default_factory=dict)
+    planner_data: Any = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "state_dict_metadata" in state:
             self.state_dict_metadata = state["state_dict_metadata"]
         self.storage_data = state.get("storage_data")
         self.mcore_data = state.get("mcore_data") or {}
+        self.planner_data = state.get("planner_data")

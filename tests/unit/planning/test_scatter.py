@@ -32,7 +32,7 @@ def job(request, tmp_path) -> Job:
 
 @pytest.mark.parametrize("ranks", [2, 5])
 def test_every_task_finds_its_chunks(job, ranks):
-    parts = job.parts(ranks)
+    parts = job.rank_plans(ranks)
     slices = JobSlices(job, parts)
     newest = {output.source_indices[-1] for output in job.outputs}
     assert slices.of(0) == (job, parts[0])

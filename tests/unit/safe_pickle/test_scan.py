@@ -154,7 +154,7 @@ def test_both_say_the_same_of_mutated_pickles() -> None:
         agreed = (in_c is None) == (in_python is None)
         assert agreed or in_python == "it is damaged or cut short", bytes(data)
         alike += agreed
-    assert alike > 2900
+    assert alike > 2850, "19 of 20: the rest is such text"
 
 
 def small_time() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.foreign_formats import UNFINISHED
+from wsm_megatron.checkpoint.foreign_formats import UNFINISHED, Kind
 from wsm_megatron.checkpoint.layout import MARKER_FILE, METADATA_FILE, Layout, check_size
 from wsm_megatron.checkpoint.run_directory import (
     RunDirectory,
@@ -26,6 +26,13 @@ from wsm_megatron.storage.retry import with_retries
 
 _END_BYTES = 4096
 """Of a file's end: it holds the CRC-32 of the last tensor, and so tells one save from another."""
+
+
+_NO_MARKER = Kind(
+    "unfinished, or of fsdp_dtensor or torch_dcp",
+    "no rank sees a metadata.json, which Megatron writes last with torch_dist; checkpoints of FSDP "
+    "merge where every rank sees all of their files",
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,12 @@ class JobInventory:
         if not found:
             raise UsageError(f"{self.root}: no rank sees an iter_XXXXXXX checkpoint there")
         finished = {i for i in found if self.ranks(i).get(MARKER_FILE)}
-        unusable = (Unusable(checkpoint_name(i), i, UNFINISHED) for i in sorted(found - finished))
+        unusable = (
+            Unusable(
+                checkpoint_name(i), i, _NO_MARKER if METADATA_FILE in self.ranks(i) else UNFINISHED
+            )
+            for i in sorted(found - finished)
+        )
         return RunDirectory(self.root, tuple(sorted(finished)), tuple(unusable), self.tracker())
 
     def tracker(self) -> str | None:

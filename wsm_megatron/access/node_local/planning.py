@@ -13,6 +13,7 @@ from wsm_megatron.access.node_local.assignment import Assigner
 from wsm_megatron.access.node_local.inventory import JobInventory, take_inventory
 from wsm_megatron.access.node_local.shares import Assignment
 from wsm_megatron.checkpoint.common_state import UNKNOWN, CommonSummary, read_common, read_summary
+from wsm_megatron.checkpoint.formats import CommonEntries
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, read_tracker
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
@@ -35,7 +36,7 @@ class _Report:
     """What one rank tells of a source whose metadata it sees."""
 
     source: Source
-    common: tuple[bytes, str]
+    common: tuple[bytes | CommonEntries, str]
     flat: Search | None
     kinds: Kinds
 
