@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.writer import Item, Placed, file_name, frame, place
 
 REAL = 64
@@ -32,7 +32,7 @@ class Param:
 
     @property
     def numel(self) -> int:
-        return sum(item.box.numel for item in self.chunks if item.box)
+        return sum(item.region.numel for item in self.chunks if item.region)
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,19 @@ def moe_256() -> list[Group]:
 def write_flat(path: Path, groups: list[Group], files: int) -> str:
     """Write a checkpoint; what it has, in words."""
     path.mkdir(parents=True)
-    items: dict[tuple[str, Box | None], tuple[Item, int | None]] = {}
+    items: dict[tuple[str, Region | None], tuple[Item, int | None]] = {}
     buckets = 0
     for group in groups:
         for param in group.params:
             for i, item in enumerate(param.chunks):
-                items[item.key, item.box] = item, 8 * param.number + i
+                items[item.key, item.region] = item, 8 * param.number + i
         for n, bucket in enumerate(_buckets(group)):
             buckets += 1
             prefix = (
                 f"{group.prefix}.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_{n}"
             )
             for item, seed in _bucket_items(prefix, bucket, group.dp):
-                items[item.key, item.box] = item, seed
+                items[item.key, item.region] = item, seed
     everything = list(items.values())
     placed, per_file = [], -(-len(everything) // files)
     for rank in range(files):
@@ -126,7 +126,7 @@ def write_flat(path: Path, groups: list[Group], files: int) -> str:
 def _chunks(name: str, shape: tuple[int, ...], places: list[tuple[int, int]]) -> tuple[Item, ...]:
     key = f"decoder.layers.{name}"
     return tuple(
-        Item(key, Box((layer, part, 0, 0), (1, 1, *shape[2:])), torch.bfloat16, shape)
+        Item(key, Region((layer, part, 0, 0), (1, 1, *shape[2:])), torch.bfloat16, shape)
         for layer, part in places
     )
 
@@ -153,17 +153,17 @@ def _bucket_items(prefix: str, params: list[Param], dp: int) -> Iterator[tuple[I
             pieces.append((position, start, None))
         position = start
         for i, chunk in enumerate(param.chunks):
-            assert chunk.box is not None
-            pieces.append((position, position + chunk.box.numel, 8 * param.number + i))
-            position += chunk.box.numel
+            assert chunk.region is not None
+            pieces.append((position, position + chunk.region.numel, 8 * param.number + i))
+            position += chunk.region.numel
     part = -(-position // 128 // dp) * 128
     for start, stop, seed in pieces:
         edges = [start, *(c for c in range(part, stop, part) if start < c < stop), stop]
         for a, b in pairwise(edges):
             for name in ("param", "exp_avg", "exp_avg_sq"):
-                key, box = f"{prefix}.{name}", Box((a,), (b - a,))
+                key, region = f"{prefix}.{name}", Region((a,), (b - a,))
                 begins = seed if name == "param" and a == start else None
-                yield Item(key, box, torch.float32, (position,)), begins
+                yield Item(key, region, torch.float32, (position,)), begins
 
 
 def _write_file(path: Path, rank: int, items: list[tuple[Item, int | None]]) -> list[Placed]:
@@ -174,8 +174,8 @@ def _write_file(path: Path, rank: int, items: list[tuple[Item, int | None]]) -> 
             if seed is None and item.key.endswith(("exp_avg", "exp_avg_sq")):
                 stream.truncate(end)  # never read in planning
                 continue
-            assert item.dtype is not None and item.box is not None
-            before, after = frame(item.dtype, item.box.sizes).around(0)
+            assert item.dtype is not None and item.region is not None
+            before, after = frame(item.dtype, item.region.sizes).around(0)
             os.pwrite(stream.fileno(), before + _beginning(item, seed), one.offset)
             os.pwrite(stream.fileno(), after, end - len(after))
     return placed
@@ -183,8 +183,8 @@ def _write_file(path: Path, rank: int, items: list[tuple[Item, int | None]]) -> 
 
 def _beginning(item: Item, seed: int | None) -> bytes:
     """The first elements, the same for a model chunk and its main param."""
-    if seed is None or item.box is None:
+    if seed is None or item.region is None:
         return b""
     digits = torch.tensor([(seed >> (4 * n)) % 16 for n in range(8)])
-    first = (1 + digits.repeat(REAL // 8) / 16)[: item.box.numel].to(item.dtype)
+    first = (1 + digits.repeat(REAL // 8) / 16)[: item.region.numel].to(item.dtype)
     return first.view(torch.uint8).numpy().tobytes()

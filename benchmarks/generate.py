@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, write_tracker
 from wsm_megatron.checkpoint.writer import (
     CheckpointFile,
@@ -67,25 +67,29 @@ def tensors(gib: float, moe: bool) -> dict[str, tuple[tuple[int, ...], int]]:
     return found
 
 
-def chunks(shape: tuple[int, ...], axis: int, tp: int, stacked: bool) -> list[tuple[int, Box]]:
-    """TP rank and box of every chunk: one a layer, expert and TP shard."""
+def chunks(shape: tuple[int, ...], axis: int, tp: int, stacked: bool) -> list[tuple[int, Region]]:
+    """TP rank and region of every chunk: one a layer, expert and TP shard."""
     lead = 0 if not stacked else (2 if len(shape) == 4 else 1)
-    boxes = [(0, Box((0,) * len(shape), (*([1] * lead), *shape[lead:])))]
+    regions = [(0, Region((0,) * len(shape), (*([1] * lead), *shape[lead:])))]
     for dim in range(lead):
-        boxes = [
-            (0, Box((*b.offsets[:dim], i, *b.offsets[dim + 1 :]), b.sizes))
-            for _, b in boxes
+        regions = [
+            (0, Region((*b.offsets[:dim], i, *b.offsets[dim + 1 :]), b.sizes))
+            for _, b in regions
             for i in range(shape[dim])
         ]
     if axis < 0:
-        return boxes
+        return regions
     step = shape[axis] // tp
-    return [(rank, _along(box, axis, rank * step, step)) for rank in range(tp) for _, box in boxes]
+    return [
+        (rank, _along(region, axis, rank * step, step))
+        for rank in range(tp)
+        for _, region in regions
+    ]
 
 
-def _along(box: Box, axis: int, start: int, size: int) -> Box:
-    offsets = (*box.offsets[:axis], start, *box.offsets[axis + 1 :])
-    return Box(offsets, (*box.sizes[:axis], size, *box.sizes[axis + 1 :]))
+def _along(region: Region, axis: int, start: int, size: int) -> Region:
+    offsets = (*region.offsets[:axis], start, *region.offsets[axis + 1 :])
+    return Region(offsets, (*region.sizes[:axis], size, *region.sizes[axis + 1 :]))
 
 
 def items(gib: float, moe: bool, tp: int, optimizer: bool) -> dict[int, list[Item]]:
@@ -97,8 +101,8 @@ def items(gib: float, moe: bool, tp: int, optimizer: bool) -> dict[int, list[Ite
         prefixes |= {f"optimizer.state.{name}.": torch.float32 for name in names}
     for prefix, dtype in prefixes.items():
         for key, (shape, axis) in tensors(gib, moe).items():
-            for rank, box in chunks(shape, axis, tp, key.startswith("decoder.layers.")):
-                found[rank].append(Item(prefix + key, box, dtype, shape))
+            for rank, region in chunks(shape, axis, tp, key.startswith("decoder.layers.")):
+                found[rank].append(Item(prefix + key, region, dtype, shape))
     return found
 
 
@@ -111,10 +115,10 @@ def write_checkpoint(
     for rank, wanted in per_rank.items():
         file = CheckpointFile(path / file_name(rank))
         for k, one in enumerate(place(wanted, rank)):
-            chunk, box = file.chunk(one), one.item.box
-            assert box is not None and one.item.dtype is not None
+            chunk, region = file.chunk(one), one.item.region
+            assert region is not None and one.item.dtype is not None
             start = (iteration * 7919 + k * 104729) % (noise.numel() // 2)
-            for part in box.split(noise.numel() // 2):
+            for part in region.split(noise.numel() // 2):
                 chunk.append(Buffer(noise[start : start + part.numel].to(one.item.dtype)))
             chunk.finish()
             placed.append(one)

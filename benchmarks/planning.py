@@ -31,7 +31,7 @@ from measure import where
 from wsm_megatron import MergeConfig
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.writer import (
     Item,
@@ -66,8 +66,8 @@ def items(chunks: int) -> list[Item]:
                 for shard in range(TP):
                     offsets = [layer, expert, 0, 0]
                     offsets[axis] = shard * sizes[axis]
-                    box = Box(tuple(offsets), tuple(sizes))
-                    found.append(Item(f"{prefix}{name}.weight", box, torch.bfloat16, shape))
+                    region = Region(tuple(offsets), tuple(sizes))
+                    found.append(Item(f"{prefix}{name}.weight", region, torch.bfloat16, shape))
     return found
 
 
@@ -100,7 +100,7 @@ def write_run(root: Path, chunks: int, sources: int, flat: str | None) -> None:
         print(write_flat(paths[-1], FLAT[flat](), FILES), f"{sources} sources", sep=", ")
     else:
         wanted = items(chunks)
-        numel = sum(item.box.numel for item in wanted if item.box)
+        numel = sum(item.region.numel for item in wanted if item.region)
         print(f"{len(wanted)} chunks, {numel / 1e12:.2f} T parameters, {sources} sources")
         write(paths[-1], wanted)
     for path in paths:

@@ -11,7 +11,7 @@ import torch
 
 from wsm_megatron.checkpoint.common_state import dump_common
 from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, write_tracker
 from wsm_megatron.checkpoint.writer import CheckpointFile, Item, file_name, place
 from wsm_megatron.storage.buffer import Buffer
@@ -47,7 +47,7 @@ def write_checkpoint(
     buckets: Mapping[str, Sequence[torch.Tensor]],
     *,
     cuts: Sequence[int] = (),
-    chunks: Mapping[str, Sequence[Box]] | None = None,
+    chunks: Mapping[str, Sequence[Region]] | None = None,
     args: Mapping[str, object] | None = None,
 ) -> Path:
     """Write one checkpoint and move the tracker.
@@ -60,23 +60,25 @@ def write_checkpoint(
     """
     path = checkpoint_path(root, iteration)
     path.mkdir(parents=True)
-    data: dict[tuple[str, Box], torch.Tensor] = {}
+    data: dict[tuple[str, Region], torch.Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for key, tensor in model.items():
         shapes[key] = tuple(tensor.shape)
-        for box in (chunks or {}).get(key) or [Box((0,) * tensor.dim(), shapes[key])]:
-            where = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
-            data[key, box] = tensor[where].reshape(-1)
+        for region in (chunks or {}).get(key) or [Region((0,) * tensor.dim(), shapes[key])]:
+            where = tuple(
+                slice(a, a + n) for a, n in zip(region.offsets, region.sizes, strict=True)
+            )
+            data[key, region] = tensor[where].reshape(-1)
     for key, mains in buckets.items():
         for start, part in _laid_out(mains, cuts):
-            box = Box((start,), (part.numel(),))
-            data[key, box] = part
+            region = Region((start,), (part.numel(),))
+            data[key, region] = part
             for moment in ("exp_avg", "exp_avg_sq"):
-                data[key.removesuffix("param") + moment, box] = part.float() * 0.5
+                data[key.removesuffix("param") + moment, region] = part.float() * 0.5
         numel = starts_of(mains)[-1] + mains[-1].numel()
         shapes |= {key.removesuffix("param") + n: (numel,) for n in ("param", "exp_avg")}
         shapes[key.removesuffix("param") + "exp_avg_sq"] = (numel,)
-    items = [Item(key, box, part.dtype, shapes[key]) for (key, box), part in data.items()]
+    items = [Item(key, region, part.dtype, shapes[key]) for (key, region), part in data.items()]
     placed, file = place(items, 0), CheckpointFile(path / file_name(0))
     for one, part in zip(placed, data.values(), strict=True):
         chunk = file.chunk(one)

@@ -14,7 +14,7 @@ from wsm_megatron.checkpoint.common_state import dump_common, load_common
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.metadata_writer import write_metadata
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.writer import CheckpointFile, Item, file_name, place
 from wsm_megatron.storage.buffer import Buffer
 
@@ -54,7 +54,7 @@ def restate(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def rewrite(
     path: Path,
     change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    grid: Callable[[str, tuple[int, ...]], list[Box]] | None = None,
+    grid: Callable[[str, tuple[int, ...]], list[Region]] | None = None,
     reverse: bool = False,
     rename: Callable[[str], str] = str,
     more: Mapping[str, torch.Tensor] | None = None,
@@ -71,9 +71,9 @@ def rewrite(
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
         entry = layout.tensors.get(key)
-        boxes = [Box(c.offsets, c.sizes) for c in entry.chunks] if entry else whole(key, shape)
-        boxes = grid(key, shape) if grid else boxes
-        items += [Item(rename(key), box, tensor.dtype, shape) for box in boxes]
+        regions = [Region(c.offsets, c.sizes) for c in entry.chunks] if entry else whole(key, shape)
+        regions = grid(key, shape) if grid else regions
+        items += [Item(rename(key), region, tensor.dtype, shape) for region in regions]
     tensors = {rename(key): tensor for key, tensor in tensors.items()}
     if reverse:
         items.reverse()
@@ -83,11 +83,11 @@ def rewrite(
     placed = place(items, 0)
     file = CheckpointFile(path / file_name(0))
     for one in placed:
-        if one.item.box is None:
+        if one.item.region is None:
             file.write_bytes(one, blobs[one.item.key])
             continue
-        box = one.item.box
-        where = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
+        region = one.item.region
+        where = tuple(slice(a, a + n) for a, n in zip(region.offsets, region.sizes, strict=True))
         chunk = file.chunk(one)
         chunk.append(Buffer(tensors[one.item.key][where].contiguous().view(-1)))
         chunk.finish()
@@ -95,23 +95,23 @@ def rewrite(
     write_metadata(path, placed, {})
 
 
-def whole(key: str, shape: tuple[int, ...]) -> list[Box]:
+def whole(key: str, shape: tuple[int, ...]) -> list[Region]:
     """A grid of one chunk."""
-    return [Box((0,) * len(shape), shape)]
+    return [Region((0,) * len(shape), shape)]
 
 
-def split_axis(axis: int, parts: int) -> Callable[[str, tuple[int, ...]], list[Box]]:
+def split_axis(axis: int, parts: int) -> Callable[[str, tuple[int, ...]], list[Region]]:
     """A grid that cuts every tensor into ``parts`` along one axis, as TP or PP would."""
 
-    def grid(key: str, shape: tuple[int, ...]) -> list[Box]:
+    def grid(key: str, shape: tuple[int, ...]) -> list[Region]:
         along = min(axis, len(shape) - 1)
         step = -(-shape[along] // parts)
-        boxes = []
+        regions = []
         for start in range(0, shape[along], step):
             offsets, sizes = [0] * len(shape), list(shape)
             offsets[along], sizes[along] = start, min(step, shape[along] - start)
-            boxes.append(Box(tuple(offsets), tuple(sizes)))
-        return boxes
+            regions.append(Region(tuple(offsets), tuple(sizes)))
+        return regions
 
     return grid
 

@@ -54,10 +54,10 @@ def test_every_model_tensor_is_rounded_from_its_main_param(
     sources, merged = [load_tensors(path) for path in paths], load_tensors(output)
     flat = find_flat_main_params(read_layout(paths[-1]))
     assert flat.missing == {} and flat.unknown == {}
-    for (key, box), place in flat.places.items():
-        mains = [one[place.bucket][place.start :][: box.numel] for one in sources]
+    for (key, region), place in flat.places.items():
+        mains = [one[place.bucket][place.start :][: region.numel] for one in sources]
         main = rounded(weighted_sum64(WEIGHTS, mains), mains[0].dtype)
-        where = tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))
+        where = tuple(slice(a, a + n) for a, n in zip(region.offsets, region.sizes, strict=True))
         assert same_bits(merged[key][where].reshape(-1), main.to(merged[key].dtype)), key
     found = check_main_params(read_layout(output))
     assert (found.wrong, found.without, found.unknown) == ((), (), 0)

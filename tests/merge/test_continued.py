@@ -261,7 +261,7 @@ def test_other_products_that_place_this_one_elsewhere_start_over(tmp_path: Path)
         )
         job = prepare_job(config)
         parts = job.rank_plans(9)
-        one = next(p for p in job.outputs if len(p.members) == 3)
+        one = next(p for p in job.outputs if len(p.source_indices) == 3)
         placed = placement(job, job.outputs.index(one), parts)
         stored = [
             placed_one

@@ -12,7 +12,7 @@ from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.cli.main import main as wsm
 from wsm_megatron.optimizer.flat_buckets import BEGINNING
 from wsm_megatron.optimizer.flat_main_params import find_flat_main_params
@@ -164,14 +164,14 @@ def test_copies_of_tensor_parallel_ranks(tmp_path, caplog):
         drifted = norm.clone()
         drifted[3] *= 1.01
         model = {"norm": norm.bfloat16(), "w": torch.stack(halves).bfloat16()}
-        boxes = {"w": [Box((rank, 0), (1, 640)) for rank in (0, 1)]}
+        regions = {"w": [Region((rank, 0), (1, 640)) for rank in (0, 1)]}
         buckets = {
             bucket_key(10): [norm, halves[1]],
             bucket_key(9): [norm + 1e-6, halves[0]],
             bucket_key(11): [drifted],
         }
         sources.append(buckets)
-        write_checkpoint(run, 2 * j + 2, model, buckets, chunks=boxes)
+        write_checkpoint(run, 2 * j + 2, model, buckets, chunks=regions)
     output = run_merge(run, tmp_path / "out")
     merged = load_tensors(output)
     assert "200 elements of its flat buckets round to no model tensor" in caplog.text
@@ -214,23 +214,25 @@ def test_every_main_param_is_found(sizes, cuts, halved, shuffle, tmp_path_factor
     mains = {f"{i:02d}": values(2 * n, i).view(2, n) for i, n in enumerate(sizes)}
     order = list(mains)
     shuffle.shuffle(order)
-    boxes = {
-        f"{i:02d}": [Box((half, 0), (1, sizes[i])) for half in (0, 1)]
+    regions = {
+        f"{i:02d}": [Region((half, 0), (1, sizes[i])) for half in (0, 1)]
         for i in halved
         if i < len(sizes)
     }
     held = [mains[key] for key in order]
     path = write_checkpoint(
-        root, 2, as_model(mains), {BUCKET: held}, cuts=sorted(cuts), chunks=boxes
+        root, 2, as_model(mains), {BUCKET: held}, cuts=sorted(cuts), chunks=regions
     )
     flat, starts = find_flat_main_params(read_layout(path)), starts_of(held)
     assert flat.unknown == {} and flat.missing == {}
     chunks = {
-        (key, box) for key in mains for box in boxes.get(key) or [Box((0, 0), (2, sizes[int(key)]))]
+        (key, region)
+        for key in mains
+        for region in regions.get(key) or [Region((0, 0), (2, sizes[int(key)]))]
     }
     assert set(flat.places) == chunks
-    for (key, box), main in flat.places.items():
-        assert main.start == starts[order.index(key)] + box.offsets[0] * sizes[int(key)]
+    for (key, region), main in flat.places.items():
+        assert main.start == starts[order.index(key)] + region.offsets[0] * sizes[int(key)]
     assert check_main_params(read_layout(path)).wrong == ()
 
 

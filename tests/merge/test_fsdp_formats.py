@@ -358,3 +358,14 @@ def test_a_model_tensor_is_copied_with_its_optimizer_state(run, tmp_path):
     assert len(state) == (3 if run == DCP else 2)
     for one in state:
         assert same_bits(merged[one], sources[-1][one]), one
+
+
+def test_weights_alone_of_megatron_fsdp_come_with_a_warning(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "wsm_megatron")
+    run_merge(FSDP, tmp_path / "kept", optimizer_state="last")
+    assert "weights alone" not in caplog.text
+    output = run_merge(FSDP, tmp_path / "out", optimizer_state="drop")
+    assert "loads no weights alone into Megatron FSDP" in caplog.text
+    resume = read_provenance(output)["resume"]
+    assert "--no-load-optim" in resume["launch"]["continue"]["flags"]
+    assert resume["main_params"] == "merged"

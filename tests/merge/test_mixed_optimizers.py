@@ -13,7 +13,7 @@ from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum
 from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.planning.provenance import read_provenance
 
@@ -124,7 +124,7 @@ def test_flattened_main_params_of_old_versions(tmp_path):
         return tensor.flatten() if key == main else tensor
 
     def grid(key, shape):
-        return [Box((0,) * len(shape), shape)]
+        return [Region((0,) * len(shape), shape)]
 
     runs.rewrite(runs.checkpoint(run, 8), change, grid)
     with pytest.raises(ValueError, match=f"{main} is .4096,., its model.*state drop"):

@@ -1,18 +1,18 @@
-"""Finding the chunks of a tensor that overlap a box."""
+"""Finding the chunks of a tensor that overlap a region."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
 from wsm_megatron.checkpoint.layout import Chunk, TensorEntry
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 
 _Part = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes along the leading axes."""
 
 
 class ChunkIndex:
-    """Finds the chunks of one tensor that overlap a box without looking at all of them.
+    """Finds the chunks of one tensor that overlap a region without looking at all of them.
 
     Megatron stacks layers and experts in the first two axes: chunks are grouped by both.
     """
@@ -21,18 +21,18 @@ class ChunkIndex:
         self._entry = entry
         self._at = {chunk.offsets: chunk for chunk in entry.chunks}
 
-    def overlapping(self, box: Box) -> list[Chunk]:
-        found = self._at.get(box.offsets)
-        if found is not None and found.sizes == box.sizes:
+    def overlapping(self, region: Region) -> list[Chunk]:
+        found = self._at.get(region.offsets)
+        if found is not None and found.sizes == region.sizes:
             return [found]
         return [
             chunk
             for first, inner in self._groups.items()
-            if _overlaps(first, box)
+            if _overlaps(first, region)
             for second, chunks in inner.items()
-            if _overlaps(second, box)
+            if _overlaps(second, region)
             for chunk in chunks
-            if _overlaps((chunk.offsets, chunk.sizes), box)
+            if _overlaps((chunk.offsets, chunk.sizes), region)
         ]
 
     @cached_property
@@ -46,10 +46,10 @@ class ChunkIndex:
         return groups
 
 
-def _overlaps(part: _Part, box: Box) -> bool:
-    """Whether a region given by its leading axes can meet ``box``."""
+def _overlaps(part: _Part, region: Region) -> bool:
+    """Whether a region given by its leading axes can meet ``region``."""
     offsets, sizes = part
     return all(
         a < b + n and b < a + m
-        for a, m, b, n in zip(offsets, sizes, box.offsets, box.sizes, strict=False)
+        for a, m, b, n in zip(offsets, sizes, region.offsets, region.sizes, strict=False)
     )

@@ -73,6 +73,7 @@ class CheckpointFormat(Protocol):
         readers: which Megatron reads it.
         optimizer_layout: what resumes are told of its optimizer state; None where that depends.
         loads_weights_alone: Megatron's load can do without optimizer state.
+        weights_alone: what to know of merges without optimizer state; empty for nothing.
         model_is_main: model entries are the main params, there are no others.
         notes: what to know before a resume.
     """
@@ -89,6 +90,8 @@ class CheckpointFormat(Protocol):
     def optimizer_layout(self) -> str | None: ...
     @property
     def loads_weights_alone(self) -> bool: ...
+    @property
+    def weights_alone(self) -> str: ...
     @property
     def model_is_main(self) -> bool: ...
     @property
@@ -132,6 +135,7 @@ class TorchDist:
     finished_by = MARKER_FILE
     optimizer_layout = None
     loads_weights_alone = True
+    weights_alone = ""
     model_is_main = False
     notes = ()
     _COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
@@ -178,6 +182,7 @@ class _Dcp:
     name: str
     readers: str
     loads_weights_alone = True
+    weights_alone = ""
     model_is_main = False
     notes: tuple[str, ...] = ()
 
@@ -244,6 +249,11 @@ class FsdpDtensor(_Dcp):
     name = "fsdp_dtensor"
     readers = "core 0.16 and later, with --use-megatron-fsdp"
     model_is_main = True
+    weights_alone = (
+        "main of August 2026 loads no weights alone into Megatron FSDP (--no-load-optim and "
+        "--finetune stop with NotImplementedError; core_v0.16.1 loads them)"
+    )
+    notes = (weights_alone,)
 
     def key(self, stored: str, keys: Container[str]) -> str:
         found = _FSDP_STATE.fullmatch(stored)
@@ -267,6 +277,10 @@ class TorchDcp(_Dcp):
     name = "torch_dcp"
     readers = "core 0.16 and later, with --use-torch-fsdp2"
     loads_weights_alone = False
+    weights_alone = (
+        "Megatron's load of torch_dcp asks for optimizer and RNG states whatever the flags: the "
+        "weights alone load with torch.distributed.checkpoint"
+    )
     notes = (
         "core_v0.16.1 and main of August 2026 load no torch_dcp checkpoint, their own neither: "
         "load_checkpoint calls ChainedOptimizer.state_dict(is_loading=True), which takes no such "

@@ -47,7 +47,7 @@ class Location(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A box of a global tensor, stored row-major in one container."""
+    """A region of a global tensor, stored row-major in one container."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]

@@ -77,7 +77,7 @@ def _push_entries(program: _Program, chunks: dict[str, list[Placed]]) -> None:
     for key, stored in chunks.items():
         program.text(key)
         item = stored[0].item
-        if item.box is None:
+        if item.region is None:
             program.name(_CLASSES, "BytesStorageMetadata")
             program.do(pickle.EMPTY_TUPLE + pickle.REDUCE)
             continue
@@ -89,10 +89,10 @@ def _push_entries(program: _Program, chunks: dict[str, list[Placed]]) -> None:
         program.size(item.shape)
         program.do(pickle.EMPTY_LIST + pickle.MARK)
         for one in stored:
-            assert one.item.box is not None
+            assert one.item.region is not None
             program.name(_CLASSES, "ChunkStorageMetadata")
-            program.size(one.item.box.offsets)
-            program.size(one.item.box.sizes)
+            program.size(one.item.region.offsets)
+            program.size(one.item.region.sizes)
             program.do(pickle.TUPLE2 + pickle.REDUCE)
         program.do(pickle.APPENDS + pickle.TUPLE3 + pickle.REDUCE)
     program.do(pickle.SETITEMS)
@@ -105,10 +105,10 @@ def _push_storage(program: _Program, chunks: dict[str, list[Placed]]) -> None:
         for one in stored:
             program.name(_CLASSES, "MetadataIndex")
             program.text(key)
-            if one.item.box is None:
+            if one.item.region is None:
                 program.do(pickle.TUPLE1)
             else:
-                program.size(one.item.box.offsets)
+                program.size(one.item.region.offsets)
                 program.do(pickle.TUPLE2)
             program.do(pickle.REDUCE)
             program.name("torch.distributed.checkpoint.filesystem", "_StorageInfo")

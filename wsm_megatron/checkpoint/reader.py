@@ -1,4 +1,4 @@
-"""Reading a checkpoint: any box of any tensor, any byte range, every byte checked by CRC-32."""
+"""Reading a checkpoint: any region of any tensor, any byte range, every byte checked by CRC-32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.container import Record, locate
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, ObjectEntry, check_size
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.region_reader import Piece, RegionReader, Segment
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import MergeError
@@ -35,8 +35,8 @@ Ledger = dict[Location, list[Segment]]
 class CheckpointReader:
     """Reads one checkpoint. Safe to share between threads.
 
-    Tensors are read through :meth:`read` and, in pieces, through :meth:`cover`. Every byte read
-    enters a CRC-32; a record that a cover reads from end to end is compared at once, other parts
+    Tensors are read through :meth:`read` and, in pieces, through :meth:`region_reader`. Every byte read
+    enters a CRC-32; a record that one reads from end to end is compared at once, other parts
     wait in :attr:`ledger` for :meth:`verify`.
 
     Args:
@@ -80,14 +80,14 @@ class CheckpointReader:
             ) from error
         return bytes(data)
 
-    def read(self, key: str, box: Box) -> torch.Tensor:
-        """A box of a tensor, as 1-D CPU tensor in row-major order. Its CRC-32 is not compared.
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """A region of a tensor, as 1-D CPU tensor in row-major order. Its CRC-32 is not compared.
 
         Raises:
-            MergeError: as for :meth:`cover`.
+            MergeError: as for :meth:`region_reader`.
         """
-        elements = torch.empty(box.numel, dtype=self.layout.tensors[key].dtype)
-        self.region_reader(key, box).read(box, Buffer(elements))
+        elements = torch.empty(region.numel, dtype=self.layout.tensors[key].dtype)
+        self.region_reader(key, region).read(region, Buffer(elements))
         return elements
 
     def read_run(self, key: str, chunk: Chunk, start: int, numel: int) -> torch.Tensor:
@@ -101,28 +101,28 @@ class CheckpointReader:
         self.read_record(chunk.location, begin, out.data, key)
         return out.elements
 
-    def region_reader(self, key: str, box: Box) -> RegionReader:
+    def region_reader(self, key: str, region: Region) -> RegionReader:
         """Open the chunks that hold a region of a tensor.
 
         Raises:
-            MergeError: a container is damaged, or the chunks do not tile the box.
+            MergeError: a container is damaged, or the chunks do not tile the region.
         """
         with self._lock:
             index = self._indices.get(key)
             if index is None:
                 index = self._indices[key] = ChunkIndex(self.layout.tensors[key])
         pieces = [
-            Piece(chunk, Box(chunk.offsets, chunk.sizes), self._record(key, chunk))
-            for chunk in index.overlapping(box)
+            Piece(chunk, Region(chunk.offsets, chunk.sizes), self._record(key, chunk))
+            for chunk in index.overlapping(region)
         ]
-        parts = [common for piece in pieces if (common := box.intersect(piece.box))]
-        fault = tiling_fault(box.sizes, tuple(part.within(box) for part in parts))
+        parts = [common for piece in pieces if (common := region.intersect(piece.region))]
+        fault = tiling_fault(region.sizes, tuple(part.within(region) for part in parts))
         if fault is not None:
             raise MergeError(
-                f"{self.layout.path}: {key} at {box.offsets} is not whole: {fault}, counted from "
-                "there; the checkpoint is incomplete, leave it out"
+                f"{self.layout.path}: {key} at {region.offsets} is not whole: {fault}, counted "
+                "from there; the checkpoint is incomplete, leave it out"
             )
-        return RegionReader(self, key, box, pieces, self._ahead)
+        return RegionReader(self, key, region, pieces, self._ahead)
 
     def checksum(self, key: str, chunk: Chunk) -> int:
         """CRC-32 of a chunk's elements, as its container records it; they are not read."""

@@ -1,4 +1,4 @@
-"""Boxes of a global tensor: the geometry of chunks. Pure; offsets and sizes in elements."""
+"""Regions of a global tensor: the geometry of chunks. Pure; offsets and sizes in elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 
-class Box(NamedTuple):
+class Region(NamedTuple):
     """An axis-aligned region of a tensor."""
 
     offsets: tuple[int, ...]
@@ -18,7 +18,7 @@ class Box(NamedTuple):
     def numel(self) -> int:
         return prod(self.sizes)
 
-    def intersect(self, other: Box) -> Box | None:
+    def intersect(self, other: Region) -> Region | None:
         """The common region; None where there is none."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(
@@ -26,17 +26,17 @@ class Box(NamedTuple):
             for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
-        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+        return Region(starts, sizes) if all(size > 0 for size in sizes) else None
 
-    def within(self, outer: Box) -> Box:
+    def within(self, outer: Region) -> Region:
         """The same region, with offsets counted from ``outer``'s corner."""
         offsets = tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True))
-        return Box(offsets, self.sizes)
+        return Region(offsets, self.sizes)
 
-    def split(self, limit: int) -> Iterator[Box]:
-        """Cut into boxes of at most ``limit`` elements, in row-major order.
+    def split(self, limit: int) -> Iterator[Region]:
+        """Cut into regions of at most ``limit`` elements, in row-major order.
 
-        Laid end to end, the parts' elements are this box's elements in row-major order.
+        Laid end to end, the parts' elements are this region's elements in row-major order.
         """
         if self.numel <= limit or not self.sizes:
             yield self
@@ -45,7 +45,7 @@ class Box(NamedTuple):
         step = max(1, limit // prod(self.sizes[axis + 1 :]))
         for start in range(0, self.sizes[axis], step):
             size = min(step, self.sizes[axis] - start)
-            part = Box(
+            part = Region(
                 _with(self.offsets, axis, self.offsets[axis] + start), self._resized(axis, size)
             )
             yield from part.split(limit)
@@ -60,9 +60,9 @@ def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a box lies in a row-major array: elements ``start .. start + length``.
+    """Where a region lies in a row-major array: elements ``start .. start + length``.
 
-    ``contiguous``: the box fills the span; otherwise other elements lie in between.
+    ``contiguous``: the region fills the span; otherwise other elements lie in between.
     """
 
     start: int
@@ -70,17 +70,17 @@ class Span:
     contiguous: bool
 
 
-def span_of(box: Box, shape: tuple[int, ...]) -> Span:
-    """Smallest element range of an array of ``shape`` that holds ``box`` (offsets within it)."""
+def span_of(region: Region, shape: tuple[int, ...]) -> Span:
+    """Smallest element range of an array of ``shape`` that holds ``region`` (offsets within it)."""
     stride, start, last = 1, 0, 0
     for offset, size, extent in zip(
-        reversed(box.offsets), reversed(box.sizes), reversed(shape), strict=True
+        reversed(region.offsets), reversed(region.sizes), reversed(shape), strict=True
     ):
         start += offset * stride
         last += (offset + size - 1) * stride
         stride *= extent
     length = last - start + 1
-    return Span(start, length, length == box.numel)
+    return Span(start, length, length == region.numel)
 
 
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.container import Record
 from wsm_megatron.checkpoint.layout import Chunk, Location
-from wsm_megatron.checkpoint.region import Box, span_of, strides_of
+from wsm_megatron.checkpoint.region import Region, span_of, strides_of
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.files import Read, read_all
 
@@ -21,7 +21,7 @@ Segment = tuple[int, int, int]
 
 
 class Source(Protocol):
-    """What a cover reads through."""
+    """What a region_reader reads through."""
 
     def request(self, location: Location, start: int, out: Buffer, key: str) -> Read:
         """How to fill ``out`` from a location's bytes, ``start`` counted from its beginning."""
@@ -35,10 +35,10 @@ class Source(Protocol):
 
 @dataclass
 class Piece:
-    """One chunk that a cover reads from, and the parts of its record read so far."""
+    """One chunk that a region_reader reads from, and the parts of its record read so far."""
 
     chunk: Chunk
-    box: Box
+    region: Region
     record: Record
     parts: list[Segment] = field(default_factory=list)
     advised: int = 0
@@ -67,45 +67,47 @@ class Run:
 class RegionReader:
     """The chunks of one checkpoint that hold one region of a tensor. For one thread.
 
-    Call :meth:`read` for row-major parts of the region (:meth:`Box.split`), in order for the
-    longest reads, then :meth:`settle`.
+    Call :meth:`read` for row-major parts of the region (:meth:`Region.split`), in order for the
+    longest reads, then :meth:`finish`.
 
     Args:
         ahead: bytes of each chunk that the kernel is told to read in advance.
     """
 
-    def __init__(self, source: Source, key: str, region: Box, pieces: list[Piece], ahead: int = 0):
+    def __init__(
+        self, source: Source, key: str, region: Region, pieces: list[Piece], ahead: int = 0
+    ):
         self._source, self._key, self._pieces, self._ahead = source, key, pieces, ahead
         # A region that is a run of one chunk's elements, as with equal layouts: no geometry then.
         self._strides: tuple[int, ...] | None = None
         if len(pieces) == 1:
             (piece,) = pieces
-            if span_of(region.within(piece.box), piece.box.sizes).contiguous:
-                self._strides = strides_of(piece.box.sizes)
-                self._corner = sum(map(mul, piece.box.offsets, self._strides))
+            if span_of(region.within(piece.region), piece.region.sizes).contiguous:
+                self._strides = strides_of(piece.region.sizes)
+                self._corner = sum(map(mul, piece.region.offsets, self._strides))
 
-    def read(self, box: Box, out: Buffer) -> None:
-        """Read a box into ``out``: ``box.numel`` elements of the entry's dtype."""
-        run = self.run(box, out)
+    def read(self, region: Region, out: Buffer) -> None:
+        """Read a region into ``out``: ``region.numel`` elements of the entry's dtype."""
+        run = self.run(region, out)
         if run is not None:
             self._read_run(run)
             return
         for piece in self._pieces:
-            region = box.intersect(piece.box)
-            if region is not None:
-                self._read_region(piece, region, box, out)
+            overlap = region.intersect(piece.region)
+            if overlap is not None:
+                self._read_overlap(piece, overlap, region, out)
 
-    def run(self, box: Box, out: Buffer) -> Run | None:
+    def run(self, region: Region, out: Buffer) -> Run | None:
         """What :meth:`read` would do, where it is a single read."""
         if self._strides is None:
             return None
-        start = sum(map(mul, box.offsets, self._strides)) - self._corner
+        start = sum(map(mul, region.offsets, self._strides)) - self._corner
         return self._run(self._pieces[0], start, out)
 
-    def leave_out(self, box: Box) -> None:
-        """An earlier merge has read a box: check once more what it could only check in parts."""
+    def leave_out(self, region: Region) -> None:
+        """An earlier merge has read a region: check once more what it could only check in parts."""
         for piece in self._pieces:
-            if piece.box.intersect(box) != piece.box:
+            if piece.region.intersect(region) != piece.region:
                 self._source.finish(piece.chunk.location, piece.record, [], 0)
 
     def finish(self) -> None:
@@ -114,18 +116,18 @@ class RegionReader:
             nbytes = sum(end - start for start, end, _ in piece.parts)
             self._source.finish(piece.chunk.location, piece.record, piece.parts, nbytes)
 
-    def _read_region(self, piece: Piece, region: Box, box: Box, out: Buffer) -> None:
-        """Read the part of ``box`` that lies in one chunk into its place in ``out``."""
-        target = span_of(region.within(box), box.sizes)
-        span = span_of(region.within(piece.box), piece.box.sizes)
+    def _read_overlap(self, piece: Piece, overlap: Region, region: Region, out: Buffer) -> None:
+        """Read the part of ``region`` that lies in one chunk into its place in ``out``."""
+        target = span_of(overlap.within(region), region.sizes)
+        span = span_of(overlap.within(piece.region), piece.region.sizes)
         if span.contiguous and target.contiguous:
             self._read_run(self._run(piece, span.start, out.part(target.start, span.length)))
             return
         # One read of the whole span, then the wanted elements: fewer, longer reads.
         raw = Buffer.empty(span.length, out.elements.dtype)
         self._read_run(self._run(piece, span.start, raw))
-        _view(out.elements, region.within(box), box.sizes).copy_(
-            raw.elements.as_strided(region.sizes, strides_of(piece.box.sizes))
+        _view(out.elements, overlap.within(region), region.sizes).copy_(
+            raw.elements.as_strided(overlap.sizes, strides_of(piece.region.sizes))
         )
 
     def _run(self, piece: Piece, start: int, out: Buffer) -> Run:
@@ -152,13 +154,13 @@ class RegionReader:
             self._source.prefetch(piece.chunk.location, begin, piece.advised - start)
 
 
-def read_together(wanted: Sequence[tuple[RegionReader, Box, Buffer]]) -> None:
-    """:meth:`RegionReader.read` of several covers, of one checkpoint or many, in few calls."""
+def read_together(wanted: Sequence[tuple[RegionReader, Region, Buffer]]) -> None:
+    """:meth:`RegionReader.read` of several region_readers, of one checkpoint or many, in few calls."""
     runs = []
-    for cover, box, out in wanted:
-        run = cover.run(box, out)
+    for region_reader, region, out in wanted:
+        run = region_reader.run(region, out)
         if run is None:
-            cover.read(box, out)
+            region_reader.read(region, out)
         else:
             runs.append(run)
     read_all([run.read for run in runs])
@@ -166,7 +168,7 @@ def read_together(wanted: Sequence[tuple[RegionReader, Box, Buffer]]) -> None:
         run.enter()
 
 
-def _view(flat: torch.Tensor, region: Box, shape: tuple[int, ...]) -> torch.Tensor:
+def _view(flat: torch.Tensor, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
     full = flat.view(shape)
     for axis, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
         full = full.narrow(axis, offset, size)

@@ -1,4 +1,4 @@
-"""Do boxes tile a tensor: is every element in exactly one of them? Pure; in elements."""
+"""Do regions tile a tensor: is every element in exactly one of them? Pure; in elements."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ Shape = tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
-def tiling_fault(shape: Shape, boxes: tuple[tuple[Shape, Shape], ...]) -> str | None:
-    """What keeps boxes from tiling a tensor: a hole, an overlap, or one that sticks out.
+def tiling_fault(shape: Shape, regions: tuple[tuple[Shape, Shape], ...]) -> str | None:
+    """What keeps regions from tiling a tensor: a hole, an overlap, or one that sticks out.
 
-    Counts the boxes' corners, each with its sign in the difference of the box's indicator along
-    every axis. The sum of all signs up to an element is the number of boxes that hold it, so boxes
-    tile the tensor exactly where their corners cancel to those of the tensor. The first corner that
-    does not is the first element that no box holds, or several do.
+    Counts the regions' corners, each with its sign in the difference of the region's indicator
+    along every axis. The sum of all signs up to an element is the number of regions that hold it,
+    so regions tile the tensor exactly where their corners cancel to those of the tensor. The first
+    corner that does not is the first element that no region holds, or several do.
 
-    Takes the time of sorting the corners: 2^k for each box, k the number of axes that are cut. Most
-    tensors of a run are cut alike: what was found is kept.
+    Takes the time of sorting the corners: 2^k for each region, k the number of axes that are cut.
+    Most tensors of a run are cut alike: what was found is kept.
 
     Args:
-        boxes: offsets and sizes of each.
+        regions: offsets and sizes of each.
 
     Returns:
-        the first fault in row-major order, in words; None where each element is in one box.
+        the first fault in row-major order, in words; None where each element is in one region.
     """
-    if len(boxes) == 1 and boxes[0] == ((0,) * len(shape), shape):
+    if len(regions) == 1 and regions[0] == ((0,) * len(shape), shape):
         return None
-    for offsets, sizes in boxes:
+    for offsets, sizes in regions:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             return f"the chunk at {offsets} of {sizes} has another number of axes"
     try:
-        starts, lengths = (_array([box[i] for box in boxes], len(shape)) for i in (0, 1))
+        starts, lengths = (_array([region[i] for region in regions], len(shape)) for i in (0, 1))
         extents = np.array(shape, np.int64)
     except OverflowError:
         return "its sizes are beyond 64 bits"
     outside = ((starts < 0) | (lengths < 0) | (lengths > extents - starts)).any(axis=1)
     if outside.any():
-        offsets, sizes = boxes[int(outside.argmax())]
+        offsets, sizes = regions[int(outside.argmax())]
         return f"the chunk at {offsets} of {sizes} sticks out of {shape}"
     if 0 in shape:
         return None
     cut = ((starts != 0) | (lengths != extents)).any(axis=0).nonzero()[0]
-    if not cut.size:  # each box is the whole tensor, and there is not one of them
-        return _in_words(len(boxes), (0,) * len(shape))
+    if not cut.size:  # each region is the whole tensor, and there is not one of them
+        return _in_words(len(regions), (0,) * len(shape))
     if len(cut) > _MOST_AXES or np.prod(extents[cut] + 1.0) > _MOST_PLACES:
         return f"its chunks are cut along {len(cut)} axes of {shape}, more than can be checked"
     return _first_fault(shape, starts, lengths, [int(axis) for axis in cut])
@@ -88,10 +88,10 @@ def _in_words(held: int, where: Shape) -> str:
 def _corners(
     extents: np.ndarray, starts: np.ndarray, lengths: np.ndarray, cut: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of boxes where the count goes up, and where it goes down: ``[corner, box]``, flat.
+    """Corners of regions where the count goes up, and where it goes down: ``[corner, region]``.
 
-    A corner is a row-major index over the axes that are cut, each one longer than the tensor: a box
-    ends behind its last element.
+    Flat: a corner is a row-major index over the axes that are cut, each one longer than the tensor,
+    as a region ends behind its last element.
     """
     up = np.zeros((1, len(starts)), np.int64)
     down = np.zeros((0, len(starts)), np.int64)

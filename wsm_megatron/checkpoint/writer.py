@@ -21,7 +21,7 @@ import torch
 from isal.isal_zlib import crc32, crc32_combine
 
 from wsm_megatron.checkpoint.container import Frame
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError, StorageError
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.journal import Journal, JournalEntry
@@ -32,25 +32,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to store: a chunk of a tensor (``box``), or bytes (``nbytes``) where it is None."""
+    """One thing to store: a chunk of a tensor (``region``), or bytes (``nbytes``) without one."""
 
     key: str
-    box: Box | None = None
+    region: Region | None = None
     dtype: torch.dtype | None = None
     shape: tuple[int, ...] = ()
     nbytes: int = 0
 
     @property
     def stored_bytes(self) -> int:
-        if self.box is None:
+        if self.region is None:
             return self.nbytes
         assert self.dtype is not None
-        return frame(self.dtype, self.box.sizes).total_bytes
+        return frame(self.dtype, self.region.sizes).total_bytes
 
     @property
     def identity(self) -> str:
         """16 hexadecimal digits that no other item has: of key, region, dtype, shape and size."""
-        region = None if self.box is None else (self.box.offsets, self.box.sizes)
+        region = None if self.region is None else (self.region.offsets, self.region.sizes)
         text = repr((self.key, region, str(self.dtype), self.shape, self.nbytes))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -132,8 +132,8 @@ class CheckpointFile:
     def chunk(self, placed: Placed) -> ChunkWriter:
         """Open one chunk for writing, row-major from its first element."""
         item = placed.item
-        assert item.dtype is not None and item.box is not None
-        return ChunkWriter(self, placed, frame(item.dtype, item.box.sizes))
+        assert item.dtype is not None and item.region is not None
+        return ChunkWriter(self, placed, frame(item.dtype, item.region.sizes))
 
     def close(self) -> tuple[int, int]:
         """Make the file durable; its size in bytes and its CRC-32."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.region_reader import RegionReader
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
 from wsm_megatron.execution.timing import Phases
@@ -21,7 +21,7 @@ class Target:
     """Where one merge's share goes: this rank's file, and the places in it, of objects too."""
 
     file: CheckpointFile
-    places: dict[tuple[str, Box | None], Placed]
+    places: dict[tuple[str, Region | None], Placed]
 
     def write_object(self, key: str, data: bytes) -> None:
         self.file.write_bytes(self.places[key, None], data)
@@ -35,7 +35,7 @@ class Target:
         return all(self.file.has(self._place(task, output)) for output in task.recipe.outputs)
 
     def _place(self, task: Task, output: Output) -> Placed:
-        return self.places[output.key, task.part(output.key, task.box)]
+        return self.places[output.key, task.part(output.key, task.region)]
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,24 @@ class Context:
         """The same for worker threads, of whose seconds the mean counts."""
         return replace(self, phases=self.phases.for_workers(threads))
 
-    def regions(self, task: Task, j: int, inputs: int) -> list[RegionReader]:
-        """What a task reads of source ``j``: a cover for each of its first ``inputs``."""
+    def region_readers(self, task: Task, j: int, inputs: int) -> list[RegionReader]:
+        """What a task reads of source ``j``: a region_reader for each of its first ``inputs``."""
         keys = task.recipe.inputs[:inputs]
-        return [self.readers[j].region_reader(key, task.part(key, task.box)) for key in keys]
+        return [self.readers[j].region_reader(key, task.part(key, task.region)) for key in keys]
 
     def leave_out(self, task: Task, sources: Iterable[int]) -> None:
         """Do not read what an earlier merge has read for a finished task."""
         keys = task.recipe.inputs
         for j in sources:
-            for key, cover in zip(keys, self.regions(task, j, len(keys)), strict=True):
-                cover.leave_out(task.part(key, task.box))
+            for key, region_reader in zip(
+                keys, self.region_readers(task, j, len(keys)), strict=True
+            ):
+                region_reader.leave_out(task.part(key, task.region))
 
 
-def finish(covers: Iterable[RegionReader], writers: Iterable[ChunkWriter]) -> None:
+def finish(region_readers: Iterable[RegionReader], writers: Iterable[ChunkWriter]) -> None:
     """Hand in the checksums of what was read, then complete the chunks that were written."""
-    for cover in covers:
-        cover.finish()
+    for region_reader in region_readers:
+        region_reader.finish()
     for writer in writers:
         writer.finish()

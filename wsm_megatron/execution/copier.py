@@ -33,18 +33,18 @@ class Copier:
             finished = all(target.has(task) for target in targets)
         if finished:
             context.leave_out(task, [j])
-            context.progress(task.box.numel * task.recipe.cost(1, len(targets)))
+            context.progress(task.region.numel * task.recipe.cost(1, len(targets)))
             return
         with phases("reading"):
-            covers = context.regions(task, j, len(task.recipe.inputs))
+            region_readers = context.region_readers(task, j, len(task.recipe.inputs))
         writers = [target.chunks(task) for target in targets]
-        for part in task.box.split(elements):
+        for part in task.region.split(elements):
             if self._stop.is_set():
                 return
             read, outputs = _buffers(task.recipe, memory, part.numel)
             with phases("reading"):
-                for cover, (key, buffer) in zip(covers, read.items(), strict=True):
-                    cover.read(task.part(key, part), buffer)
+                for region_reader, (key, buffer) in zip(region_readers, read.items(), strict=True):
+                    region_reader.read(task.part(key, part), buffer)
             with phases("reducing"):
                 self._check(task, j, read)
                 for output, buffer in zip(task.recipe.outputs, outputs, strict=True):
@@ -59,7 +59,7 @@ class Copier:
                         writer.append(buffer)
             context.progress(part.numel * task.recipe.cost(1, len(targets)))
         with phases("writing"):
-            finish(covers, chain.from_iterable(writers))
+            finish(region_readers, chain.from_iterable(writers))
 
     def _check(self, task: Task, j: int, read: dict[str, Buffer]) -> None:
         layout = self._context.readers[j].layout

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.region_reader import RegionReader, read_together
 from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.execution.context import Context, finish
@@ -111,7 +111,9 @@ class Executor:
         task, scope, context = stage.task, stage.scope, self._context
         recipe = task.recipe
         with self._phases("reading"):
-            covers = [context.regions(task, j, scope.inputs(recipe, j)) for j in scope.sources]
+            region_readers = [
+                context.region_readers(task, j, scope.inputs(recipe, j)) for j in scope.sources
+            ]
         writers = [context.targets[k].chunks(task) for k in scope.ending]
         cost = scope.bytes_read(recipe) + scope.bytes_written(recipe)
         started: deque[tuple[Tile, slice]] = deque()
@@ -126,12 +128,15 @@ class Executor:
                 sums[k][part].copy_(buffer.elements)
 
         done = 0
-        for box in task.box.split(self._budget.tile_elements(recipe, scope)):
+        for region in task.region.split(self._budget.tile_elements(recipe, scope)):
             if self._stop.is_set():
                 return
-            tile, part = workspace.tile(recipe, scope, box.numel), slice(done, done + box.numel)
+            tile, part = (
+                workspace.tile(recipe, scope, region.numel),
+                slice(done, done + region.numel),
+            )
             with self._phases("reading"):
-                _read(task, covers, box, tile)
+                _read(task, region_readers, region, tile)
             with self._phases("reducing"):
                 for k, buffer in zip(scope.arriving, tile.arrived, strict=True):
                     buffer.elements.copy_(sums[k][part])
@@ -139,12 +144,12 @@ class Executor:
             started.append((tile, part))
             if len(started) == workspace.depth:
                 write_oldest()
-            done += box.numel
-            context.progress(box.numel * cost)
+            done += region.numel
+            context.progress(region.numel * cost)
         while started:
             write_oldest()
         with self._phases("writing"):
-            finish(chain.from_iterable(covers), chain.from_iterable(writers))
+            finish(chain.from_iterable(region_readers), chain.from_iterable(writers))
 
     def _check(self, stage: Stage, tile: Tile, outcome: TileResult) -> None:
         task, scope = stage.task, stage.scope
@@ -170,17 +175,17 @@ def _rows(stage: Stage, memory: Memory) -> Sums:
     moving = sorted({*scope.arriving, *scope.leaving})
     if not moving:
         return {}
-    (rows,) = memory.buffers([[torch.float64] * len(moving)], stage.task.box.numel)
+    (rows,) = memory.buffers([[torch.float64] * len(moving)], stage.task.region.numel)
     return {k: row.elements for k, row in zip(moving, rows, strict=True)}
 
 
-def _read(task: Task, covers: list[list[RegionReader]], box: Box, tile: Tile) -> None:
-    boxes = [task.part(key, box) for key in task.recipe.inputs]
+def _read(task: Task, region_readers: list[list[RegionReader]], region: Region, tile: Tile) -> None:
+    regions = [task.part(key, region) for key in task.recipe.inputs]
     read_together(
         [
-            (cover, part, buffer)
-            for inputs, buffers in zip(covers, tile.sources, strict=True)
-            for cover, part, buffer in zip(inputs, boxes, buffers, strict=False)
+            (region_reader, part, buffer)
+            for inputs, buffers in zip(region_readers, tile.sources, strict=True)
+            for region_reader, part, buffer in zip(inputs, regions, buffers, strict=False)
         ]
     )
 

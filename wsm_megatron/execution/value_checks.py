@@ -8,7 +8,7 @@ import torch
 
 from wsm_megatron.checkpoint.keys import is_variance, may_be_padding
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError
 from wsm_megatron.optimizer.precision import REMAINDERS, explain
 from wsm_megatron.optimizer.representation import Bounded
@@ -38,11 +38,11 @@ def wrong_main(task: Task, layout: Layout, values: torch.Tensor | None = None) -
     )
 
 
-def is_damaged(key: str, box: Box, data: torch.Tensor) -> bool:
+def is_damaged(key: str, region: Region, data: torch.Tensor) -> bool:
     """Whether values of a chunk, or of a part of it, are not finite, padding apart."""
     if not data.is_floating_point() or torch.isfinite(data).all():
         return False
-    return not _is_padding(key, box)
+    return not _is_padding(key, region)
 
 
 def check_finite(task: Task, layout: Layout, key: str, data: torch.Tensor) -> None:
@@ -87,11 +87,11 @@ def check_variance(task: Task, merged: torch.Tensor) -> None:
 
 def _writes_padding(task: Task, key: str) -> bool:
     """Whether a task of a flat bucket may be padding; a main param that was found there is not."""
-    return task.flat is None and _is_padding(key, task.box)
+    return task.flat is None and _is_padding(key, task.region)
 
 
-def _is_padding(key: str, box: Box) -> bool:
-    return len(box.offsets) == 1 and may_be_padding(key, box.offsets[0], box.sizes[0])
+def _is_padding(key: str, region: Region) -> bool:
+    return len(region.offsets) == 1 and may_be_padding(key, region.offsets[0], region.sizes[0])
 
 
 def _nonfinite_message(layout: Layout, key: str, data: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ from wsm_megatron.checkpoint.common_state import load_common, load_stored, read_
 from wsm_megatron.checkpoint.keys import may_be_padding
 from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.state_diff import differences
 from wsm_megatron.config import MergeConfig
@@ -50,7 +50,7 @@ def recompute(
     """Make a merged checkpoint again from its sources, and compare.
 
     Its entries, its byte entries and its common state are compared whole; of its tensors every
-    element, or some boxes of each. Of a checkpoint that was merged inside a run the tensors are
+    element, or some regions of each. Of a checkpoint that was merged inside a run the tensors are
     compared: byte entries, common state and padding Megatron wrote from memory.
 
     Args:
@@ -83,8 +83,10 @@ def recompute(
         else:  # merged inside a run: what Megatron wrote was in memory, padding too
             tasks = [task for task in tasks if not _is_padding(task)]
         comparison = _Comparison(merged, sources, provenance["coefficients"])
-        boxes = _all_boxes(tasks) if everything else _some_boxes(tasks, seed)
-        run_workers(boxes, comparison.compare, default_threads(), threading.Event(), check_storage)
+        regions = _all_regions(tasks) if everything else _some_regions(tasks, seed)
+        run_workers(
+            regions, comparison.compare, default_threads(), threading.Event(), check_storage
+        )
         return comparison.elements
     finally:
         for source in sources:
@@ -144,7 +146,7 @@ def _check_tensors(merged: Layout, plan: MergePlan) -> None:
             raise MergeError(f"{merged.path}: {key} is {found[key]}; its sources make it {kind}")
     covered: Counter[str] = Counter()
     for task in plan.tasks:
-        covered.update({output.key: task.box.numel for output in task.recipe.outputs})
+        covered.update({output.key: task.region.numel for output in task.recipe.outputs})
     for key, (_, shape) in expected.items():
         if covered[key] != prod(shape):
             raise MergeError(
@@ -195,31 +197,32 @@ def _check_rest(
 
 
 def _is_padding(task: Task) -> bool:
-    box = task.box
-    return len(box.offsets) == 1 and all(
-        may_be_padding(output.key, box.offsets[0], box.sizes[0]) for output in task.recipe.outputs
+    region = task.region
+    return len(region.offsets) == 1 and all(
+        may_be_padding(output.key, region.offsets[0], region.sizes[0])
+        for output in task.recipe.outputs
     )
 
 
-Part = tuple[Task, Box]
+Part = tuple[Task, Region]
 
 
-def _all_boxes(tasks: Iterable[Task]) -> Iterator[Part]:
-    return ((task, box) for task in tasks for box in task.box.split(_TILE_ELEMENTS))
+def _all_regions(tasks: Iterable[Task]) -> Iterator[Part]:
+    return ((task, region) for task in tasks for region in task.region.split(_TILE_ELEMENTS))
 
 
-def _some_boxes(tasks: Iterable[Task], seed: int) -> Iterator[Part]:
+def _some_regions(tasks: Iterable[Task], seed: int) -> Iterator[Part]:
     chance = random.Random(seed)
     by_key: dict[str, list[Task]] = {}
     for task in tasks:
         by_key.setdefault(task.recipe.key, []).append(task)
     for of_key in by_key.values():
         task = chance.choice(of_key)
-        yield task, chance.choice(list(task.box.split(SAMPLE_ELEMENTS)))
+        yield task, chance.choice(list(task.region.split(SAMPLE_ELEMENTS)))
 
 
 class _Comparison:
-    """Boxes of a merged checkpoint and of its sources' merge. Safe to share between threads."""
+    """Regions of a merged checkpoint and of its sources' merge. Safe to share between threads."""
 
     def __init__(
         self,
@@ -232,26 +235,26 @@ class _Comparison:
         self.elements = 0
 
     def compare(self, part: Part) -> None:
-        task, box = part
-        expected = self._expected(task, box)
+        task, region = part
+        expected = self._expected(task, region)
         for output, values in zip(task.recipe.outputs, expected, strict=True):
-            stored = self._merged.read(output.key, task.part(output.key, box))
+            stored = self._merged.read(output.key, task.part(output.key, region))
             if not _same(stored, values):
-                self._blame_sources(task, box)
+                self._blame_sources(task, region)
                 raise MergeError(
-                    f"{self._merged.layout.path}: {output.key} at {box.offsets} is not the merge "
-                    "of its sources"
+                    f"{self._merged.layout.path}: {output.key} at {region.offsets} is not the "
+                    "merge of its sources"
                 )
         with self._lock:
-            self.elements += box.numel * len(expected)
+            self.elements += region.numel * len(expected)
 
-    def _expected(self, task: Task, box: Box) -> list[torch.Tensor]:
+    def _expected(self, task: Task, region: Region) -> list[torch.Tensor]:
         recipe = task.recipe
         if recipe.rule is Rule.COPY:
-            return [self._copied(task, box, output) for output in recipe.outputs]
+            return [self._copied(task, region, output) for output in recipe.outputs]
         total: torch.Tensor | None = None
         for coefficient, source in zip(self._coefficients, self._sources, strict=True):
-            output = self._summand(task, box, source).double() * coefficient
+            output = self._summand(task, region, source).double() * coefficient
             total = output if total is None else total.add_(output)
         assert total is not None
         *mains, model = recipe.outputs
@@ -263,30 +266,30 @@ class _Comparison:
         first = reference.round_once(total, VALUE if recipe.splits else recipe.outputs[0].dtype)
         return [first.to(output.dtype) for output in recipe.outputs]
 
-    def _copied(self, task: Task, box: Box, output: Output) -> torch.Tensor:
+    def _copied(self, task: Task, region: Region, output: Output) -> torch.Tensor:
         recipe = task.recipe
         key = recipe.copied_from(output)
-        read = self._sources[-1].read(key, task.part(key, box)).to(output.dtype)
+        read = self._sources[-1].read(key, task.part(key, region)).to(output.dtype)
         zero = recipe.clears or (recipe.main.rebuilt and key != output.key)
         return torch.zeros_like(read) if zero else read
 
-    def _summand(self, task: Task, box: Box, source: CheckpointReader) -> torch.Tensor:
+    def _summand(self, task: Task, region: Region, source: CheckpointReader) -> torch.Tensor:
         recipe = task.recipe
-        read = [source.read(key, task.part(key, box)) for key in recipe.inputs]
+        read = [source.read(key, task.part(key, region)) for key in recipe.inputs]
         if recipe.rebuilds:
             main, model = read
             return reference.rebuild_main(model, main)
         return read[0]
 
-    def _blame_sources(self, task: Task, box: Box) -> None:
+    def _blame_sources(self, task: Task, region: Region) -> None:
         """Raise ``MergeError`` where a source is not what it was, by its own CRC-32."""
         for source in self._sources[-1:] if task.recipe.rule is Rule.COPY else self._sources:
             for key in task.recipe.inputs:
-                region = task.part(key, box)
-                elements = torch.empty(region.numel, dtype=source.layout.tensors[key].dtype)
-                cover = source.region_reader(key, region)
-                cover.read(region, Buffer(elements))
-                cover.finish()
+                place = task.part(key, region)
+                elements = torch.empty(place.numel, dtype=source.layout.tensors[key].dtype)
+                reader = source.region_reader(key, place)
+                reader.read(place, Buffer(elements))
+                reader.finish()
             source.verify()
 
 

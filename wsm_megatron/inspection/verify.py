@@ -12,7 +12,7 @@ import torch
 from wsm_megatron.checkpoint.common_state import PROVENANCE_KEY, load_common, read_common
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.execution.value_checks import is_damaged
 from wsm_megatron.inspection.manifest import FilesCheck, check_files
@@ -157,24 +157,24 @@ def _check_common(reader: CheckpointReader, provenance: dict[str, Any] | None) -
 
 def _check_entries(reader: CheckpointReader, allow_nonfinite: bool) -> None:
     layout = reader.layout
-    for box, key, data in _tensors(reader):
-        if not allow_nonfinite and is_damaged(key, box, data):
-            raise MergeError(f"{layout.path}: {key} at {box.offsets} holds NaN or Inf")
+    for region, key, data in _tensors(reader):
+        if not allow_nonfinite and is_damaged(key, region, data):
+            raise MergeError(f"{layout.path}: {key} at {region.offsets} holds NaN or Inf")
     for entry in layout.objects.values():
         reader.read_object(entry)  # checks the archive to the last byte
 
 
-def _tensors(reader: CheckpointReader) -> Iterator[tuple[Box, str, torch.Tensor]]:
+def _tensors(reader: CheckpointReader) -> Iterator[tuple[Region, str, torch.Tensor]]:
     """Every chunk's elements, piece by piece; settles each chunk's CRC-32."""
     for key, entry in reader.layout.tensors.items():
         for chunk in entry.chunks:
-            box = Box(chunk.offsets, chunk.sizes)
-            cover = reader.region_reader(key, box)
-            for tile in box.split(_TILE_ELEMENTS):
+            region = Region(chunk.offsets, chunk.sizes)
+            region_reader = reader.region_reader(key, region)
+            for tile in region.split(_TILE_ELEMENTS):
                 data = torch.empty(tile.numel, dtype=entry.dtype)
-                cover.read(tile, Buffer(data))
-                yield box, key, data
-            cover.finish()
+                region_reader.read(tile, Buffer(data))
+                yield region, key, data
+            region_reader.finish()
 
 
 def _check_archive(where: str, data: bytes) -> None:

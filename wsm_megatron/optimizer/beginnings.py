@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.optimizer.representation import Bounded, Representation
 
 BEGINNING = 2**12
@@ -18,7 +18,7 @@ BEGINNING = 2**12
 _HEAD = 64
 """Elements by which quantised weights and their main params, which are near them, are told."""
 
-ModelChunk = tuple[str, Box]
+ModelChunk = tuple[str, Region]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from wsm_megatron.checkpoint.keys import (
 )
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.optimizer.beginnings import BEGINNING, Beginning, Beginnings, ModelChunk, digest
 from wsm_megatron.optimizer.representation import ROUNDED, Representation
 from wsm_megatron.process.worker_threads import run_workers
@@ -102,10 +102,10 @@ class Search:
     def lies_in(self, layout: Layout) -> bool:
         """Whether another checkpoint has the chunks and places that are unsure."""
         tensors = layout.tensors
-        chunks = {(key, box) for one in self.unsure for key, box in one.chunks}
+        chunks = {(key, region) for one in self.unsure for key, region in one.chunks}
         buckets = {place.bucket for one in self.unsure for place in one.places}
         return all(
-            key in tensors and _fits(box, tensors[key].shape) for key, box in chunks
+            key in tensors and _fits(region, tensors[key].shape) for key, region in chunks
         ) and all(key in tensors and tensors[key].shape == (self.buckets[key],) for key in buckets)
 
 
@@ -228,7 +228,7 @@ def _index(
         data = reader.read_run(key, chunk, 0, min(chunk.numel, BEGINNING))
         beginning = Beginning(data.dtype, chunk.numel, digest([data]))
         with entering:
-            index.enter(beginning, (key, Box(chunk.offsets, chunk.sizes)), data)
+            index.enter(beginning, (key, Region(chunk.offsets, chunk.sizes)), data)
 
     in_threads(sorted(chunks, key=lambda item: item[1].location), enter)
     return index
@@ -272,7 +272,7 @@ class _Scan:
         )
         if not found and self._goes_on(chunk, position):
             count = min(BEGINNING, self._end - position)
-            main = self._reader.read(self._bucket, Box((position,), (count,)))
+            main = self._reader.read(self._bucket, Region((position,), (count,)))
             found = self._index.starting_with(main, self._end - position, self._param)
         whole = [one for one in found if self._ends(position + one.numel)]
         if whole:
@@ -298,17 +298,17 @@ class _Scan:
         return starts[n] if n < len(starts) else self._end
 
 
-def _fits(box: Box, shape: tuple[int, ...]) -> bool:
+def _fits(region: Region, shape: tuple[int, ...]) -> bool:
     return (
-        box.intersect(Box((0,) * len(shape), shape)) == box
-        if len(box.sizes) == len(shape)
+        region.intersect(Region((0,) * len(shape), shape)) == region
+        if len(region.sizes) == len(shape)
         else False
     )
 
 
 def _of_chunk(reader: CheckpointReader, chunk: ModelChunk) -> Iterator[torch.Tensor]:
-    key, box = chunk
-    return (reader.read(key, part) for part in box.split(_TILE))
+    key, region = chunk
+    return (reader.read(key, part) for part in region.split(_TILE))
 
 
 def _of_place(
@@ -317,7 +317,7 @@ def _of_place(
     """A main param, in the same pieces as the model chunk."""
     start = place.start
     for part in chunk[1].split(_TILE):
-        yield reader.read(place.bucket, Box((start,), (part.numel,)))
+        yield reader.read(place.bucket, Region((start,), (part.numel,)))
         start += part.numel
 
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError, some
 from wsm_megatron.optimizer.flat_buckets import (
     Alike,
@@ -70,16 +70,16 @@ class FlatMainParams:
     def unknown_elements(self) -> int:
         return sum(stop - start for spans in self.unknown.values() for start, stop in spans)
 
-    def rest(self, bucket: str, box: Box) -> Iterator[Box]:
+    def rest(self, bucket: str, region: Region) -> Iterator[Region]:
         """What of a bucket's chunk is no main param of ``places``: copies, padding, unknown."""
-        spans, start = self._spans.get(bucket, []), box.offsets[0]
+        spans, start = self._spans.get(bucket, []), region.offsets[0]
         first = max(0, bisect_right(spans, (start,)) - 1)
-        for gap, stop in _between(islice(spans, first, None), start, start + box.sizes[0]):
-            yield Box((gap,), (stop - gap,))
+        for gap, stop in _between(islice(spans, first, None), start, start + region.sizes[0]):
+            yield Region((gap,), (stop - gap,))
 
     @cached_property
     def _spans(self) -> dict[str, list[Span]]:
-        return _by_bucket((main, box.numel) for (_, box), main in self.places.items())
+        return _by_bucket((main, region.numel) for (_, region), main in self.places.items())
 
 
 def find_flat_main_params(

@@ -17,7 +17,7 @@ from wsm_megatron.checkpoint.formats import TORCH_DCP
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import Layout, TensorEntry
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.safe_pickle.objects import load_object
 
 _MAIN = re.compile(r"optimizer\.((?:\d+\.)?)fp32_from_fp16_params\.(\d+)\.(\d+)")
@@ -100,7 +100,7 @@ def _sample(reader: CheckpointReader, entry: TensorEntry, cut_as: TensorEntry) -
     chunk = next((chunk for chunk in cut_as.chunks if chunk.numel), None)
     if chunk is None:
         return torch.empty(0, dtype=entry.dtype)
-    return reader.read(entry.key, next(Box(chunk.offsets, chunk.sizes).split(_SAMPLE)))
+    return reader.read(entry.key, next(Region(chunk.offsets, chunk.sizes).split(_SAMPLE)))
 
 
 def _numbers(

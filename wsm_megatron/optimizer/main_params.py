@@ -20,7 +20,7 @@ from wsm_megatron.checkpoint.keys import (
 )
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.optimizer.flat_buckets import contents, in_threads, search
 from wsm_megatron.optimizer.flat_main_params import FlatMainParams, match
 from wsm_megatron.optimizer.precision import Kinds, are_remainders, kinds_of
@@ -145,5 +145,5 @@ def _pairs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A model tensor and its main param, piece by piece."""
     for chunk in reader.layout.tensors[model].chunks:
-        for box in Box(chunk.offsets, chunk.sizes).split(_TILE):
-            yield reader.read(model, box), reader.read(main, box)
+        for region in Region(chunk.offsets, chunk.sizes).split(_TILE):
+            yield reader.read(model, region), reader.read(main, region)

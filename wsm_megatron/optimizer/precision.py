@@ -22,7 +22,7 @@ from wsm_megatron.checkpoint.layout import (
     read_layout,
 )
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import some
 from wsm_megatron.optimizer.flat_buckets import in_threads
 from wsm_megatron.optimizer.representation import REMAINDER, ROUNDED, Bounded, Representation
@@ -137,7 +137,7 @@ def kinds_of(
     if aware is False:
         return Kinds(usual)
     keys = [key for key, entry in layout.tensors.items() if _may_be_remainders(layout, entry)]
-    seen = {key: box for key in keys if (box := _box_seen(layout, key, sees)) is not None}
+    seen = {key: region for key in keys if (region := _box_seen(layout, key, sees)) is not None}
     looked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     reader = CheckpointReader(layout)
 
@@ -176,15 +176,15 @@ def _may_be_remainders(layout: Layout, entry: TensorEntry) -> bool:
     )
 
 
-def _box_seen(layout: Layout, key: str, sees: Callable[[str], bool]) -> Box | None:
+def _box_seen(layout: Layout, key: str, sees: Callable[[str], bool]) -> Region | None:
     """A few elements that can be read of a main param and of its model tensor; None: nowhere."""
     main, model = layout.tensors[key], layout.tensors[main_of(key) or ""]
     index = ChunkIndex(main)
     for chunk in model.chunks:
-        box = next(Box(chunk.offsets, chunk.sizes).split(_LOOKED_AT))
-        locations = [chunk.location, *(one.location for one in index.overlapping(box))]
+        region = next(Region(chunk.offsets, chunk.sizes).split(_LOOKED_AT))
+        locations = [chunk.location, *(one.location for one in index.overlapping(region))]
         if all(sees(location.file) for location in locations):
-            return box
+            return region
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.patterns import matches, pattern_for
@@ -98,7 +98,7 @@ def _differ(newest: CheckpointReader, other: CheckpointReader, key: str) -> bool
     return not all(
         torch.equal(newest.read(key, tile), other.read(key, tile))
         for chunk in entry.chunks
-        for tile in Box(chunk.offsets, chunk.sizes).split(_TILE)
+        for tile in Region(chunk.offsets, chunk.sizes).split(_TILE)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from wsm_megatron.checkpoint.formats import CheckpointFormat, KeyPath, StoredCommon
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import Files, copy_side_files
 from wsm_megatron.checkpoint.writer import Item, Placed, place
@@ -228,12 +228,12 @@ class Job:
 def chunks_of(tasks: Sequence[Task]) -> list[Item]:
     """What tasks write, in order."""
     return [
-        Item(output.key, task.part(output.key, task.box), output.dtype, output.shape)
+        Item(output.key, task.part(output.key, task.region), output.dtype, output.shape)
         for task in tasks
         for output in task.recipe.outputs
     ]
 
 
-def places(placed: Sequence[Placed]) -> dict[tuple[str, Box | None], Placed]:
-    """By key and box, which objects have none of."""
-    return {(one.item.key, one.item.box): one for one in placed}
+def places(placed: Sequence[Placed]) -> dict[tuple[str, Region | None], Placed]:
+    """By key and region, which objects have none of."""
+    return {(one.item.key, one.item.region): one for one in placed}

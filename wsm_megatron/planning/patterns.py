@@ -19,7 +19,7 @@ from wsm_megatron.checkpoint.keys import (
     model_of,
 )
 from wsm_megatron.checkpoint.layout import Layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.flat_buckets import flat_buckets
@@ -126,7 +126,7 @@ def check_flat(layout: Layout, choice: Choice, flat: FlatMainParams) -> None:
                 "the flat buckets (dp_reshardable): those of the others would be merged, and undo "
                 "the copy; use --optimizer-state drop with it"
             )
-        chunks = ((key, Box(chunk.offsets, chunk.sizes)) for chunk in entry.chunks)
+        chunks = ((key, Region(chunk.offsets, chunk.sizes)) for chunk in entry.chunks)
         if placed and key in choice.copied and not all(chunk in flat.places for chunk in chunks):
             raise UsageError(
                 f"{layout.path}: --copy takes {key}, but where its main param lies in the flat "

@@ -16,7 +16,7 @@ from wsm_megatron.checkpoint.keys import (
     main_params_beside,
 )
 from wsm_megatron.checkpoint.layout import Layout, Location, TensorEntry
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError, UsageError, some
@@ -56,7 +56,7 @@ class MergePlan:
 
     def bytes_to_write(self) -> int:
         """Bytes of the tensors of one merged checkpoint."""
-        return sum(task.box.numel * task.recipe.cost(0, 1) for task in self.tasks)
+        return sum(task.region.numel * task.recipe.cost(0, 1) for task in self.tasks)
 
     def shares(self, ranks: int, merges: Sequence[Merge]) -> tuple[tuple[Task, ...], ...]:
         """Every rank's tasks: consecutive in the files, equal in bytes within one task."""
@@ -106,7 +106,7 @@ def make_plan(
     check_inputs(layouts, recipes)
     warn_of_remainders(newest, kinds, config)
     placed = [
-        ((location.file, location.offset, task.box.offsets), task)
+        ((location.file, location.offset, task.region.offsets), task)
         for recipe in recipes
         for location, task in _tasks(recipe, newest, choice, flat, kinds, config)
     ]
@@ -120,13 +120,13 @@ def make_plan(
 def check_whole(tasks: Iterable[Task]) -> None:
     """Raise ``MergeError`` unless what tasks write tiles every tensor that they write of."""
     shapes: dict[str, tuple[int, ...]] = {}
-    written: dict[str, list[Box]] = {}
+    written: dict[str, list[Region]] = {}
     for task in tasks:
         for output in task.recipe.outputs:
             shapes[output.key] = output.shape
-            written.setdefault(output.key, []).append(task.part(output.key, task.box))
-    for key, boxes in written.items():
-        if fault := tiling_fault(shapes[key], tuple(sorted(boxes))):
+            written.setdefault(output.key, []).append(task.part(output.key, task.region))
+    for key, regions in written.items():
+        if fault := tiling_fault(shapes[key], tuple(sorted(regions))):
             raise MergeError(
                 f"{key} {shapes[key]} would not be whole in the merge: {fault}; nothing is "
                 "written. Please report this, with the output of wsm plan"
@@ -260,7 +260,7 @@ def _tasks(
     if recipe.role is Role.MOMENT:
         flat = _copied_moments(recipe, choice, flat)
     for chunk in entry.chunks:
-        whole = Box(chunk.offsets, chunk.sizes)
+        whole = Region(chunk.offsets, chunk.sizes)
         main = flat.places.get((entry.key, whole)) if len(recipe.inputs) == 1 else None
         bucket = None if main is None else newest.tensors[main.bucket]
         if bucket is not None and _goes_with(recipe, bucket, kinds, config):
@@ -275,14 +275,14 @@ def _tasks(
                 yield chunk.location, part
 
 
-def _bucket_tasks(recipe: Recipe, whole: Box, flat: FlatMainParams) -> Iterator[Task]:
+def _bucket_tasks(recipe: Recipe, whole: Region, flat: FlatMainParams) -> Iterator[Task]:
     """What of a flat bucket's chunk is done for itself; main params go with their model."""
     for part in flat.rest(recipe.key, whole):
         yield Task(recipe, part)
     if recipe.role is Role.MOMENT:
         copy = replace(recipe, rule=Rule.COPY)
-        for (_, box), place in flat.places.items():
-            common = Box((place.start,), (box.numel,)).intersect(whole)
+        for (_, region), place in flat.places.items():
+            common = Region((place.start,), (region.numel,)).intersect(whole)
             if common is not None:
                 yield Task(copy, common)
 

@@ -134,12 +134,8 @@ def _warn_of_adapters(job: Job) -> None:
 
 def _warn_of_weights_alone(job: Job) -> None:
     newest = job.sources[-1].layout
-    if not (job.config.keeps_optimizer or newest.format.loads_weights_alone):
-        logger.warning(
-            "%s: Megatron's load of %s asks for optimizer and RNG states whatever the flags: the "
-            "weights alone load with torch.distributed.checkpoint; --optimizer-state last or merge "
-            "resumes", newest.path, newest.format.name,
-        )  # fmt: skip
+    if not job.config.keeps_optimizer and (why := newest.format.weights_alone):
+        logger.warning("%s: %s; --optimizer-state last or merge resumes", newest.path, why)
 
 
 def wanted_merges(

@@ -43,7 +43,7 @@ class JobSlices:
             if task.recipe.rule not in rules:
                 continue  # what is copied need not be in older sources
             for key in task.recipe.inputs:
-                found = self._index(j, layout, key).overlapping(task.part(key, task.box))
+                found = self._index(j, layout, key).overlapping(task.part(key, task.region))
                 chunks.setdefault(key, {}).update((id(chunk), chunk) for chunk in found)
         tensors = {
             key: replace(layout.tensors[key], chunks=tuple(found.values()))

@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 
 from wsm_megatron.checkpoint.keys import Role
-from wsm_megatron.checkpoint.region import Box, span_of
+from wsm_megatron.checkpoint.region import Region, span_of
 from wsm_megatron.optimizer.flat_buckets import FlatMainParam
 from wsm_megatron.optimizer.representation import ROUNDED, Representation
 
@@ -97,32 +97,36 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One recipe over one box: the unit of work. Its outputs are one chunk each.
+    """One recipe over one region: the unit of work. Its outputs are one chunk each.
 
-    ``flat``: where the main param lies in a flat bucket, whose boxes are not the model's.
+    ``flat``: where the main param lies in a flat bucket, whose regions are not the model's.
     """
 
     recipe: Recipe
-    box: Box
+    region: Region
     flat: FlatMainParam | None = None
 
-    def __reduce__(self) -> tuple[type[Task], tuple[Recipe, Box, FlatMainParam | None]]:
-        return Task, (self.recipe, self.box, self.flat)  # what dataclasses do takes ten times that
+    def __reduce__(self) -> tuple[type[Task], tuple[Recipe, Region, FlatMainParam | None]]:
+        return Task, (
+            self.recipe,
+            self.region,
+            self.flat,
+        )  # what dataclasses do takes ten times that
 
-    def part(self, key: str, tile: Box) -> Box:
-        """Where the elements of ``tile``, a row-major part of ``box``, lie in a tensor."""
+    def part(self, key: str, tile: Region) -> Region:
+        """Where the elements of ``tile``, a row-major part of ``region``, lie in a tensor."""
         if self.flat is None or key != self.flat.bucket:
             return tile
-        first = span_of(tile.within(self.box), self.box.sizes).start
-        return Box((self.flat.start + first,), (tile.numel,))
+        first = span_of(tile.within(self.region), self.region.sizes).start
+        return Region((self.flat.start + first,), (tile.numel,))
 
     def split(self, limit: int) -> Iterator[Task]:
         """The same work as tasks of at most ``limit`` elements."""
-        for box in self.box.split(limit):
+        for region in self.region.split(limit):
             flat = self.flat
             if flat is not None:
-                flat = FlatMainParam(flat.bucket, self.part(flat.bucket, box).offsets[0])
-            yield Task(self.recipe, box, flat)
+                flat = FlatMainParam(flat.bucket, self.part(flat.bucket, region).offsets[0])
+            yield Task(self.recipe, region, flat)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Stage:
     def nbytes(self) -> int:
         """Bytes that are read and written."""
         recipe = self.task.recipe
-        return self.task.box.numel * (
+        return self.task.region.numel * (
             self.scope.bytes_read(recipe) + self.scope.bytes_written(recipe)
         )
 
@@ -211,11 +215,11 @@ def sources_read(merges: Sequence[Merge]) -> dict[Rule, tuple[int, ...]]:
 def bytes_read(tasks: Iterable[Task], merges: Sequence[Merge]) -> list[int]:
     """Bytes that each task reads."""
     read = sources_read(merges)
-    return [task.box.numel * task.recipe.cost(len(read[task.recipe.rule]), 0) for task in tasks]
+    return [task.region.numel * task.recipe.cost(len(read[task.recipe.rule]), 0) for task in tasks]
 
 
 def costs(tasks: Sequence[Task], merges: Sequence[Merge]) -> list[int]:
     """Bytes that each task reads and writes."""
     read = bytes_read(tasks, merges)
-    written = [task.box.numel * task.recipe.cost(0, len(merges)) for task in tasks]
+    written = [task.region.numel * task.recipe.cost(0, len(merges)) for task in tasks]
     return [r + w for r, w in zip(read, written, strict=True)]

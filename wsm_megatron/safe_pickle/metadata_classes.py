@@ -42,7 +42,7 @@ class Ignored(_StandIn):
 
 @dataclass(slots=True)
 class ChunkStorageMetadata(_StandIn):
-    """A box of a global tensor."""
+    """A region of a global tensor."""
 
     offsets: torch.Size
     sizes: torch.Size
@@ -72,7 +72,7 @@ class TensorProperties(_StandIn):
 
 @dataclass(slots=True)
 class TensorStorageMetadata(_StandIn):
-    """A global tensor and the boxes that are stored."""
+    """A global tensor and the regions that are stored."""
 
     properties: TensorProperties
     size: torch.Size

@@ -21,7 +21,7 @@ from wsm_megatron.access.node_local.assignment import (
 from wsm_megatron.access.node_local.schedule import arriving, ending, leaving, tickets_of
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import Chunk, Layout, Location, TensorEntry
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.optimizer.flat_main_params import FlatMainParam
 from wsm_megatron.optimizer.representation import REMAINDER, ROUNDED, Representation
 from wsm_megatron.planning.tasks import Merge, Output, Recipe, Rule, Task
@@ -44,7 +44,7 @@ def layout(source: int, chunks: int, key: str = KEY) -> Layout:
 def task(rule: Rule = Rule.SUM, offset: int = 0, rows: int = ROWS, merges: int = 1) -> Task:
     inputs, dtypes = (KEY,), (BF16,)
     recipe = Recipe(rule, Role.MODEL, inputs, (Output(KEY, BF16, (ROWS, 8)),), dtypes)
-    return Task(recipe, Box((offset, 0), (rows, 8)))
+    return Task(recipe, Region((offset, 0), (rows, 8)))
 
 
 seen_by = st.lists(st.integers(0, RANKS - 1), min_size=1, max_size=RANKS, unique=True)
@@ -77,7 +77,7 @@ def test_cut_tasks_tile_the_task_and_are_visible(chunks: list[int], data: st.Dat
     helds = list(Assigner(layouts, seeing, [len(chunks) - 1], RANKS, 1).hold(tasks))
     covered = torch.zeros(ROWS, dtype=torch.int)
     for held in helds:
-        first, count = held.task.box.offsets[0], held.task.box.sizes[0]
+        first, count = held.task.region.offsets[0], held.task.region.sizes[0]
         covered[first : first + count] += 1
         for j, holder in enumerate(held.holders):
             step = ROWS // chunks[j]
@@ -189,7 +189,9 @@ def with_mains(
     seeing = [{"main0": a, "weight0": b} for a, b in zip(who_main, who_model, strict=True)]
     outputs = Output("main", FP32, (ROWS, 8)), Output(KEY, BF16, (ROWS, 8))
     recipe = Recipe(Rule.SUM_MAIN, Role.MODEL, ("main", KEY), outputs, (FP32, BF16), kind)
-    (held,) = Assigner(layouts, seeing, [], RANKS, 1).hold([Task(recipe, Box((0, 0), (ROWS, 8)))])
+    (held,) = Assigner(layouts, seeing, [], RANKS, 1).hold(
+        [Task(recipe, Region((0, 0), (ROWS, 8)))]
+    )
     return held
 
 
@@ -230,7 +232,7 @@ def copied_pair(mains: list[Any], models: list[Any]) -> TaskAssignment:
         seeing.append({"main0": main, "weight0": model})
     outputs = (Output("main", FP32, (ROWS, 8)), Output(KEY, BF16, (ROWS, 8)))
     recipe = Recipe(Rule.COPY, Role.MODEL, ("main", KEY), outputs, (FP32, BF16))
-    whole = Task(recipe, Box((0, 0), (ROWS, 8)))
+    whole = Task(recipe, Region((0, 0), (ROWS, 8)))
     (held,) = Assigner(layouts, seeing, [1], RANKS, 1).hold([whole])
     return held
 
@@ -248,15 +250,15 @@ def test_messages_are_bounded_over_all_merges(monkeypatch: pytest.MonkeyPatch) -
     layouts, seeing = [layout(0, 1), layout(1, 1)], [{"weight0": (0,)}, {"weight0": (1,)}]
     for merges in (1, 4):
         helds = list(Assigner(layouts, seeing, [1], RANKS, merges).hold([task()]))
-        assert max(held.task.box.numel for held in helds) == 64 // merges
-        assert sum(held.task.box.numel for held in helds) == ROWS * 8
+        assert max(held.task.region.numel for held in helds) == 64 // merges
+        assert sum(held.task.region.numel for held in helds) == ROWS * 8
 
 
 def test_a_split_task_keeps_its_place_in_the_flat_bucket() -> None:
-    whole = Task(task().recipe, Box((4, 0), (6, 8)), FlatMainParam("bucket", 100))
+    whole = Task(task().recipe, Region((4, 0), (6, 8)), FlatMainParam("bucket", 100))
     parts = list(whole.split(16))
-    assert [part.part("bucket", part.box) for part in parts] == [
-        Box((100 + 16 * i,), (16,)) for i in range(3)
+    assert [part.part("bucket", part.region) for part in parts] == [
+        Region((100 + 16 * i,), (16,)) for i in range(3)
     ]
 
 
@@ -274,6 +276,6 @@ def test_refusal_names_checkpoint_tensor_files_and_ranks() -> None:
 def test_a_flat_main_is_not_cut() -> None:
     layouts = [layout(0, 2), layout(1, 1)]
     seeing = [{"weight0": (0, 2), "weight1": (1,)}, {"weight0": (0,)}]
-    flat = Task(task().recipe, Box((0, 0), (ROWS, 8)), FlatMainParam("bucket", 0))
+    flat = Task(task().recipe, Region((0, 0), (ROWS, 8)), FlatMainParam("bucket", 0))
     with pytest.raises(MergeError, match=r"\(weight0: ranks 0, 2; weight1: rank 1\)"):
         list(Assigner(layouts, seeing, [1], RANKS, 1).hold([flat]))

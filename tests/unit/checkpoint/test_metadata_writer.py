@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from wsm_megatron.checkpoint.metadata_writer import pickle_metadata, write_metadata
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.writer import Item, Placed
 from wsm_megatron.safe_pickle.metadata import load_metadata
 
@@ -36,14 +36,14 @@ def of_torch(placed: list[Placed]) -> Metadata:
     storage = {}
     for one in placed:
         item = one.item
-        if item.box is None:
+        if item.region is None:
             entries[item.key] = BytesStorageMetadata()
             index = MetadataIndex(item.key)
         else:
             assert item.dtype is not None
             properties = TensorProperties(item.dtype)
             made = TensorStorageMetadata(properties, torch.Size(item.shape), [])
-            offsets, sizes = torch.Size(item.box.offsets), torch.Size(item.box.sizes)
+            offsets, sizes = torch.Size(item.region.offsets), torch.Size(item.region.sizes)
             chunk = ChunkStorageMetadata(offsets, sizes)
             entries.setdefault(item.key, made).chunks.append(chunk)
             index = MetadataIndex(item.key, offsets)
@@ -58,7 +58,7 @@ def chunks(key: str, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> 
     """A tensor cut along its first dimension."""
     cut = (count * shape[0], *shape[1:])
     return [
-        Item(key, Box((k * shape[0], *[0] * (len(shape) - 1)), shape), dtype, cut)
+        Item(key, Region((k * shape[0], *[0] * (len(shape) - 1)), shape), dtype, cut)
         for k in range(count)
     ]
 
@@ -85,7 +85,7 @@ def test_torch_reads_what_its_classes_would_have_held(
 
 
 def test_megatrons_attribute_is_passed_on(tmp_path: Path) -> None:
-    item = Item("weight", Box((0, 0), (2, 3)), torch.bfloat16, (2, 3))
+    item = Item("weight", Region((0, 0), (2, 3)), torch.bfloat16, (2, 3))
     mcore_data = {"weight": {"nd_reformulated_orig_global_shape": (2, 3)}}
     write_metadata(tmp_path, [Placed(item, "__0_0.distcp", 0)], mcore_data)
     by_torch = pickle.loads((tmp_path / ".metadata").read_bytes())
@@ -95,7 +95,7 @@ def test_megatrons_attribute_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_a_scalar_and_more_values_than_a_short_memo_holds() -> None:
-    scalar = Placed(Item("step", Box((), ()), torch.float32), "__0_0.distcp", 0)
+    scalar = Placed(Item("step", Region((), ()), torch.float32), "__0_0.distcp", 0)
     many = [
         Placed(item, f"__{n}_0.distcp", 10**6 * n)
         for n, item in enumerate(chunks("weight", torch.bfloat16, (7, 5), 700))

@@ -17,7 +17,7 @@ from tests import runs
 from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_FAILED
@@ -29,42 +29,42 @@ FAULT = r"is not whole: .*; \.metadata is damaged"
 @st.composite
 def cut_up(draw, shape):
     """Boxes that tile a tensor: cut in two again and again, anywhere."""
-    boxes = [Box((0,) * len(shape), shape)]
+    regions = [Region((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 6))):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        region = regions.pop(draw(st.integers(0, len(regions) - 1)))
         axis = draw(st.integers(0, len(shape) - 1))
-        at = draw(st.integers(0, box.sizes[axis]))
-        for start, size in ((0, at), (at, box.sizes[axis] - at)):
-            offsets, sizes = list(box.offsets), list(box.sizes)
+        at = draw(st.integers(0, region.sizes[axis]))
+        for start, size in ((0, at), (at, region.sizes[axis] - at)):
+            offsets, sizes = list(region.offsets), list(region.sizes)
             offsets[axis], sizes[axis] = offsets[axis] + start, size
-            boxes.append(Box(tuple(offsets), tuple(sizes)))
-    return draw(st.permutations(boxes))
+            regions.append(Region(tuple(offsets), tuple(sizes)))
+    return draw(st.permutations(regions))
 
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 
 
 @given(st.data(), shapes)
-def test_boxes_that_tile_are_found_to(data, shape):
+def test_regions_that_tile_are_found_to(data, shape):
     assert tiling_fault(shape, tuple(data.draw(cut_up(shape)))) is None
 
 
 @given(st.data(), shapes)
 def test_the_first_hole_or_overlap_is_named(data, shape):
     """Boxes left out, doubled, moved: compared with counting every element."""
-    boxes = list(data.draw(cut_up(shape)))
+    regions = list(data.draw(cut_up(shape)))
     for _ in range(data.draw(st.integers(1, 2))):
-        at = data.draw(st.integers(0, len(boxes)))
-        del boxes[at : at + 1]
+        at = data.draw(st.integers(0, len(regions)))
+        del regions[at : at + 1]
     for _ in range(data.draw(st.integers(0, 2))):
         offsets = tuple(data.draw(st.integers(0, n)) for n in shape)
         sizes = tuple(data.draw(st.integers(0, n - a)) for n, a in zip(shape, offsets, strict=True))
-        boxes.append(Box(offsets, sizes))
+        regions.append(Region(offsets, sizes))
     held = np.zeros(shape, int)
-    for box in boxes:
-        held[tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))] += 1
+    for region in regions:
+        held[tuple(slice(a, a + n) for a, n in zip(region.offsets, region.sizes, strict=True))] += 1
     wrong = np.argwhere(held != 1)
-    fault = tiling_fault(shape, tuple(boxes))
+    fault = tiling_fault(shape, tuple(regions))
     if not len(wrong):
         assert fault is None
         return
@@ -72,7 +72,7 @@ def test_the_first_hole_or_overlap_is_named(data, shape):
     assert fault == f"{held[first] or 'no'} chunks hold the element at {first}"
 
 
-@pytest.mark.parametrize("shape, boxes, words", [
+@pytest.mark.parametrize("shape, regions, words", [
     ((), [((), ())], None),
     ((), [], "no chunks hold"),
     ((), [((), ())] * 2, "2 chunks hold"),
@@ -87,20 +87,22 @@ def test_the_first_hole_or_overlap_is_named(data, shape):
     ((2**70,), [((0,), (1,))], "beyond 64 bits"),
     ((2**40, 2**40), [((0, 0), (1, 1))], "more than can be checked"),
     ((2,) * 9, [((0,) * 9, (1,) * 9)], "more than can be checked"),
-    # Five boxes around each other: no straight cut separates any of them.
+    # Five regions around each other: no straight cut separates any of them.
     ((3, 3), [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)),
               ((1, 1), (1, 1))], None),
 ])  # fmt: skip
-def test_corner_cases(shape, boxes, words):
-    fault = tiling_fault(shape, tuple(boxes))
+def test_corner_cases(shape, regions, words):
+    fault = tiling_fault(shape, tuple(regions))
     assert fault is None if words is None else words in str(fault)
 
 
 def test_many_chunks_are_no_trouble():
     """A quadratic check would take hours."""
-    boxes = tuple(Box((i, j, k), (1, 1, 4)) for i in range(100) for j in range(500) for k in (0, 4))
-    assert tiling_fault((100, 500, 8), boxes) is None
-    fault = tiling_fault((100, 500, 8), (*boxes[:-4], *boxes[-3:]))
+    regions = tuple(
+        Region((i, j, k), (1, 1, 4)) for i in range(100) for j in range(500) for k in (0, 4)
+    )
+    assert tiling_fault((100, 500, 8), regions) is None
+    fault = tiling_fault((100, 500, 8), (*regions[:-4], *regions[-3:]))
     assert fault == "no chunks hold the element at (99, 498, 0)"
 
 
@@ -191,13 +193,13 @@ def test_what_megatron_saves_is_whole_padding_included(run):
 def test_a_region_is_read_only_where_each_element_is_in_one_chunk(tmp_path):
     layout = read_layout(runs.checkpoint(halved_run(tmp_path), 8))
     entry = layout.tensors[KEY]
-    box = Box((8, 0), (entry.shape[0] - 16, entry.shape[1]))
-    whole = CheckpointReader(layout).read(KEY, box)
-    assert whole.numel() == box.numel
+    region = Region((8, 0), (entry.shape[0] - 16, entry.shape[1]))
+    whole = CheckpointReader(layout).read(KEY, region)
+    assert whole.numel() == region.numel
     first, second = entry.chunks
     moved = second._replace(offsets=(second.offsets[0] - 4, 0))
-    shorter = box._replace(sizes=(box.sizes[0] - 4, box.sizes[1]))
-    for chunks, region in (((first,), box), ((first, moved), shorter)):
+    shorter = region._replace(sizes=(region.sizes[0] - 4, region.sizes[1]))
+    for chunks, asked in (((first,), region), ((first, moved), shorter)):
         broken = replace(layout, tensors={KEY: replace(entry, chunks=chunks)})
         with pytest.raises(MergeError, match=f"iter_0000008: {KEY} at .* is not whole"):
-            CheckpointReader(broken).region_reader(KEY, region)
+            CheckpointReader(broken).region_reader(KEY, asked)

@@ -12,7 +12,7 @@ from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum
 from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.cli.main import main as wsm
 from wsm_megatron.errors import EXIT_FAILED
 from wsm_megatron.optimizer.flat_buckets import FlatMainParam
@@ -80,7 +80,7 @@ def test_a_moe_with_chained_optimizers(tmp_path):
 def test_every_chunk_of_the_model_is_found(run):
     layout = read_layout(runs.checkpoint(run, 8))
     chunks = [
-        (key, Box(chunk.offsets, chunk.sizes))
+        (key, Region(chunk.offsets, chunk.sizes))
         for key, entry in layout.tensors.items()
         if entry.role is Role.MODEL
         for chunk in entry.chunks
@@ -153,15 +153,15 @@ def test_wrong_mains_in_a_bucket_are_refused(tmp_path):
 
 def test_the_rest_of_a_bucket():
     places = {
-        ("a", Box((0, 0), (4, 8))): FlatMainParam("b", 64),
-        ("c", Box((0,), (6,))): FlatMainParam("b", 128),
+        ("a", Region((0, 0), (4, 8))): FlatMainParam("b", 64),
+        ("c", Region((0,), (6,))): FlatMainParam("b", 128),
     }
     flat = FlatMainParams(places)
-    assert list(flat.rest("b", Box((0,), (192,)))) == [
-        Box((0,), (64,)),
-        Box((96,), (32,)),
-        Box((134,), (58,)),
+    assert list(flat.rest("b", Region((0,), (192,)))) == [
+        Region((0,), (64,)),
+        Region((96,), (32,)),
+        Region((134,), (58,)),
     ]
-    assert list(flat.rest("b", Box((80,), (16,)))) == []
-    assert list(flat.rest("b", Box((90,), (40,)))) == [Box((96,), (32,))]
-    assert list(flat.rest("other", Box((90,), (40,)))) == [Box((90,), (40,))]
+    assert list(flat.rest("b", Region((80,), (16,)))) == []
+    assert list(flat.rest("b", Region((90,), (40,)))) == [Region((96,), (32,))]
+    assert list(flat.rest("other", Region((90,), (40,)))) == [Region((90,), (40,))]

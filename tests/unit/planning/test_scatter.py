@@ -48,7 +48,7 @@ def test_every_task_finds_its_chunks(job, ranks):
                 if task.recipe.rule is Rule.COPY and j not in newest:
                     continue
                 for key in task.recipe.inputs:
-                    region = task.part(key, task.box)
+                    region = task.part(key, task.region)
                     found = reader.region_reader(
                         key, region
                     )._pieces  # raises where a chunk is missing

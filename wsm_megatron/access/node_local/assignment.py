@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from wsm_megatron.checkpoint.chunk_index import ChunkIndex
 from wsm_megatron.checkpoint.layout import Chunk, Layout
-from wsm_megatron.checkpoint.region import Box
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError
 from wsm_megatron.planning.tasks import Rule, Task
 
@@ -162,7 +162,7 @@ class Assigner:
         able: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in keys}
         for j in wanted:
             for key in keys:
-                chunks = self._chunks(j, key, task.part(key, task.box))
+                chunks = self._chunks(j, key, task.part(key, task.region))
                 able[key][j] = self._who_sees(j, chunks)
                 if not able[key][j]:
                     for part in self._cut(task, j, key, chunks):
@@ -191,7 +191,7 @@ class Assigner:
         for j, ranks in both.items():
             if not ranks:
                 raise MergeError(
-                    f"{self._layouts[j].path}: {' and '.join(able)} at {task.box.offsets} are "
+                    f"{self._layouts[j].path}: {' and '.join(able)} at {task.region.offsets} are "
                     f"{together}, and no rank sees the files of both; copy these to one node"
                 )
         return both
@@ -203,7 +203,7 @@ class Assigner:
         model: Mapping[int, tuple[int, ...]] | None = None,
     ) -> TaskAssignment:
         """Each holder goes on as far as it can: no choice makes fewer hops."""
-        nbytes = [task.box.numel * dtype.itemsize for dtype in task.recipe.input_dtypes]
+        nbytes = [task.region.numel * dtype.itemsize for dtype in task.recipe.input_dtypes]
         holders: list[int | None] = [None] * len(self._layouts)
         waiting = sorted(able)
         while waiting:
@@ -238,11 +238,11 @@ class Assigner:
         self._load[rank] += nbytes
         return rank
 
-    def _chunks(self, j: int, key: str, box: Box) -> list[Chunk]:
+    def _chunks(self, j: int, key: str, region: Region) -> list[Chunk]:
         index = self._indices[j].get(key)
         if index is None:
             index = self._indices[j][key] = ChunkIndex(self._layouts[j].tensors[key])
-        return index.overlapping(box)
+        return index.overlapping(region)
 
     def _who_sees(self, j: int, chunks: list[Chunk]) -> tuple[int, ...]:
         """The ranks that see the files of all chunks."""
@@ -254,23 +254,25 @@ class Assigner:
 
     def _cut(self, task: Task, j: int, key: str, chunks: list[Chunk]) -> list[Task]:
         """The task along the chunks of a source of which no rank sees enough."""
-        boxes = [task.box.intersect(Box(c.offsets, c.sizes)) for c in chunks if task.flat is None]
-        if len(boxes) < 2:
+        regions = [
+            task.region.intersect(Region(c.offsets, c.sizes)) for c in chunks if task.flat is None
+        ]
+        if len(regions) < 2:
             raise MergeError(self._refusal(task, j, key, chunks))
-        return [replace(task, box=box) for box in boxes if box is not None]
+        return [replace(task, region=region) for region in regions if region is not None]
 
     def _refusal(self, task: Task, j: int, key: str, chunks: list[Chunk]) -> str:
-        path, box = self._layouts[j].path, task.part(key, task.box)
+        path, region = self._layouts[j].path, task.part(key, task.region)
         files = sorted({chunk.location.file for chunk in chunks})
         if not files:
-            return f"{path}: no chunk of {key} at {box.offsets}; the checkpoint is incomplete"
+            return f"{path}: no chunk of {key} at {region.offsets}; the checkpoint is incomplete"
         who = "; ".join(
             f"{file}: {_named(self._seeing[j].get(file, ()))}" for file in files[:_LISTED]
         )
         more = f"; {len(files) - _LISTED} more" if len(files) > _LISTED else ""
         return (
-            f"{path}: no rank sees all files that {key} at {box.offsets} needs ({who}{more}); let "
-            "the nodes that have them take part, copy them to one that does, or leave this "
+            f"{path}: no rank sees all files that {key} at {region.offsets} needs ({who}{more}); "
+            "let the nodes that have them take part, copy them to one that does, or leave this "
             "checkpoint out"
         )
 

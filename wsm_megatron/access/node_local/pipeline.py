@@ -164,17 +164,17 @@ def _digest_models(
         if not hasattr(local, "memory"):
             local.memory = Memory()
         with context.phases("reading"):
-            cover = context.readers[j].region_reader(key, task.box)
-        for box in task.box.split(_DIGEST_ELEMENTS):
+            region_reader = context.readers[j].region_reader(key, task.region)
+        for region in task.region.split(_DIGEST_ELEMENTS):
             if stop.is_set():
                 return
-            ((buffer,),) = local.memory.buffers([[dtype]], box.numel)
+            ((buffer,),) = local.memory.buffers([[dtype]], region.numel)
             with context.phases("reading"):
-                cover.read(box, buffer)
+                region_reader.read(region, buffer)
             with context.phases("reducing"):
                 crc = crc32(buffer.data, crc)
-            context.progress(box.numel * dtype.itemsize)
-        cover.finish()
+            context.progress(region.numel * dtype.itemsize)
+        region_reader.finish()
         digests.models[place] = crc
 
     run_workers(checks, digest, work.budget.threads, stop, work.ranks.check)

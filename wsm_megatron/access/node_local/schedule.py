@@ -49,7 +49,7 @@ def scope_of(step: PeerStage, held: TaskAssignment, merges: Sequence[Merge]) -> 
 def check_bytes(held: Sequence[TaskAssignment], checks: Sequence[Place]) -> int:
     """Bytes of the model tensors that are read to check other ranks' main params."""
     tasks = (held[number].task for number, _ in checks)
-    return sum(task.box.numel * task.recipe.input_dtypes[1].itemsize for task in tasks)
+    return sum(task.region.numel * task.recipe.input_dtypes[1].itemsize for task in tasks)
 
 
 def bytes_sent(held: Sequence[TaskAssignment], merges: Sequence[Merge]) -> int:
@@ -57,7 +57,7 @@ def bytes_sent(held: Sequence[TaskAssignment], merges: Sequence[Merge]) -> int:
     sums = (
         (one.task, s) for n, one in enumerate(held) if one.travels for s in peer_stages_of(n, one)
     )
-    return sum(8 * task.box.numel * len(leaving(step, merges)) for task, step in sums)
+    return sum(8 * task.region.numel * len(leaving(step, merges)) for task, step in sums)
 
 
 def tickets_of(
