@@ -35,8 +35,8 @@ Ledger = dict[Location, list[Segment]]
 class CheckpointReader:
     """Reads one checkpoint. Safe to share between threads.
 
-    Tensors are read through :meth:`read` and, in pieces, through :meth:`region_reader`. Every byte read
-    enters a CRC-32; a record that one reads from end to end is compared at once, other parts
+    Tensors are read through :meth:`read` and, in pieces, through :meth:`region_reader`. Every byte
+    read enters a CRC-32; a record that is read from end to end is compared at once, other parts
     wait in :attr:`ledger` for :meth:`verify`.
 
     Args:

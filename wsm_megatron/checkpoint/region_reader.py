@@ -21,7 +21,7 @@ Segment = tuple[int, int, int]
 
 
 class Source(Protocol):
-    """What a region_reader reads through."""
+    """What a region reader reads through."""
 
     def request(self, location: Location, start: int, out: Buffer, key: str) -> Read:
         """How to fill ``out`` from a location's bytes, ``start`` counted from its beginning."""
@@ -35,7 +35,7 @@ class Source(Protocol):
 
 @dataclass
 class Piece:
-    """One chunk that a region_reader reads from, and the parts of its record read so far."""
+    """One chunk that a region reader reads from, and the parts of its record read so far."""
 
     chunk: Chunk
     region: Region
@@ -155,7 +155,7 @@ class RegionReader:
 
 
 def read_together(wanted: Sequence[tuple[RegionReader, Region, Buffer]]) -> None:
-    """:meth:`RegionReader.read` of several region_readers, of one checkpoint or many, in few calls."""
+    """:meth:`RegionReader.read` of several, of one checkpoint or many, in few calls."""
     runs = []
     for region_reader, region, out in wanted:
         run = region_reader.run(region, out)

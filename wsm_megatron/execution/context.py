@@ -59,7 +59,7 @@ class Context:
         return replace(self, phases=self.phases.for_workers(threads))
 
     def region_readers(self, task: Task, j: int, inputs: int) -> list[RegionReader]:
-        """What a task reads of source ``j``: a region_reader for each of its first ``inputs``."""
+        """What a task reads of source ``j``: a region reader for each of its first ``inputs``."""
         keys = task.recipe.inputs[:inputs]
         return [self.readers[j].region_reader(key, task.part(key, task.region)) for key in keys]
 
