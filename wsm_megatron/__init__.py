@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wsm_megatron.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from wsm_megatron.api import MergeReport, merge
     from wsm_megatron.config import ExecutionOptions, MergeConfig
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
     from wsm_megatron.schedule.decay import coefficients, effective_lr
 
-__version__ = "0.1.0"
 
 __all__ = [
     "WSM",

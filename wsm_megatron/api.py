@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import wsm_megatron
 from wsm_megatron.access.node_local.access import NodeLocal
 from wsm_megatron.access.protocol import Access, Estimate
 from wsm_megatron.access.shared import Shared
@@ -32,6 +31,7 @@ from wsm_megatron.planning.targets import Claims
 from wsm_megatron.process.signals import ending_later
 from wsm_megatron.storage.retry import check_storage
 from wsm_megatron.storage.visibility import wait_for_files
+from wsm_megatron.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def merge(
         access = _access(config, execution, ranks)
         access.check_options()
         options = asdict(config) | asdict(execution)
-        with job_events(execution.log_json, ranks, wsm_megatron.__version__, options) as events:
+        with job_events(execution.log_json, ranks, __version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
                 job = access.prepare()
             reports = _merge_missing(job, access, ranks, progress, phases, events)

@@ -306,7 +306,7 @@ class ExecutionOptions(Options):
         "bytes in flight on a rank, tiles and what is read ahead of them: 256MiB, 2GiB",
         SIZE,
         None,
-        default_text="an eighth of the free memory, at most 512MiB",
+        default_text="an eighth of the free memory, 32MiB to 512MiB",
         group=JOB,
         least=1,
     )

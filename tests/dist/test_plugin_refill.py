@@ -158,7 +158,7 @@ def test_kept_files_are_compared_with_a_checkpoint(disk: dict[str, Any]) -> None
 
 def test_kept_files_of_another_run_are_dropped(disk: dict[str, Any]) -> None:
     assert disk["other"]["loads"][:5] == ["load 4", "load 5", "load 4", "load 2", "load 5"]
-    assert "the shards kept at iteration 4 are not what was loaded" in disk["other"]["warned"][0]
+    assert "the snapshot of iteration 4 is not what was loaded" in disk["other"]["warned"][0]
 
 
 def test_exactly_what_is_wanted_is_loaded(reports: dict[str, Any]) -> None:

@@ -197,7 +197,7 @@ def test_shards_of_another_run_are_dropped(reports: dict[str, Any]) -> None:
 def test_another_layout_is_refilled_or_refused(reports: dict[str, Any]) -> None:
     assert reports["other layout"]["kept"] == _tokens_of(2, 4, 6)
     assert (
-        "[2, 4, 6] were kept under another parallel layout"
+        "[2, 4, 6] were taken under another parallel layout"
         in (reports["other layout, refused"]["refused"])
     )
 
@@ -205,7 +205,7 @@ def test_another_layout_is_refilled_or_refused(reports: dict[str, Any]) -> None:
 def test_a_store_that_one_rank_cannot_read_is_an_error_on_all(reports: dict[str, Any]) -> None:
     first, second = reports["unreadable"]
     assert second == "OSError: [Errno 5] Input/output error"
-    assert first.startswith("MergeError: looking for kept shards failed on another rank: rank 1")
+    assert first.startswith("MergeError: looking for snapshots failed on another rank: rank 1")
 
 
 MOMENTS = ("before", "half", "renamed")

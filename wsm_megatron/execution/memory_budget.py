@@ -11,6 +11,8 @@ from wsm_megatron.process.memory import available_memory
 
 MOST = 512 * 2**20
 """Bytes taken by default where the machine has them eight times over."""
+FEWEST = 32 * 2**20
+"""Bytes taken by default where next to nothing is free: Python and torch take ten times as many."""
 TILE_BYTES = 3 * 2**20
 """Bytes of all sources together in one tile: about what a core's caches hold, measured."""
 STAGED_BYTES = 16 * 2**20
@@ -53,8 +55,8 @@ class Budget:
 
 
 def default_memory() -> int:
-    """An eighth of the memory that this process may still take, 512 MiB at most."""
-    return min(MOST, available_memory() // 8)
+    """An eighth of the memory that this process may still take, 32 MiB to 512 MiB."""
+    return max(FEWEST, min(MOST, available_memory() // 8))
 
 
 def make_budget(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
-import wsm_megatron
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, is_complete
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.writer import write_file
@@ -21,6 +20,7 @@ from wsm_megatron.planning.sources import Source
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
 from wsm_megatron.storage.json_file import parse_json
+from wsm_megatron.version import __version__
 
 FORMAT = 2
 """From 2 on every file of the checkpoint is listed, and the last field is a CRC-32 of the rest."""
@@ -48,7 +48,7 @@ def describe(
         "effective_lr": list(decay.effective_lr),
         "options": config.recorded(),
         "versions": {
-            "wsm_megatron": wsm_megatron.__version__,
+            "wsm_megatron": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },

@@ -37,7 +37,9 @@ class _Switch(Options):
     """What is no option of a merge: whether there is one, and the file of its options."""
 
     wsm_merge: bool = option(
-        "keep checkpoints and merge them; without it the other flags are refused", SWITCH, False
+        "take snapshots of the main params and merge them; without it the other flags are refused",
+        SWITCH,
+        False,
     )
     wsm_merge_config: Path | None = option(
         "YAML file of the options below (num: 8, decay: 1-sqrt); flags win over it",
@@ -100,7 +102,7 @@ def shards_dir(args: Any, config: WSMConfig) -> Path | None:
 
 
 def keep_interval(args: Any, config: WSMConfig) -> int | None:
-    """Iterations between keeps, or None where nothing is ever kept by interval."""
+    """Iterations between snapshots; None where none is taken by interval."""
     if config.interval is not None:
         return config.interval
     return args.save_interval if args.save else None
@@ -161,14 +163,14 @@ def _check_intervals(args: Any, config: WSMConfig) -> None:
     every = keep_interval(args, config)
     if every is None:
         raise UsageError(
-            "--wsm-merge would keep nothing: give --save and --save-interval, or "
+            "--wsm-merge would take no snapshot: give --save and --save-interval, or "
             "--wsm-merge-interval"
         )
     if config.save_interval is not None and config.save_interval % every:
         what = "--wsm-merge-interval" if config.interval else "--save-interval"
         raise UsageError(
             f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
-            f"{every}: a merged checkpoint ends in a kept one"
+            f"{every}: a merged checkpoint ends in a snapshot"
         )
     if config.window_iters is not None and config.window_iters < every:
         raise UsageError(
@@ -210,7 +212,7 @@ def _check_folders(args: Any, config: WSMConfig) -> None:
     root, shards = merged_root(args, config), shards_dir(args, config)
     for flag, folder, what in (
         ("--wsm-merge-save", root, "merged checkpoints need a folder and a tracker of their own"),
-        ("--wsm-merge-dir", shards, "kept shards need a folder of their own"),
+        ("--wsm-merge-dir", shards, "snapshots need a folder of their own"),
     ):
         if folder is None:
             continue

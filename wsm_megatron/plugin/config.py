@@ -23,23 +23,23 @@ class WSMConfig(Options):
 
     prefix: ClassVar[str] = "--wsm-merge-"
 
-    num: int | None = option("merge the last N kept checkpoints", COUNT, None, least=1)
+    num: int | None = option("merge the last N snapshots", COUNT, None, least=1)
     window_iters: int | None = option(
-        "merge the checkpoints kept over the last I iterations, both ends included",
+        "merge the snapshots of the last I iterations, both ends included",
         COUNT,
         None,
         metavar="I",
         least=1,
     )
     window_tokens: int | None = option(
-        "merge the checkpoints kept over the last T tokens, both ends included: 500M, 2B",
+        "merge the snapshots of the last T tokens, both ends included: 500M, 2B",
         COUNT,
         None,
         metavar="T",
         least=1,
     )
     interval: int | None = option(
-        "keep shards every I iterations; what a job saves because it ends takes no place in the "
+        "a snapshot every I iterations; what a job saves because it ends takes no place in the "
         "window",
         COUNT,
         None,
@@ -48,7 +48,7 @@ class WSMConfig(Options):
         least=1,
     )
     start_iter: int = option(
-        "keep nothing before iteration I, e.g. the switch to annealing data",
+        "no snapshot before iteration I, e.g. the switch to annealing data",
         COUNT,
         0,
         metavar="I",
@@ -63,7 +63,7 @@ class WSMConfig(Options):
     min_decay: float = option(
         "floor of the decay: the minimum LR as a fraction of the maximum", NUMBER, 0.0, metavar="M"
     )
-    store: str = option("where kept shards live", one_of(STORES), "memory")
+    store: str = option("where snapshots are kept", one_of(STORES), "memory")
     dir: Path | None = option(
         "folder of the disk store, may be local to the node",
         PATH,
@@ -73,7 +73,7 @@ class WSMConfig(Options):
     )
     save_interval: int | None = option(
         "emit a merged checkpoint every I iterations; there is always one at the end of training, "
-        "and one at the next keep after SIGUSR2 to any rank",
+        "and one at the next snapshot after SIGUSR2 to any rank",
         COUNT,
         None,
         metavar="I",

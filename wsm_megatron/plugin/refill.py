@@ -61,8 +61,8 @@ class Refill:
             return False
         if is_first_rank():
             logger.warning(
-                "wsm: the shards kept at iteration %d are not what was loaded: this is another "
-                "run, all kept shards are dropped",
+                "wsm: the snapshot of iteration %d is not what was loaded: this is another "
+                "run, all its snapshots are dropped",
                 witness,
             )
         return True
@@ -132,9 +132,9 @@ class Refill:
         missing = [i for i in misfits if i not in self.snapshots and self.snapshots.may_hold(i)]
         if missing:
             raise UsageError(
-                f"shards of iterations {sorted(missing)} were kept under another parallel layout, "
-                "and no checkpoint of the run is there to refill them from: restart with that "
-                "layout, or move the folder of kept shards away to begin with an empty window"
+                f"snapshots of iterations {sorted(missing)} were taken under another parallel "
+                "layout, and no checkpoint of the run is there to refill them from: restart with "
+                "that layout, or move the folder of snapshots away to begin with an empty window"
             )
 
 
@@ -148,7 +148,7 @@ def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[i
         under another parallel layout.
     """
     found = Found()
-    with together("looking for kept shards"):
+    with together("looking for snapshots"):
         found = store.found()
     everywhere: list[Found] = all_gather(found)
     whole = set.intersection(*({c.iteration for c in f.checkpoints} for f in everywhere))
@@ -168,7 +168,7 @@ def is_live(store: Store, shards: Sequence[Shard], iteration: int) -> bool:
     """Whether the main params and buffers of a snapshot equal the live ones on every rank.
     Collective."""
     same = False
-    with together(f"reading the shards kept at iteration {iteration}"):
+    with together(f"reading the snapshot of iteration {iteration}"):
         same = all(
             torch.equal(store.get(iteration, index), shard.owned().float().cpu())
             for index, shard in enumerate(shards)

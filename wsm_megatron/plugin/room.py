@@ -45,8 +45,8 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
     elif folder is not None and window > free_bytes(folder):
         error = UsageError(
             f"a window of {number} snapshots needs {window / _GB:.3f} GB, and "
-            f"{free_bytes(folder) / _GB:.3f} GB {where} are free: keep fewer (--wsm-merge-num), "
-            "or give a larger --wsm-merge-dir"
+            f"{free_bytes(folder) / _GB:.3f} GB {where} are free: take fewer snapshots "
+            "(--wsm-merge-num), or give a larger --wsm-merge-dir"
         )
     raise_together(error, "making room for the window")
     wsm.reserve(in_memory)
@@ -57,7 +57,7 @@ def _too_large(
 ) -> str:
     window = f"a window of {number} snapshots needs" if folder is None else "a snapshot needs"
     way_out = (
-        "keep fewer (--wsm-merge-num), or use --wsm-merge-store disk, or fewer ranks a host"
+        "take fewer snapshots (--wsm-merge-num), use --wsm-merge-store disk, or fewer ranks a host"
         if folder is None
         else "use fewer ranks a host"
     )

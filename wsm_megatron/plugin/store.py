@@ -217,7 +217,7 @@ class DiskStore(Store):
                 )
                 fits = self._fits(header)
             except (OSError, SafetensorError, KeyError, ValueError) as error:
-                logger.warning("%s: not a file of kept shards, not used: %s", path, error)
+                logger.warning("%s: not a file of a snapshot, not used: %s", path, error)
                 continue
             if fits:
                 checkpoints.append(checkpoint)

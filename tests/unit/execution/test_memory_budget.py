@@ -64,7 +64,7 @@ def test_what_is_in_flight_fits_into_memory(memory, threads, sources, merges, de
         assert found.threads * (depth * tile + ahead) <= memory
 
 
-@pytest.mark.parametrize("free, taken", [(2**20, 2**17), (2**42, 512 * 2**20)])
+@pytest.mark.parametrize("free, taken", [(0, 2**25), (2**30, 2**27), (2**42, 2**29)])
 def test_the_default_is_an_eighth_of_what_is_free(monkeypatch, free, taken):
     monkeypatch.setattr(memory_budget, "available_memory", lambda: free)
     assert default_memory() == taken

@@ -147,7 +147,7 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({"use_torch_fsdp2": True}, {}, r"use-torch-fsdp2.*wsm merge --load"),
         ({"use_precision_aware_optimizer": True}, {}, "remove --use-precision-aware-optimizer"),
         ({"optimizer": "dist_muon"}, {}, "--optimizer dist_muon"),
-        ({"save": None}, {}, "would keep nothing"),
+        ({"save": None}, {}, "would take no snapshot"),
         ({"save": None}, {"interval": 10}, "the merge would go nowhere"),
         (
             {"save": None},

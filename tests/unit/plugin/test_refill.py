@@ -112,7 +112,7 @@ def test_a_start_that_is_on_disk_from_another_job_is_copied_again() -> None:
 
 
 def test_another_layout_is_refused_only_where_the_window_reaches() -> None:
-    with pytest.raises(ValueError, match=r"\[4\] were kept under another parallel layout"):
+    with pytest.raises(ValueError, match=r"\[4\] were taken under another parallel layout"):
         refilled(Disk(on_disk(6), misfits=(4,)), at=6)
     full = Disk(on_disk(4), on_disk(6), misfits=(2,))
     assert refilled(full, at=6, num=2) == ([4, 6], [])

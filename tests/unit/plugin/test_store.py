@@ -141,7 +141,7 @@ def test_a_damaged_file_is_left_out(
     for damaged in (whole[:50], whole.replace(b'layout":"{', b'layout":"?')):
         caplog.clear()
         store.path(3).write_bytes(damaged)
-        assert store.found() == Found() and "not a file of kept shards" in caplog.text
+        assert store.found() == Found() and "not a file of a snapshot" in caplog.text
     store.close()
 
 
