@@ -89,7 +89,7 @@ def test_a_job_requeued_while_it_writes_goes_on(cluster: Cluster, tmp_path: Path
     cluster.start_now(job)
     done = cluster.wait(job, "COMPLETED")
     assert done["Restarts"] == "1"
-    assert "going on from it" in cluster.output(done)
+    assert "continuing it" in cluster.output(done)
     told = events(tmp_path / "events" / f"{job}.jsonl")
     assert [event["event"] for event in told].count("started") == 2
     planned = [event for event in told if event["event"] == "planned"][-1]
@@ -105,7 +105,7 @@ def test_shortly_before_its_time_is_over_a_job_requeues_itself(
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
     cluster.start_now(job)
     done = cluster.wait(job, "COMPLETED")
-    assert "going on from it" in cluster.output(done)
+    assert "continuing it" in cluster.output(done)
     assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
 
 
@@ -117,7 +117,7 @@ def test_a_site_that_does_not_requeue(cluster: Cluster, tmp_path: Path) -> None:
     assert done["ExitCode"] == "143:0" and done["Restarts"] == "0"
     assert "does not requeue (JobRequeue=0?): submit the same command" in cluster.output(done)
     again = cluster.submit(*arguments(tmp_path))
-    assert "going on from it" in cluster.output(cluster.wait(again, "COMPLETED"))
+    assert "continuing it" in cluster.output(cluster.wait(again, "COMPLETED"))
     assert_same(tmp_path / "out" / "iter_0000008", alone(tmp_path / "alone"))
 
 

@@ -85,7 +85,7 @@ class StagingDirectory:
         if not self._is_mine():
             return
         if any(journal.stat().st_size for journal in self._journals.glob(f"*{JOURNAL_SUFFIX}")):
-            logger.warning("%s is kept: the same command goes on from it", self.path)
+            logger.warning("%s is kept: the same command continues it", self.path)
         else:
             self.discard()
 
@@ -109,7 +109,7 @@ class StagingDirectory:
                 logger.warning("%s is left of a merge that died; removing it", old)
                 remove([old])
         if goes_on:
-            logger.warning("%s is left of a merge that died; going on from it", self.path)
+            logger.warning("%s is left of a merge that died; continuing it", self.path)
             for child in self.path.iterdir():  # what was about to be published is made again
                 if child.name not in self._files:
                     remove([child])

@@ -97,7 +97,7 @@ class EventLog:
         except OSError as error:
             self._broken = True
             logger.warning(
-                "--log-json %s: cannot write: %s; the merge goes on without it",
+                "--log-json %s: cannot write: %s; the merge continues without it",
                 self._path,
                 error.strerror,
             )

@@ -183,7 +183,7 @@ class Driver:
             logger.warning(
                 "wsm: this Megatron-LM saves %d tensors of the optimizer wrongly (several DDP "
                 "buckets with padding, --dist-ckpt-optim-fully-reshardable), %s among them. Merged "
-                "checkpoints of this run are saved right. Its own are not: a restart goes on from "
+                "checkpoints of this run are saved right. Its own are not: a restart resumes from "
                 "wrong main params and moments. Save without that option, or in one bucket "
                 "(--ddp-bucket-size larger than the model)",
                 *(len(names), names[0]),

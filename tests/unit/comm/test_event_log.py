@@ -174,7 +174,7 @@ def test_a_log_that_fails_is_warned_about_once(
     assert merge_logged(config, log).output.exists()
     (warning,) = [one for one in caplog.records if "--log-json" in one.getMessage()]
     assert warning.levelno == logging.WARNING
-    assert "No space left on device; the merge goes on without it" in warning.getMessage()
+    assert "No space left on device; the merge continues without it" in warning.getMessage()
 
 
 @pytest.fixture
