@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wsm_megatron.checkpoint.common_state import load_common, prepare, read_common
-from wsm_megatron.checkpoint.format import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.formats import TORCH_DIST_016, CheckpointFormat, CommonEntries
 from wsm_megatron.checkpoint.layout import Layout
+from wsm_megatron.checkpoint.older_readers import for_common_file, without_rerun_state
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.optimizer.flat_main_params import FlatMainParams, find_flat_main_params
