@@ -37,6 +37,8 @@ _STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+STORED = frozenset(_STORAGE_DTYPES.values())
+"""Dtypes of tensors that such a container holds. ``torch.save`` has another one for the others."""
 
 
 @dataclass(frozen=True)

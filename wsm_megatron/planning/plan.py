@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from wsm_megatron.checkpoint.container import STORED
 from wsm_megatron.checkpoint.keys import (
     MERGEABLE,
     Role,
@@ -104,6 +105,7 @@ def make_plan(
     if all(recipe.rule is Rule.COPY for recipe in recipes):
         raise UsageError(f"{newest.path}: nothing is left to merge; see --drop and --copy")
     check_inputs(layouts, recipes)
+    _check_stored(newest, recipes)
     warn_of_remainders(newest, kinds, config)
     placed = [
         ((location.file, location.offset, task.region.offsets), task)
@@ -115,6 +117,16 @@ def make_plan(
     tasks = [task for _, task in placed]
     used = dict.fromkeys(task.recipe for task in tasks)
     return MergePlan(tuple(used), tuple(tasks), tuple(sorted(choice.left_out)), rebuilds)
+
+
+def _check_stored(newest: Layout, recipes: Iterable[Recipe]) -> None:
+    """Raise ``UsageError`` where a tensor is of a dtype that is neither read nor written."""
+    for output in (output for recipe in recipes for output in recipe.outputs):
+        if output.dtype not in STORED:
+            raise UsageError(
+                f"{newest.path}: {output.key} is {output.dtype}, which is neither read nor written; "
+                f"leave it out with --drop {output.key!r}"
+            )
 
 
 def check_whole(tasks: Iterable[Task]) -> None:
