@@ -124,8 +124,8 @@ def _check_stored(newest: Layout, recipes: Iterable[Recipe]) -> None:
     for output in (output for recipe in recipes for output in recipe.outputs):
         if output.dtype not in STORED:
             raise UsageError(
-                f"{newest.path}: {output.key} is {output.dtype}, which is neither read nor written; "
-                f"leave it out with --drop {output.key!r}"
+                f"{newest.path}: {output.key} is {output.dtype}, which is neither read nor "
+                f"written; leave it out with --drop {output.key!r}"
             )
 
 
