@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from wsm_megatron.checkpoint.common_state import dump_common
+from tests.runs import dump_common
 from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
 from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path, write_tracker

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tests.reference import RUNS, load_tensors
-from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import load_common
+from wsm_megatron.checkpoint.formats import COMMON_KEY, TORCH_DIST_016, TORCH_DIST_019
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.checkpoint.metadata_writer import write_metadata
 from wsm_megatron.checkpoint.reader import CheckpointReader
@@ -49,6 +50,15 @@ def restate(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     state = load_common((path / "common.pt").read_bytes(), str(path))
     change(state)
     (path / "common.pt").write_bytes(dump_common(state))
+
+
+def dump_common(state: Mapping[str, Any], *, in_distcp: bool = False) -> bytes:
+    """A common state as ``common.pt`` or, ``in_distcp``, as Megatron 0.19's entry."""
+    if in_distcp:
+        return TORCH_DIST_019.store(state).entries[COMMON_KEY]
+    stored = TORCH_DIST_016.store(state).file
+    assert stored is not None
+    return stored
 
 
 def rewrite(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import runs
+from tests.frontier import WEIGHTS, merged, sources_of
 from tests.reference import (
     FRONTIER,
     load_tensors,
@@ -33,7 +34,6 @@ from wsm_megatron.optimizer.representation import REMAINDER, ROUNDED
 
 KEYED = "mcore0.16-dense-dp2-precision_aware-remainders-fully_reshardable"
 FLAT = "mcore0.16-dense-dp2-precision_aware-bf16moments-dp_reshardable"
-WEIGHTS = (0.3, 0.7)
 WEIGHT = "decoder.layers.self_attention.linear_proj.weight"
 
 BITS = [  # float32, bfloat16 rounded half up in magnitude, signed low half
@@ -103,15 +103,6 @@ def run_of(name: str, to: Path, dtype: torch.dtype = torch.float32) -> Path:
         for i in (6, 8):
             runs.rewrite(runs.checkpoint(to, i), lambda key, t: t.to(dtype) if main_of(key) else t)
     return to
-
-
-def merged(run: Path, out: Path, **options) -> Path:
-    options = {"optimizer_state": "last", "weights": WEIGHTS, **options}
-    return merge(MergeConfig(load=run, save=out, **options)).output
-
-
-def sources_of(run: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_tensors(runs.checkpoint(run, i)) for i in (6, 8)]
 
 
 def merged_value(sources: list[dict[str, torch.Tensor]], model: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wsm_megatron.access.protocol import Distribution, Estimate
-from wsm_megatron.checkpoint.reader import CheckpointReader
+from wsm_megatron.access.source_check import check_source
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_rank
@@ -18,7 +18,6 @@ from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.planning.scatter import JobSlices, outline
 from wsm_megatron.process.worker_threads import in_background
 from wsm_megatron.storage.change_watch import ChangeWatch
-from wsm_megatron.storage.fingerprint import check_unchanged
 
 
 class Shared:
@@ -82,12 +81,7 @@ class Shared:
         of_ranks = self._ranks.gather(result.ledgers)
         with self._ranks.together("checking the sources"):
             for j, source in enumerate(job.sources if self._ranks.rank == 0 else ()):
-                reader = CheckpointReader(source.layout)
-                try:
-                    reader.verify([ledgers[j] for ledgers in of_ranks])
-                finally:
-                    reader.close()
-                check_unchanged(source.path, source.fingerprint)
+                check_source(source, [ledgers[j] for ledgers in of_ranks])
 
     def abandon(self) -> None:
         pass

@@ -32,7 +32,7 @@ from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.lr_schedule import LearningRate, learning_rate
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.errors import MergeError
-from wsm_megatron.safe_pickle.objects import dump_object, load_object
+from wsm_megatron.safe_pickle.objects import load_object
 from wsm_megatron.safe_pickle.opaque import OpaqueObject, is_known, references
 from wsm_megatron.storage.retry import with_retries
 
@@ -121,15 +121,6 @@ def load_stored(stored: StoredCommon, where: str) -> dict[str, Any]:
     if whole is not None:
         return load_common(whole, where)
     return load_common({stored.paths[key]: data for key, data in stored.entries.items()}, where)
-
-
-def dump_common(state: Mapping[str, Any], *, in_distcp: bool = False) -> bytes:
-    """The archive of a common state, as ``common.pt`` or, ``in_distcp``, as Megatron 0.19's entry.
-
-    References are written back as they were read. Raises ``MergeError`` for an object of a class
-    outside the packages that a checkpoint refers to; see :func:`prepare`.
-    """
-    return dump_object([dict(state)] if in_distcp else dict(state))
 
 
 def summarize(state: Mapping[str, Any]) -> CommonSummary:

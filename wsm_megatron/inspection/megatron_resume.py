@@ -353,9 +353,5 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
     return {short: args[name] for name, short in _SIZES.items() if name in args}
 
 
-def _models(layout: Layout) -> set[str]:
-    return {key for key, entry in layout.tensors.items() if entry.role is Role.MODEL}
-
-
 def _model_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     return {key: e.shape for key, e in layout.tensors.items() if e.role is Role.MODEL}

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from tests import runs
+from tests.runs import dump_common
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import load_common
 
 STEP_DTYPES = {
     "step": torch.int64,

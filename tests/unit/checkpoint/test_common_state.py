@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runs import dump_common
 from wsm_megatron.checkpoint.common_state import (
     PROVENANCE_KEY,
     CommonSummary,
-    dump_common,
     load_common,
     prepare,
     summarize,

@@ -11,8 +11,9 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors
+from tests.runs import dump_common
 from wsm_megatron import MergeConfig, merge
-from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import load_common
 from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main

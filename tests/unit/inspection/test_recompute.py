@@ -13,8 +13,9 @@ import torch
 
 from tests import runs
 from tests.reference import RUNS, load_tensors
+from tests.runs import dump_common
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.common_state import dump_common, load_common, read_common
+from wsm_megatron.checkpoint.common_state import load_common, read_common
 from wsm_megatron.checkpoint.keys import Role, may_be_padding
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests import runs
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
+from tests.runs import dump_common
 from wsm_megatron import MergeConfig, MergeError, merge, verify
-from wsm_megatron.checkpoint.common_state import dump_common, load_common
+from wsm_megatron.checkpoint.common_state import load_common
 from wsm_megatron.checkpoint.keys import MAINS, Role, is_optimizer, main_of, state_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.cli.main import main

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests import runs
+from tests.frontier import WEIGHTS, merged, sources_of
 from tests.reference import FRONTIER, load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron import verify
 from wsm_megatron.checkpoint.keys import Role, is_flat_bucket, main_of, may_be_padding, state_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.inspection.megatron_resume import check_resume
@@ -19,22 +20,12 @@ from wsm_megatron.optimizer.main_params import check_main_params
 SGD = "mcore0.16-dense-dp2-sgd-replicated"
 FP32 = "mcore0.16-dense-dp2-fp32-replicated"
 MUON = "main-dense-dp2-muon-distributed"
-WEIGHTS = (0.3, 0.7)
 WEIGHT = "decoder.layers.self_attention.linear_proj.weight"
 
 
 def copy_of(name: str, to: Path) -> Path:
     shutil.copytree(FRONTIER / name, to)
     return to
-
-
-def merged(run: Path, out: Path, **options) -> Path:
-    options = {"optimizer_state": "last", "weights": WEIGHTS, **options}
-    return merge(MergeConfig(load=run, save=out, **options)).output
-
-
-def sources_of(run: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_tensors(runs.checkpoint(run, i)) for i in (6, 8)]
 
 
 def summed(key: str, sources: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> torch.Tensor:

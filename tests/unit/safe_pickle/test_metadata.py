@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from tests.unit.safe_pickle.test_objects import Call
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle import metadata_classes
 from wsm_megatron.safe_pickle.metadata import load_metadata
@@ -116,16 +117,6 @@ def test_no_attribute_of_a_class_is_set(tmp_path: Path, name: str) -> None:
 def test_a_stand_in_is_not_pickled() -> None:
     with pytest.raises(TypeError, match="MetadataIndex stands in for torch's"):
         pickle.dumps(metadata_classes.MetadataIndex("weight"))
-
-
-class Call:
-    """Pickles as a call of ``function(*args)``."""
-
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 @pytest.mark.parametrize(

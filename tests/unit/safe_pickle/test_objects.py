@@ -303,7 +303,8 @@ import sys
 from pathlib import Path
 for name in sys.argv[2].split(","):
     sys.intern(name)
-from wsm_megatron.checkpoint.common_state import dump_common, load_common, prepare
+from tests.runs import dump_common
+from wsm_megatron.checkpoint.common_state import load_common, prepare
 state = load_common(Path(sys.argv[1]).read_bytes(), "common.pt")
 provenance = {"a": [1, {"b": 2.5}], "lr_decay_style": "constant"}
 state = prepare(state, iteration=9, drop_optimizer=False, provenance=provenance)

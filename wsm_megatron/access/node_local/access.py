@@ -17,7 +17,8 @@ from wsm_megatron.access.node_local.schedule import bytes_sent
 from wsm_megatron.access.node_local.shares import Assignment, rank_plans_of
 from wsm_megatron.access.node_local.transport import Transport, open_transport
 from wsm_megatron.access.protocol import Distribution, Estimate
-from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
+from wsm_megatron.access.source_check import check_source
+from wsm_megatron.checkpoint.reader import Ledger
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.launcher import local_rank
 from wsm_megatron.config import ExecutionOptions, MergeConfig
@@ -27,9 +28,7 @@ from wsm_megatron.execution.timing import Phases
 from wsm_megatron.execution.value_checks import wrong_main
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.output_paths import check_outputs
-from wsm_megatron.planning.sources import Source
 from wsm_megatron.storage.change_watch import ChangeWatch
-from wsm_megatron.storage.fingerprint import check_unchanged
 from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
 
 
@@ -96,7 +95,7 @@ class NodeLocal:
         with self._ranks.together("checking the sources"):
             for j, source in enumerate(job.sources):
                 ledgers = [by_source[j] for by_source, _ in of_ranks]
-                _check_source(source, _own_records(ledgers, self._ranks.rank))
+                check_source(source, [_own_records(ledgers, self._ranks.rank)])
             _compare(job, self._assignment.held, [digests for _, digests in of_ranks])
 
     def abandon(self) -> None:
@@ -137,21 +136,6 @@ def _connect(
         return open_transport(ranks)
     device = choose_device("cuda", 0, 0, 0, 0, local_rank())
     return open_transport(ranks, device.torch_device)
-
-
-def _check_source(source: Source, records: Ledger) -> None:
-    """Compare what this rank answers for: records read in parts, files that may have changed.
-
-    Raises:
-        MergeError: a record is damaged, or the checkpoint changed meanwhile.
-    """
-    reader = CheckpointReader(source.layout)
-    try:
-        reader.verify([records])
-    finally:
-        reader.close()
-    if source.fingerprint:
-        check_unchanged(source.path, source.fingerprint)
 
 
 def _own_records(ledgers: Sequence[Ledger], rank: int) -> Ledger:
