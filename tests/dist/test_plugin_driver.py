@@ -29,7 +29,8 @@ class Run:
     ) -> None:
         from tests.mcore.bed import build
         from wsm_megatron.plugin.config import WSMConfig
-        from wsm_megatron.plugin.driver import Driver, Megatron
+        from wsm_megatron.plugin.driver import Driver
+        from wsm_megatron.plugin.megatron_trainer import MegatronTrainer
 
         self.root, self.training = root, build(config)
         self.args = _arguments(root, train_iters)
@@ -56,12 +57,15 @@ class Run:
         )
         self.stand_in_checkpointing = checkpointing
         self.started_from, self.seq_lengths, self.began = 0, dict[int, int](), dict[int, int]()
-        megatron: Any = Megatron(
+        config = WSMConfig(**options)
+        self.trainer = MegatronTrainer(
             training=self.stand_in,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
             save_checkpoint=self._save,
+            args=self.args,
+            interval=config.interval,
         )
-        self.driver = Driver(megatron, self.args, WSMConfig(**options))
+        self.driver = Driver(self.trainer, config)
 
     def attach(self) -> None:
         self.driver.attach(self.training.model, self.training.optimizer, self.training.scheduler)
@@ -69,7 +73,7 @@ class Run:
     def restart(self, iteration: int) -> None:
         self.started_from = iteration
         built = (self.training.model, self.training.optimizer, self.training.scheduler)
-        with self.driver.loading():
+        with self.trainer.checkpoints.watched(self.stand_in):
             self.args.iteration, _ = self.stand_in.load_checkpoint(*built)
         self.log.clear()
         self.attach()
@@ -89,7 +93,7 @@ class Run:
         self.driver.finished(self._progress())
 
     def _progress(self) -> Any:
-        from wsm_megatron.plugin.driver import Progress
+        from wsm_megatron.plugin.trainer import Progress
 
         iteration = self.training.iteration
         return Progress(iteration=iteration, flops=0.0, scheduler=None, data_iterator=None)

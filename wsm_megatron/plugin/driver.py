@@ -1,4 +1,4 @@
-"""What the plugin does at each event of Megatron-LM's training loop."""
+"""What the plugin does at each event of the training loop."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from wsm_megatron.checkpoint.layout import is_complete
@@ -20,12 +18,11 @@ from wsm_megatron.plugin import arguments
 from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_any_rank
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.emit import emit, recover
-from wsm_megatron.plugin.evaluate import preserved_rng, record, replay, tagged_writers
-from wsm_megatron.plugin.loader import Loader
+from wsm_megatron.plugin.evaluate import preserved_rng, record, replay
 from wsm_megatron.plugin.padding import checked_slices
-from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.room import reserve_room
 from wsm_megatron.plugin.snapshots import window_size
+from wsm_megatron.plugin.trainer import Progress, Trainer
 from wsm_megatron.plugin.wsm import WSM
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Consumed
@@ -33,28 +30,8 @@ from wsm_megatron.schedule.window import Consumed
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Megatron:
-    """What the driver calls of ``megatron.training``."""
-
-    training: ModuleType
-    checkpointing: ModuleType
-    save_checkpoint: Callable[..., Any]
-    """Megatron's own, not the plugin's wrapper around it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where training is, and what Megatron's ``save_checkpoint`` wants to know about it."""
-
-    iteration: int
-    flops: Any
-    scheduler: Any
-    data_iterator: Any
-
-
 class Driver:
-    """One run with ``--wsm-merge``: between Megatron's loop and :class:`WSM`.
+    """One run with ``--wsm-merge``: between the framework's loop and :class:`WSM`.
 
     Snapshots come with saves (or every ``--wsm-merge-interval``); merges with evaluations,
     ``--wsm-merge-save-interval``, SIGUSR2 and the end of training. Every method is collective. A
@@ -63,20 +40,16 @@ class Driver:
     Raises ``UsageError`` for flags that cannot work in this run.
     """
 
-    def __init__(self, megatron: Megatron, args: Any, config: WSMConfig) -> None:
+    def __init__(self, trainer: Trainer, config: WSMConfig) -> None:
+        args = trainer.args
         arguments.check_run(args, config)
-        self._megatron, self._args, self._config = megatron, args, config
+        self._trainer, self._args, self._config = trainer, args, config
         self._root = arguments.merged_root(args, config)
         self._folder = arguments.shards_dir(args, config)
         self._every = arguments.keep_interval(args, config)
-        self._loader = Loader(megatron.checkpointing, args, config.interval)
         self._requested = self._finished = self._save_is_checked = False
         self._saving: int | None = None
         self._emitted = -1
-
-    def loading(self) -> AbstractContextManager[None]:
-        """Around the set-up of model and optimizer: watch how Megatron loads a checkpoint."""
-        return self._loader.watched(self._megatron.training)
 
     def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Model and optimizer are built and loaded: take up the window.
@@ -92,18 +65,18 @@ class Driver:
         signal.signal(signal.SIGUSR2, self._request)
         if self._root is not None:
             recover(self._root, args.iteration)
-        self._loader.attach(model, optimizer, scheduler)
+        self._trainer.checkpoints.attach(model, optimizer, scheduler)
         self._take_up()
         _say("window begins with iterations %s", [c.iteration for c in self._wsm.kept])
 
     def _take_up(self) -> None:
-        args, start = self._args, self._loader.start
+        args, checkpoints = self._args, self._trainer.checkpoints
         if not args.iteration or args.finetune or args.no_load_optim:
-            self._wsm.refill(args.iteration, start)
+            self._wsm.refill(args.iteration, checkpoints.start)
             return
-        available = self._loader.available()
+        available = checkpoints.available()
         with preserved_rng():
-            self._wsm.refill(args.iteration, start, available, self._loader.load)
+            self._wsm.refill(args.iteration, checkpoints.start, available, checkpoints.load)
 
     def close(self) -> None:
         """Finish writes under way and let go of the optimizer."""
@@ -112,9 +85,9 @@ class Driver:
     def evaluated(
         self, iteration: int, data: Any, evaluate: Callable[[str, Any, bool], Any]
     ) -> Any:
-        """Let Megatron evaluate, then the merged weights on the same batches.
+        """Let the framework evaluate, then the merged weights on the same batches.
 
-        ``evaluate(tag, data, complete)`` calls Megatron's own function: ``tag`` goes before its
+        ``evaluate(tag, data, complete)`` calls its own function: ``tag`` goes before its
         prefix, and without ``complete`` the user's non-loss functions are not called.
         """
         if not self._config.eval:
@@ -123,12 +96,7 @@ class Driver:
         result = evaluate("", recorded, True)
         if self._due(iteration):
             self._snapshot(iteration)
-        valid_samples = self._args.consumed_valid_samples
-        with (
-            self._merged("evaluation") as merge,
-            tagged_writers(self._megatron.training),
-            patched_attrs(self._args, consumed_valid_samples=valid_samples),
-        ):
+        with self._merged("evaluation") as merge, self._trainer.evaluating_merge():
             if merge is not None:
                 evaluate("wsm ", replay(recorded), False)
         return result
@@ -164,17 +132,13 @@ class Driver:
         if self._config.interval is not None and self._due(progress.iteration):
             self._snapshot(progress.iteration)
         if progress.iteration in self._wsm and self._wants_merge(progress.iteration):
-            timers = self._megatron.training.get_timers()
-            timers("interval-time").stop()
-            self._emit(progress)
-            timers("interval-time", log_level=0).start(barrier=True)
+            with self._trainer.untimed():
+                self._emit(progress)
 
     def finished(self, progress: Progress) -> None:
-        """Training is over, but for a last save that Megatron may still make."""
+        """Training is over, but for a last save that the framework may still make."""
         self._finished = True
-        args = self._args
-        last_save = args.save and args.save_interval and progress.iteration % args.save_interval
-        if not last_save:
+        if not self._trainer.saves_after_training(progress.iteration):
             self._emit_last(progress)
 
     def _warn_of_wrong_saves(self, wrong: list[str]) -> None:
@@ -237,7 +201,7 @@ class Driver:
         """Save a merged checkpoint that ends in the newest snapshot."""
         if self._root is None:
             return
-        self._megatron.training.maybe_finalize_async_save(blocking=True)
+        self._trainer.finish_saves()
         if on_any_rank(checkpoint_path(self._root, progress.iteration).exists()):
             self._requested = False
             self._say_taken(checkpoint_path(self._root, progress.iteration))
@@ -276,30 +240,25 @@ class Driver:
             )
 
     def _save(self, progress: Progress, merge: MergeCoefficients, root: Path) -> Path:
-        def save() -> None:
+        drop = self._config.optimizer_state == "drop"
+
+        def save_below(staging: Path, provenance: dict[str, Any]) -> None:
             with checked_slices(self._optimizer, put_right=True):
-                self._megatron.save_checkpoint(
-                    progress.iteration,
-                    self._model,
-                    self._optimizer,
-                    progress.scheduler,
-                    progress.flops,
-                    {},  # the cached save strategy belongs to the run
-                    train_data_iterator=progress.data_iterator,
-                    preprocess_common_state_dict_fn=(
-                        self._megatron.training.preprocess_common_state_dict
-                    ),
+                self._trainer.save_below(
+                    staging, self._model, self._optimizer, progress, provenance, drop=drop
                 )
 
+        run = Path(self._args.save) if self._args.save else None
         offline = MergeConfig(
-            load=Path(self._args.save or root),
+            load=run or root,
             save=root,
             iterations=merge.iterations,
             decay=self._config.decay,
             min_decay=self._config.min_decay,
             optimizer_state=self._config.optimizer_state,
         )
-        return emit(save, self._megatron.checkpointing, self._args, root, merge, offline)
+        resume = self._trainer.resume(progress.iteration, offline)
+        return emit(save_below, run, root, merge, offline, resume)
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -1,12 +1,10 @@
-"""A merged checkpoint, saved by Megatron itself while the merged weights are in place."""
+"""A merged checkpoint, saved by the framework while the merged weights are in place."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from wsm_megatron.checkpoint.run_directory import (
 )
 from wsm_megatron.checkpoint.staging_dir import publish
 from wsm_megatron.config import MergeConfig
-from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.planning.provenance import describe, write_provenance
 from wsm_megatron.plugin.collectives import (
     all_gather,
@@ -29,7 +26,6 @@ from wsm_megatron.plugin.collectives import (
     rank_and_size,
     together,
 )
-from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.readback import check_written
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.storage.durable import fsync_path
@@ -37,45 +33,43 @@ from wsm_megatron.storage.durable import fsync_path
 logger = logging.getLogger(__name__)
 
 _SHOWN = 40  # characters of a tracker that says something else
-_STAGING = ".wsm-emit"  # Megatron's root while a merged checkpoint is not whole
+_STAGING = ".wsm-emit"  # the framework's root while a merged checkpoint is not whole
 
 
 def emit(
-    save: Callable[[], None],
-    checkpointing: Any,
-    args: Any,
+    save_below: Callable[[Path, dict[str, Any]], None],
+    run: Path | None,
     root: Path,
     merge: MergeCoefficients,
     config: MergeConfig,
+    resume: dict[str, Any],
 ) -> Path:
     """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
 
-    Megatron saves below a hidden root, of which the finished checkpoint is moved out; ``root``'s
-    own tracker moves last.
+    The framework saves below a hidden root, of which the finished checkpoint is moved out;
+    ``root``'s own tracker moves last.
 
     Args:
-        save: calls Megatron's ``save_checkpoint`` for the newest iteration of ``merge``.
-        checkpointing: the module ``megatron.training.checkpointing``.
-        args: Megatron's arguments; some are replaced while it saves.
+        save_below: saves below a root, for the newest iteration of ``merge``, with a provenance.
+        run: the root of the run's own checkpoints.
         config: the offline merge that this one equals, for the provenance.
+        resume: how to launch from it.
 
     Raises:
-        Whatever Megatron's save raises, on the ranks where it does; ``OSError`` and ``MergeError``
-        where the checkpoint cannot be published.
+        Whatever the save raises, on the ranks where it does; ``OSError`` and ``MergeError`` where
+        the checkpoint cannot be published.
     """
     iteration = merge.iterations[-1]
     staging = root / f".iter_{iteration:07d}{_STAGING}"
     with together(f"making {root}"):
         if is_first_rank():
             root.mkdir(parents=True, exist_ok=True)
-    run = Path(args.save) if args.save else None
     sources = [_source(c.iteration, c.tokens, run) for c in merge.checkpoints]
-    provenance = describe(sources, merge, config, iteration)
-    provenance["resume"] = _resume(iteration, config, args)
+    provenance = describe(sources, merge, config, iteration) | {"resume": resume}
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
-    drop = config.optimizer_state == "drop"
     try:
-        _save_below(staging, save, checkpointing, args, provenance, drop)
+        with together(f"saving below {staging}"):
+            save_below(staging, provenance)
         check_written(written)
         files = checksums(written)
         with together(f"publishing {target}"):
@@ -87,40 +81,6 @@ def emit(
             shutil.rmtree(staging, ignore_errors=True)  # the run needs the space
         raise
     return target
-
-
-def _save_below(
-    staging: Path,
-    save: Callable[[], None],
-    checkpointing: Any,
-    args: Any,
-    provenance: dict[str, Any],
-    drop: bool,
-) -> None:
-    """Let Megatron save to ``staging``, at once and without its optimizer where ``drop``."""
-    generate = _generator(checkpointing.generate_state_dict, provenance, args)
-    with (
-        together(f"saving below {staging}"),
-        patched_attrs(checkpointing, generate_state_dict=generate),
-        patched_attrs(checkpointing.wandb_utils, on_save_checkpoint_success=lambda *_, **__: None),
-        patched_attrs(
-            args,
-            save=str(staging),
-            async_save=False,
-            save_retain_interval=None,
-            no_save_optim=args.no_save_optim or drop,
-        ),
-    ):
-        save()
-
-
-def _resume(iteration: int, config: MergeConfig, args: Any) -> dict[str, Any]:
-    """How to launch from the merge; the LR scheduler's clock is the consumed samples."""
-    steps = {"num_steps": getattr(args, "consumed_train_samples", 0)}
-    state = {"args": args, "iteration": iteration, "opt_param_scheduler": steps}
-    if args.no_save_optim:
-        config = replace(config, optimizer_state="drop")
-    return describe_resume(state, config)
 
 
 def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, Any]:
@@ -145,21 +105,6 @@ def checksums(directory: Path) -> dict[str, tuple[int, int]]:
 
 def _files(directory: Path) -> list[str]:
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-
-
-def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:
-    """``generate_state_dict`` that adds the provenance, and the run's own arguments as they are."""
-    own = {name: getattr(args, name) for name in ("save", "async_save", "save_retain_interval")}
-
-    def generate_state_dict(*positional: Any, **keywords: Any) -> dict[str, Any]:
-        state = original(*positional, **keywords)
-        state["args"] = copy.copy(state["args"])
-        for name, value in own.items():
-            setattr(state["args"], name, value)
-        state["wsm_merge"] = provenance
-        return state
-
-    return generate_state_dict
 
 
 def recover(root: Path, iteration: int) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.plugin.patched_attrs import patched_attrs
-
 
 class Recorder:
     """A data iterator that remembers what it handed out.
@@ -82,20 +80,9 @@ class _Tagged:
         return getattr(self._writer, name)
 
 
-@contextmanager
-def tagged_writers(training: Any) -> Iterator[None]:
-    """Within it, ``megatron.training.training`` gets writers that put ``wsm`` before every name."""
-
-    def tagged(original: Any) -> Any:
-        def get_writer() -> Any:
-            writer = original()
-            return _Tagged(writer) if writer else writer
-
-        return get_writer
-
-    names = ("get_tensorboard_writer", "get_wandb_writer")
-    with patched_attrs(training, **{name: tagged(getattr(training, name)) for name in names}):
-        yield
+def tagged(writer: Any) -> Any:
+    """The writer, or none, that puts ``wsm`` before every name."""
+    return _Tagged(writer) if writer else writer
 
 
 @contextmanager

@@ -13,7 +13,10 @@ from types import ModuleType
 from typing import Any
 
 from wsm_megatron.plugin.arguments import add_arguments, config_from_args
-from wsm_megatron.plugin.driver import Driver, Megatron, Progress
+from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.plugin.driver import Driver
+from wsm_megatron.plugin.megatron_trainer import MegatronTrainer
+from wsm_megatron.plugin.trainer import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -80,33 +83,38 @@ def _add_megatron_arguments(parser: Any) -> Any:
 
 def _setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
     _set_driver(None)
-    driver = _driver_of_run()
+    config = _config_of_run()
     build = _originals["training", "setup_model_and_optimizer"]
-    if driver is None:
+    if config is None:
         return build(*args, **kwargs)
-    with driver.loading():
+    trainer = _trainer(config)
+    driver = Driver(trainer, config)
+    with trainer.checkpoints.watched(_module("training")):
         built = build(*args, **kwargs)
     driver.attach(*built)
     _set_driver(driver)
     return built
 
 
-def _driver_of_run() -> Driver | None:
-    """None without ``--wsm-merge``. Raises ``UsageError`` for flags that cannot work."""
-    training = _module("training")
-    run = training.get_args()
+def _config_of_run() -> WSMConfig | None:
+    """None without ``--wsm-merge``. Raises ``UsageError`` for flags that contradict each other."""
+    run = _module("training").get_args()
     config = config_from_args(run)
-    if config is None:
-        return None
-    if run.skip_train:
+    if config is not None and run.skip_train:
         logger.warning("--wsm-merge has no effect with --skip-train")
         return None
-    megatron = Megatron(
+    return config
+
+
+def _trainer(config: WSMConfig) -> MegatronTrainer:
+    training = _module("training")
+    return MegatronTrainer(
         training=training,
         checkpointing=_module("checkpointing"),
         save_checkpoint=_originals["training", "save_checkpoint"],
+        args=training.get_args(),
+        interval=config.interval,
     )
-    return Driver(megatron, run, config)
 
 
 def _save_checkpoint(

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.plugin.evaluate import record, replay, tagged_writers
+from wsm_megatron.plugin.evaluate import record, replay
+from wsm_megatron.plugin.megatron_trainer import MegatronTrainer
 
 
 def batches(number: int) -> Any:
@@ -52,7 +53,7 @@ def test_writers_say_wsm_within_and_not_after() -> None:
     training = SimpleNamespace(
         get_tensorboard_writer=lambda: writer, get_wandb_writer=lambda: writer
     )
-    with tagged_writers(training):
+    with _trainer(training).evaluating_merge():
         training.get_tensorboard_writer().add_scalar("lm loss validation", 2.0, 8)
         training.get_wandb_writer().log({"lm loss validation": 2.0}, 8)
     assert written == [("wsm lm loss validation", 2.0, 8), ({"wsm lm loss validation": 2.0}, 8)]
@@ -61,5 +62,23 @@ def test_writers_say_wsm_within_and_not_after() -> None:
 
 def test_no_writer_stays_no_writer() -> None:
     training = SimpleNamespace(get_tensorboard_writer=lambda: None, get_wandb_writer=lambda: None)
-    with tagged_writers(training):
+    with _trainer(training).evaluating_merge():
         assert training.get_tensorboard_writer() is None
+
+
+def test_samples_of_merged_weights_are_not_counted() -> None:
+    training = SimpleNamespace(get_tensorboard_writer=lambda: None, get_wandb_writer=lambda: None)
+    trainer = _trainer(training)
+    with trainer.evaluating_merge():
+        trainer.args.consumed_valid_samples += 8
+    assert trainer.args.consumed_valid_samples == 16
+
+
+def _trainer(training: Any) -> MegatronTrainer:
+    return MegatronTrainer(
+        training=training,
+        checkpointing=SimpleNamespace(),  # type: ignore[arg-type]
+        save_checkpoint=lambda: None,
+        args=SimpleNamespace(consumed_valid_samples=16),
+        interval=None,
+    )
