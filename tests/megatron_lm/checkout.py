@@ -87,9 +87,23 @@ def pretrain(
     env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run ``pretrain_gpt.py`` on gloo ranks to its end; with ``plugin`` through the launcher."""
+    script = ["-m", "wsm_megatron.launch"] if plugin else []
+    script += [str(megatron / "pretrain_gpt.py"), *MODEL, *flags.split()]
+    return launch(megatron, script, nproc=nproc, timeout=timeout, env=env)
+
+
+def launch(
+    megatron: Path,
+    script: list[str],
+    *,
+    nproc: int = 2,
+    timeout: float = 600,
+    env: dict[str, str] | None = None,
+) -> Outcome:
+    """Run a script with its arguments on gloo ranks to its end."""
     with tempfile.TemporaryFile("w+") as log:
         token = secrets.token_hex(8)
-        process = _start(megatron, flags, plugin, nproc, (env or {}) | {"LAUNCH_TOKEN": token}, log)
+        process = _start(megatron, script, nproc, (env or {}) | {"LAUNCH_TOKEN": token}, log)
         try:
             process.wait(timeout)
         finally:
@@ -100,12 +114,12 @@ def pretrain(
 
 
 def _start(
-    megatron: Path, flags: str, plugin: bool, nproc: int, env: dict[str, str], log: IO[str]
+    megatron: Path, script: list[str], nproc: int, env: dict[str, str], log: IO[str]
 ) -> subprocess.Popen[str]:
-    script = ["-m", "wsm_megatron.launch"] if plugin else []
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-    command += ["--master-port", str(_free_port()), *script, str(megatron / "pretrain_gpt.py")]
-    paths = [SITE, REPOSITORY, megatron, os.environ.get("PYTHONPATH", "")]
+    command += ["--master-port", str(_free_port()), *script]
+    found = env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    paths = [SITE, REPOSITORY, megatron, found]
     environment = (
         os.environ
         | env
@@ -119,7 +133,7 @@ def _start(
         }
     )
     return subprocess.Popen(
-        [*command, *MODEL, *flags.split()],
+        command,
         env=environment,
         cwd=megatron,
         stdin=subprocess.DEVNULL,

@@ -94,7 +94,7 @@ class Driver:
             return evaluate("", data, True)
         recorded = record(data)
         result = evaluate("", recorded, True)
-        if self._due(iteration):
+        if self.is_due(iteration):
             self._snapshot(iteration)
         with self._merged("evaluation") as merge, self._trainer.evaluating_merge():
             if merge is not None:
@@ -116,20 +116,28 @@ class Driver:
                 self._warn_of_wrong_saves(wrong)
         finally:
             self._saving = None
-        if self._config.interval is None and self._due(progress.iteration):
+        self.saved(progress)
+
+    def saved(self, progress: Progress) -> None:
+        """After a persistent save in its turn, the weights being as it saved them."""
+        if self._config.interval is None and self.is_due(progress.iteration):
             self._snapshot(progress.iteration)
         if self._finished:
             self._emit_last(progress)
+
+    def confirm(self, iteration: int) -> None:
+        """The asynchronous save of an iteration is durable."""
+        self._wsm.confirm(iteration)
 
     def scheduled(self, request: Any) -> None:
         """Megatron schedules an asynchronous save: the snapshot counts once that is durable."""
         if self._saving is not None:
             iteration = self._saving
-            request.add_finalize_fn(lambda: self._wsm.confirm(iteration))
+            request.add_finalize_fn(lambda: self.confirm(iteration))
 
     def stepped(self, progress: Progress) -> None:
         """After every iteration, its evaluation and its saves."""
-        if self._config.interval is not None and self._due(progress.iteration):
+        if self._config.interval is not None and self.is_due(progress.iteration):
             self._snapshot(progress.iteration)
         if progress.iteration in self._wsm and self._wants_merge(progress.iteration):
             with self._trainer.untimed():
@@ -153,7 +161,8 @@ class Driver:
                 *(len(names), names[0]),
             )
 
-    def _due(self, iteration: int) -> bool:
+    def is_due(self, iteration: int) -> bool:
+        """Whether a snapshot is to be taken at an iteration."""
         assert self._every is not None, "check_run refuses runs without snapshots"
         return iteration % self._every == 0 and iteration >= self._config.start_iter
 

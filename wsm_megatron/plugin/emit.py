@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,9 @@ def emit(
     try:
         with together(f"saving below {staging}"):
             save_below(staging, provenance)
+        with together(f"tidying {written}"):
+            if is_first_rank():
+                _remove_empty_folders(written)
         check_written(written)
         files = checksums(written)
         with together(f"publishing {target}"):
@@ -101,6 +105,14 @@ def checksums(directory: Path) -> dict[str, tuple[int, int]]:
     with together(f"reading {directory} back"):
         mine = {name: size_and_crc(directory / name) for name in names[rank::size]}
     return {name: found for part in all_gather(mine) for name, found in part.items()}
+
+
+def _remove_empty_folders(directory: Path) -> None:
+    """Megatron-Bridge leaves one for the files of a tokenizer that has none; no file of a merge
+    accounts for it."""
+    for folder, _, _ in os.walk(directory, topdown=False):
+        if not os.listdir(folder):
+            os.rmdir(folder)
 
 
 def _files(directory: Path) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.plugin.evaluate import tagged
-from wsm_megatron.plugin.loader import Loader
+from wsm_megatron.plugin.megatron_loader import MegatronLoader
 from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.trainer import Progress
 
@@ -43,7 +43,7 @@ class MegatronTrainer:
         self._training, self._checkpointing = training, checkpointing
         self._save_checkpoint = save_checkpoint
         self.args = args
-        self.checkpoints = Loader(checkpointing, args, interval)
+        self.checkpoints = MegatronLoader(checkpointing, args, interval)
 
     def saves_after_training(self, iteration: int) -> bool:
         every = self.args.save_interval
