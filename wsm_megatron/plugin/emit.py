@@ -76,7 +76,7 @@ def emit(
     drop = config.optimizer_state == "drop"
     try:
         _save_below(staging, save, checkpointing, args, provenance, drop)
-        check_written(written)
+        check_written(written, vars(args))
         files = checksums(written)
         with together(f"publishing {target}"):
             if is_first_rank():

@@ -145,8 +145,6 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({"ckpt_format": "fsdp_dtensor"}, {}, "needs --ckpt-format torch_dist"),
         ({"use_megatron_fsdp": True}, {}, r"use-megatron-fsdp.*wsm merge --load"),
         ({"use_torch_fsdp2": True}, {}, r"use-torch-fsdp2.*wsm merge --load"),
-        ({"use_precision_aware_optimizer": True}, {}, "remove --use-precision-aware-optimizer"),
-        ({"optimizer": "dist_muon"}, {}, "--optimizer dist_muon"),
         ({"save": None}, {}, "would take no snapshot"),
         ({"save": None}, {"interval": 10}, "the merge would go nowhere"),
         (
