@@ -211,18 +211,14 @@ class FusedAdam(torch.optim.Optimizer):
 
 def install() -> None:
     """Put it where Megatron's optimizers look for it, and nowhere else."""
+    name = "transformer_engine.pytorch.optimizers"
+    module: Any = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.FusedAdam = FusedAdam
+    sys.modules[name] = module  # its parents are not there: no other import finds anything
     from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer, optimizer_config
+    from megatron.core.optimizer import optimizer_config
 
-    modules = ["transformer_engine", "transformer_engine.pytorch"]
-    modules.append("transformer_engine.pytorch.optimizers")
-    for name in modules:
-        module: Any = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.FusedAdam = FusedAdam
-        sys.modules[name] = module
-    for user in (optimizer, distrib_optimizer):
-        user.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
     for user in (optimizer, optimizer_config):
         user.is_te_min_version = lambda *args, **options: True
