@@ -14,11 +14,13 @@ Everything else in Megatron believes, as before, that there is no Transformer En
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import sys
 import types
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 _NAMES = ("exp_avg", "exp_avg_sq", "master_param")
 _LARGEST = {torch.float16: torch.finfo(torch.float16).max / 2, torch.uint8: 448.0}
@@ -91,7 +93,7 @@ class FusedAdam(torch.optim.Optimizer):
         if dtype == torch.uint8:
             from tests.megatron_lm.standins.fp8_tensor import Float8Tensor
 
-            state = Float8Tensor.empty(param.shape, torch.float32, rows=None)
+            state = Float8Tensor.empty(param.shape, torch.float32)
         self.state[param][name] = state
         if self.name_to_dtype_map[name] != torch.float32:
             self._scales.setdefault(param, {})[name] = torch.ones(1)
@@ -221,4 +223,9 @@ def install() -> None:
 
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
     for user in (optimizer, optimizer_config):
-        user.is_te_min_version = lambda *args, **options: True
+        user.is_te_min_version = _is_min_version
+
+
+def _is_min_version(version: str, **_: Any) -> bool:
+    """Before 2.1, main params are kept whole."""
+    return Version(os.environ.get("TE_VERSION", "2.9")) >= Version(version)
