@@ -1,4 +1,4 @@
-"""Stands in for ``transformer_engine.pytorch.optimizers.FusedAdam`` (the precision-aware optimizer).
+"""Stands in for Transformer Engine's ``FusedAdam``, which is the precision-aware optimizer.
 
 Kept of the real one: its options, which state it makes and of which dtype, that it steps on the
 decoupled gradient, writes the model weights itself, and keeps main params as float32, as float16
@@ -219,9 +219,10 @@ def install() -> None:
     module.FusedAdam = FusedAdam
     sys.modules[name] = module  # its parents are not there: no other import finds anything
     from megatron.core import optimizer
-    from megatron.core.optimizer import optimizer_config
+    from megatron.core.optimizer import distrib_optimizer, optimizer_config
 
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
     for user in (optimizer, optimizer_config):
         user.is_te_min_version = _is_min_version
 
