@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "masters": ("fused_adam", AWARE | {"store_param_remainders": False}),
     "fp16-masters": ("fused_adam", AWARE | {"main_params_dtype": torch.float16}),
     "small-moments": (
-        "fused_adam,fp8_tensor",
+        "fused_adam",
         AWARE | {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.bfloat16},
     ),
     "offloaded": (

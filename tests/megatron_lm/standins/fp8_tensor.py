@@ -166,6 +166,7 @@ def _place(tensor: Float8Tensor, storage: torch.Tensor) -> None:
 def install() -> None:
     """Put them where Megatron asks for Transformer Engine's."""
     from megatron.core import fp8_utils
+    from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import module
 
@@ -174,8 +175,9 @@ def install() -> None:
     fp8_utils._modify_underlying_storage_impl = _place
     fp8_utils._quantize_param_shard_impl = cast_master_weights
     fp8_utils._correct_amax_history_if_needed_impl = lambda model: None
-    for user in _users_of(fp8_utils):
+    for user in (fp8_utils, distributed_data_parallel, param_and_grad_buffer):
         user.post_all_gather_processing = transpose
+    param_and_grad_buffer.dist_all_gather_func = _gather_bytes
     wrap = module.Float16Module.__init__
 
     def wrapped(self: Any, config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -199,7 +201,7 @@ def _quantise_weight(layer: Any) -> None:
     layer.weight = new
 
 
-def _users_of(fp8_utils: Any) -> list[Any]:
-    from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer
-
-    return [fp8_utils, distributed_data_parallel, param_and_grad_buffer]
+def _gather_bytes(output: torch.Tensor, own: torch.Tensor, **options: Any) -> Any:
+    """Gloo takes a group of gathers for one dtype, which the buffers of codes and bf16 are not."""
+    gather = dist.all_gather_into_tensor
+    return gather(output.view(torch.uint8), own.view(torch.uint8), **options)
