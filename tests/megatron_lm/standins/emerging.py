@@ -1,6 +1,7 @@
-"""Emerging-Optimizers itself (Muon and its kin), from a checkout in ``EMERGING_OPTIMIZERS_DIR``.
+"""Emerging-Optimizers itself (Muon and its kin), from a checkout (v0.4.0) in
+``EMERGING_OPTIMIZERS_DIR``.
 
-Nothing of it is replaced. It is written for Python 3.12: before that, type parameters of functions
+Nothing of it is replaced but ``absl.logging``, by Python's own. It is written for Python 3.12: before that, type parameters of functions
 are read past, and annotations are not evaluated.
 """
 
@@ -9,9 +10,11 @@ import __future__ as future
 
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import re
 import sys
+import types
 from typing import Any
 
 _PACKAGE = "emerging_optimizers"
@@ -44,6 +47,9 @@ class _Finder:
 
 def install() -> None:
     """Before Megatron's optimizers are imported, which look for it."""
+    absl: Any = types.ModuleType("absl")
+    absl.logging = logging
+    sys.modules.setdefault("absl", absl)
     sys.path.append(os.environ["EMERGING_OPTIMIZERS_DIR"])
     if sys.version_info < (3, 12):
         sys.meta_path.insert(0, _Finder())
