@@ -1,8 +1,8 @@
-"""Emerging-Optimizers itself (Muon and its kin), from a checkout (v0.4.0) in
-``EMERGING_OPTIMIZERS_DIR``.
+"""Emerging-Optimizers itself (Muon and its kin), from a checkout in ``EMERGING_OPTIMIZERS_DIR``
+(v0.4.0 fits main of August 2026).
 
-Nothing of it is replaced but ``absl.logging``, by Python's own. It is written for Python 3.12: before that, type parameters of functions
-are read past, and annotations are not evaluated.
+Nothing of it is replaced but ``absl.logging``, by Python's own. It is written for Python 3.12:
+before that, type parameters are read past, and annotations are not evaluated.
 """
 
 from __future__ import annotations
