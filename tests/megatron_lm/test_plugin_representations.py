@@ -25,10 +25,10 @@ AWARE = f"{SHARDED} --use-precision-aware-optimizer"
 OFFLOAD = f"{AWARE} --optimizer-cpu-offload --optimizer-offload-fraction 0.5"
 FP8 = f"{SHARDED} --fp8-format e4m3 --fp8-recipe blockwise --fp8-param-gather"
 MUON = "EMERGING_OPTIMIZERS_DIR"
-MERGE = "--wsm-merge-optimizer-state merge"
+STEPS = f"{STEPS} --min-lr 0"  # which a constant schedule ignores
 LR_0 = (
     "--train-iters 9 --save-interval 1 --eval-iters 0 --override-opt-param-scheduler "
-    "--lr-decay-style linear --lr-decay-iters 1 --lr-warmup-iters 0 --lr 1e-3 --min-lr 0"
+    "--lr-decay-style linear --lr-decay-iters 1 --lr-warmup-iters 0"
 )
 
 
@@ -134,9 +134,9 @@ def test_merges_are_exact_and_the_run_is_unchanged(
     megatron: Path, tmp_path: Path, kind: Kind
 ) -> None:
     run = tmp_path / "run"
-    flags = f"{TRAIN} --save {run} {WSM} --wsm-merge-optimizer-state {kind.state}"
+    flags = f"{STEPS} --save {run} {WSM} --wsm-merge-optimizer-state {kind.state}"
     merged = launch(megatron, kind, flags, plugin=True)
-    plain = launch(megatron, kind, f"{TRAIN} --save {tmp_path / 'plain'}", plugin=False)
+    plain = launch(megatron, kind, f"{STEPS} --save {tmp_path / 'plain'}", plugin=False)
     assert len(plain.losses) == 8 + 4 and merged.losses == plain.losses
     assert_same(run / "iter_0000008", tmp_path / "plain" / "iter_0000008")
     assert sorted(p.name for p in (run / "wsm").glob("*iter_0*")) == [
@@ -150,7 +150,7 @@ def test_merges_are_exact_and_the_run_is_unchanged(
         assert_is_offline_merge(run, tmp_path / "offline", kind)
     if kind.loads == "any" or (kind.loads == "main" and _is_main(megatron)):
         load = f"--load {run / 'wsm'} --save {tmp_path / 'after'}"
-        launch(megatron, kind, f"{TRAIN} {load} {LR_0}", plugin=False)
+        launch(megatron, kind, f"{STEPS} {load} {LR_0}", plugin=False)
         assert_same_weights(run / "wsm" / "iter_0000008", tmp_path / "after" / "iter_0000009", kind)
 
 
