@@ -25,7 +25,7 @@ AWARE = f"{SHARDED} --use-precision-aware-optimizer"
 OFFLOAD = f"{AWARE} --optimizer-cpu-offload --optimizer-offload-fraction 0.5"
 FP8 = f"{SHARDED} --fp8-format e4m3 --fp8-recipe blockwise --fp8-param-gather"
 MUON = "EMERGING_OPTIMIZERS_DIR"
-STEPS = f"{STEPS} --min-lr 0"  # which a constant schedule ignores
+STEPS = f"{TRAIN} --min-lr 0"  # which a constant schedule ignores
 LR_0 = (
     "--train-iters 9 --save-interval 1 --eval-iters 0 --override-opt-param-scheduler "
     "--lr-decay-style linear --lr-decay-iters 1 --lr-warmup-iters 0"
