@@ -1,8 +1,8 @@
 """The launch of WSM's own authors (Ling-V2, ``examples/pretrain/run_pretrain_4k.sh``), scaled down,
 with ``--wsm-merge`` in place of its cosine decay.
 
-Every flag of theirs is here: as published, or in ``SCALED``, or in ``REPLACED`` and ``LEFT_OUT`` with
-the reason. Their Megatron is core 0.13 with patches of their own.
+Every flag of theirs is here: as published, or in ``SCALED``, or in ``REPLACED`` and ``LEFT_OUT``
+with the reason. Their Megatron is core 0.13 with patches of their own.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ REPLACED = {
 LEFT_OUT = {
     "--moe-enable-deepep": "DeepEP needs CUDA",
     "--moe-grouped-gemm": "the grouped GEMM needs CUDA: experts are sequential",
-    "--bias-zero-mean-update": "no flag of upstream's: their patch shifts expert_bias to mean zero",
+    "--bias-zero-mean-update": "no flag of upstream's: their patch, of expert_bias",
     "--use-flash-attn": "FlashAttention needs CUDA",
     "--no-create-attention-mask-in-dataloader": "local attention wants the mask",
     "--recompute-granularity": "local layers on the CPU are not recomputed: RNG states are CUDA's",

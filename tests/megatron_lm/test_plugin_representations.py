@@ -16,7 +16,7 @@ import torch
 from tests.megatron_lm.checkout import Outcome, pretrain
 from tests.megatron_lm.test_plugin_matrix import FULLY, SHARDED, TRAIN, UNTIED, WSM
 from tests.reference import load_tensors, rebuilt, rounded, same_bits, split, weighted_sum64
-from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron import MergeConfig, merge
 from wsm_megatron.checkpoint.keys import Role, main_of, state_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.schedule.decay import coefficients
@@ -145,7 +145,6 @@ def test_merges_are_exact_and_the_run_is_unchanged(
     ]
     assert_is_merge(run, (2, 4), kind)
     assert_is_merge(run, (4, 6, 8), kind)
-    verify(run / "wsm" / "iter_0000008", allow_nonfinite=True)
     if kind.offline:
         assert_is_offline_merge(run, tmp_path / "offline", kind)
     if kind.loads == "any" or (kind.loads == "main" and _is_main(megatron)):

@@ -1,7 +1,7 @@
 """Emerging-Optimizers itself (Muon and its kin), from a checkout in ``EMERGING_OPTIMIZERS_DIR``
 (v0.4.0 fits main of August 2026).
 
-Nothing of it is replaced but ``absl.logging``, by Python's own. It is written for Python 3.12:
+Nothing of it is replaced but ``absl.logging``, by silence. It is written for Python 3.12:
 before that, type parameters are read past, and annotations are not evaluated.
 """
 
@@ -10,7 +10,6 @@ import __future__ as future
 
 import importlib.machinery
 import importlib.util
-import logging
 import os
 import re
 import sys
@@ -45,10 +44,15 @@ class _Finder:
         )
 
 
+class _Quiet:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
 def install() -> None:
     """Before Megatron's optimizers are imported, which look for it."""
     absl: Any = types.ModuleType("absl")
-    absl.logging = logging
+    absl.logging = _Quiet()
     sys.modules.setdefault("absl", absl)
     sys.path.append(os.environ["EMERGING_OPTIMIZERS_DIR"])
     if sys.version_info < (3, 12):
