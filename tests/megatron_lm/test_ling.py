@@ -74,11 +74,11 @@ SCALED = {
 }
 REPLACED = {
     "--lr-decay-style": ("constant", "WSM takes the place of the decay"),
-    "--optimizer": ("adam", "no choice of upstream's: standins/adam8bit.py is what 'adam' builds"),
+    "--optimizer": ("adam", "no choice of upstream's; standins/adam8bit.py is what adam builds"),
     "--transformer-impl": ("local", "Transformer Engine needs CUDA"),
     "--moe-token-dispatcher-type": ("allgather", "DeepEP, and all-to-all's sorting, need CUDA"),
     "--tokenizer-type": ("NullTokenizer", "of their patched Megatron"),
-    "--min-lr": ("0", "ignored by a constant schedule; the step with LR 0 needs it"),
+    "--min-lr": ("0", "a constant schedule ignores it"),
 }
 LEFT_OUT = {
     "--moe-enable-deepep": "DeepEP needs CUDA",
@@ -86,7 +86,7 @@ LEFT_OUT = {
     "--bias-zero-mean-update": "no flag of upstream's: their patch, of expert_bias",
     "--use-flash-attn": "FlashAttention needs CUDA",
     "--no-create-attention-mask-in-dataloader": "local attention wants the mask",
-    "--recompute-granularity": "local layers on the CPU are not recomputed: RNG states are CUDA's",
+    "--recompute-granularity": "recomputing restores CUDA's RNG states",
     "--recompute-modules": "with the line above",
     "--data-path": "mock data",
     "--tokenizer-model": "mock data",
@@ -95,7 +95,7 @@ LEFT_OUT = {
     "--finetune": "with the line above",
     "--save": "the test's own",
 }
-"""``--fp8-param-gather --fp8-recipe blockwise --fp8-format e4m3`` stay: ``standins/fp8_tensor.py``."""
+"""``--fp8-param-gather --fp8-recipe blockwise`` stay: ``standins/fp8_tensor.py`` answers them."""
 KIND = Kind("", "fp8_tensor,adam8bit", weights="quantised")
 WSM = "--wsm-merge --wsm-merge-num 3 --wsm-merge-decay 1-sqrt --wsm-merge-save-interval 4"
 

@@ -109,7 +109,11 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, megatron: Path) -> Kind:
     """One of them, where this checkout has it."""
-    found = KINDS[request.param]
+    return _kind(request.param, megatron)
+
+
+def _kind(name: str, megatron: Path) -> Kind:
+    found = KINDS[name]
     if found.standins == "emerging":
         if MUON not in os.environ:
             pytest.skip(f"{MUON} is not set")
@@ -151,6 +155,32 @@ def test_merges_are_exact_and_the_run_is_unchanged(
         load = f"--load {run / 'wsm'} --save {tmp_path / 'after'}"
         launch(megatron, kind, f"{STEPS} {load} {LR_0}", plugin=False)
         assert_same_weights(run / "wsm" / "iter_0000008", tmp_path / "after" / "iter_0000009", kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [
+        ("masters", "memory"),
+        ("remainders-flat", "disk"),
+        ("offloaded", "disk"),
+        ("fp8-weights", "memory"),
+        ("muon-layer-wise", "memory"),
+    ],
+)
+def test_the_window_goes_on_after_a_restart(
+    megatron: Path, tmp_path: Path, name: str, store: str
+) -> None:
+    """Refilled by Megatron's own loads, or found on disk to be what was loaded."""
+    kind, run = _kind(name, megatron), tmp_path / "run"
+    if kind.loads == "main" and not _is_main(megatron):
+        pytest.skip("this Megatron-LM does not load its own checkpoints of it")
+    state = f"--wsm-merge-optimizer-state {kind.state} --wsm-merge-store {store}"
+    flags = f"{STEPS} --save {run} --load {run} {WSM} {state}"
+    launch(megatron, kind, f"{flags} --exit-interval 4", plugin=True)
+    again = launch(megatron, kind, flags, plugin=True)
+    assert "window begins with iterations [2, 4]" in again.log
+    assert "is not what was loaded" not in again.log and "are not those of" not in again.log
+    assert_is_merge(run, (4, 6, 8), kind)
 
 
 def assert_same(left: Path, right: Path) -> None:

@@ -166,6 +166,21 @@ def test_runs_that_cannot_work_are_refused(
         check_run(run_args(**changes), WSMConfig(**{"num": 4} | options))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_precision_aware_optimizer": True, "main_params_dtype": "fp16"},
+        {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True},
+        {"fp8_param_gather": True, "fp8_recipe": "mxfp8"},
+        {"fp4_param_gather": True},
+        {"optimizer": "dist_muon"},
+        {"optimizer": "sgd"},
+    ],
+)
+def test_every_optimizer_of_the_torch_dist_format_may_run(changes: dict[str, Any]) -> None:
+    check_run(run_args(**changes), WSMConfig(num=4))
+
+
 def test_a_schedule_that_stays_stable_is_fine() -> None:
     stable = {"lr_decay_style": "WSD", "lr_decay_iters": 200, "lr_wsd_decay_iters": 100}
     check_run(run_args(**stable), WSMConfig(num=4))
