@@ -82,7 +82,12 @@ KINDS = {
     "masters-fp16": Kind(
         f"{AWARE} {FULLY} --main-params-dtype fp16", "fused_adam", mains="near", offline=False
     ),
-    "offloaded": Kind(f"{OFFLOAD} {FULLY}", "fused_adam,host_memory", state="merge"),
+    "offloaded": Kind(
+        f"{OFFLOAD} {FULLY}",
+        "fused_adam,host_memory",
+        state="merge",
+        offline=False,  # the common state names the optimizer's class: here the stand-in's
+    ),
     "inert": Kind(
         f"{FP8} {FULLY} --use-precision-aware-optimizer --exp-avg-dtype fp8",
         "fused_adam,fp8_tensor",
@@ -262,7 +267,7 @@ def assert_same_weights(before: Path, after: Path, kind: Kind) -> None:
     for key, tensor in one.items():
         if entries[key].role in (Role.MODEL, Role.MAIN):
             if kind.mains == "near":  # and the weights are rounded from what was kept
-                assert (tensor - other[key]).abs().max() <= tensor.abs().max() * 2**-8, key
+                assert (tensor - other[key]).abs().max() <= tensor.abs().max() * 2**-7, key
             else:
                 _assert_same(other[key], tensor, key)
     assert any(state_of(key) or ".bucket_idx_" in key for key in one)

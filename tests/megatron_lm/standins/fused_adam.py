@@ -31,8 +31,6 @@ _LARGEST = {torch.float16: torch.finfo(torch.float16).max / 2, torch.uint8: 448.
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with state of any dtype."""
 
-    __module__ = "transformer_engine.pytorch.optimizers"  # where a checkpoint says that it is
-
     def __init__(
         self,
         params: Any,
