@@ -60,12 +60,14 @@ class MainParam:
         weights = self.param.detach()
         weights = (weights.float() if is_quantised(weights) else weights).view(-1)
         own = weights.narrow(0, self.offset, self.stepped.numel())
-        return bool(self.kind.differ(self.value.read(), own))
+        return bool(self.kind.differ(self.value.read().to(own.device), own))
 
     @property
     def has_state(self) -> bool:
-        """Whether its moments are there; most optimizers make them in their first step."""
-        return bool(self.steps.state.get(self.stepped))
+        """Whether its moments are there; most optimizers make them in their first step, SGD without
+        momentum never."""
+        stateless = self.steps.defaults.get("momentum") == 0
+        return stateless or bool(self.steps.state.get(self.stepped))
 
     def moments(self) -> dict[str, Value]:
         """Floating optimizer state of its shape, by name; none where a state is kept in integer

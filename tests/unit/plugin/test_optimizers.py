@@ -23,11 +23,12 @@ def main_param(
     weights: torch.Tensor | None = None,
     value: Value | None = None,
     kind: Representation = ROUNDED,
+    **options: Any,
 ) -> MainParam:
     """Of ones, by an optimizer with this state."""
     main = torch.ones(SHAPE)
     param: Any = torch.ones(SHAPE, dtype=torch.bfloat16) if weights is None else weights
-    steps: Any = SimpleNamespace(state={main: state} if state else {})
+    steps: Any = SimpleNamespace(state={main: state} if state else {}, defaults=options)
     value = Plain(lambda: main) if value is None else value
     return MainParam(param=param, value=value, stepped=main, steps=steps, kind=kind)
 
@@ -65,6 +66,7 @@ def test_moments_are_floating_state_of_the_params_shape(
 
 def test_before_the_first_step_there_are_none() -> None:
     assert not main_param().has_state and main_param().moments() == {}
+    assert not main_param(momentum=0.9).has_state and main_param(momentum=0).has_state
 
 
 def test_a_rounded_main_param_is_compared_bit_by_bit() -> None:
