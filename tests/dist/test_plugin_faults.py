@@ -82,9 +82,9 @@ def _disk_full(wsm: Any, training: Any) -> None:
 
 def _nan(wsm: Any, training: Any) -> None:
     """Only rank 0 has one, while it is copied."""
-    from wsm_megatron.plugin.shards import main_params, parts
+    from wsm_megatron.plugin.optimizers import parts
 
-    _, main = next(main_params(parts(training.optimizer)[0]))
+    main = next(parts(training.optimizer)[0].main_params()).stepped
     saved = main.detach().clone()
     if dist.get_rank() == 0:
         main.data[0] = float("nan")

@@ -71,15 +71,13 @@ def _merge_one(root: Path, name: str, config: GPTConfig) -> dict[str, Any]:
 
 def _weights_follow_mains(training: Any) -> bool:
     """Whether every model weight is its main param, rounded."""
-    from wsm_megatron.plugin.shards import is_distributed, main_params, parts
+    from wsm_megatron.plugin.optimizers import parts
 
     for part in parts(training.optimizer):
-        for param, main in main_params(part):
-            start = (
-                part._get_model_param_range_map(param)["param"].start if is_distributed(part) else 0
-            )
-            own = param.detach().view(-1)[start : start + main.numel()]
-            if not same_bits(own, main.detach().view(-1).to(param.dtype)):
+        for main in part.main_params():
+            value = main.stepped.detach().view(-1)
+            own = main.param.detach().view(-1)[main.offset : main.offset + value.numel()]
+            if not same_bits(own, value.to(own.dtype)):
                 return False
     return True
 

@@ -7,6 +7,7 @@ import torch
 
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.store import MemoryStore
+from wsm_megatron.plugin.values import Plain
 from wsm_megatron.schedule.window import Consumed
 
 pytestmark = [
@@ -18,7 +19,7 @@ pytestmark = [
 def shard(name: str, tensor: torch.Tensor, is_buffer: bool = False) -> Shard:
     return Shard(
         name=name,
-        live=lambda: tensor,
+        value=Plain(lambda: tensor),
         device=tensor.device,
         numel=tensor.numel(),
         start=0,

@@ -36,6 +36,13 @@ _KNOWN_FORMATS = {
     "fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "fp4_recipe": ("nvfp4",),
 }
+PRECISION_ARGS = (
+    *_QUANTISED,
+    *_KNOWN_FORMATS,
+    "use_precision_aware_optimizer",
+    "main_params_dtype",
+)
+"""What is looked at of Megatron's arguments."""
 _BF16 = 2.0**-6
 """Roundings to bfloat16 before and after quantising, each of 2^-8 of a value, and some more."""
 _BOUNDS = {
@@ -44,7 +51,7 @@ _BOUNDS = {
     "fp8": (2.0**-4 + _BF16, 2.0**-12),
     "fp4": (2.0**-2 + _BF16, 2.0**-4),
 }
-_FP16_MAINS = Bounded("--main-params-dtype fp16", 2.0**-8 + 2.0**-10, 2.0**-20)
+FP16_MAINS = Bounded("--main-params-dtype fp16", 2.0**-8 + 2.0**-10, 2.0**-20)
 """The model is rounded from a float32 value, and so is the float16 main param, scaled."""
 _NO_WEIGHT = 2**8
 """Larger than any weight that is trained; nearly every remainder is."""
@@ -133,7 +140,7 @@ def kinds_of(
     aware = args.get("use_precision_aware_optimizer")
     usual: Representation = quantised_as(args) or ROUNDED
     if usual is ROUNDED and aware and args.get("main_params_dtype") is torch.float16:
-        usual = _FP16_MAINS
+        usual = FP16_MAINS
     if aware is False:
         return Kinds(usual)
     keys = [key for key, entry in layout.tensors.items() if _may_be_remainders(layout, entry)]

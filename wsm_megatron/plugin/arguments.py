@@ -24,12 +24,6 @@ from wsm_megatron.plugin.config import WSMConfig
 logger = logging.getLogger(__name__)
 
 _MERGED_OFFLINE = {"use_megatron_fsdp": "Megatron FSDP", "use_torch_fsdp2": "torch FSDP2"}
-_UNSUPPORTED = {
-    "use_precision_aware_optimizer": "main params inside the precision-aware optimizer",
-    "optimizer_cpu_offload": "optimizer offload to the CPU",
-    "fp8_param_gather": "FP8 model weights",
-    "fp4_param_gather": "FP4 model weights",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +124,8 @@ def _check_supported(args: Any) -> None:
                 "--wsm-merge, and merge the checkpoints that it saves: wsm merge --load "
                 f"{getattr(args, 'save', None) or 'SAVE'} --save MERGED"
             )
-    for name, what in _UNSUPPORTED.items():
-        if getattr(args, name, False):
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"--wsm-merge does not support {what}: remove {flag}")
     if args.ckpt_format != "torch_dist":
         raise UsageError(f"--wsm-merge needs --ckpt-format torch_dist, not {args.ckpt_format}")
-    if getattr(args, "optimizer", "adam").startswith("dist_"):
-        raise UsageError(f"--wsm-merge does not support --optimizer {args.optimizer}")
 
 
 def _check_schedule(args: Any, config: WSMConfig) -> None:

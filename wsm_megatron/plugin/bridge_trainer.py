@@ -6,7 +6,7 @@ Read in ``megatron/bridge/training/{checkpointing,train,eval,state}.py`` of Augu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import yaml
 from wsm_megatron.checkpoint.bridge import RUN_CONFIG_FILE
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.optimizer.precision import PRECISION_ARGS
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.plugin.collectives import broadcast, is_first_rank
 from wsm_megatron.plugin.evaluate import tagged
@@ -80,6 +81,10 @@ class BridgeTrainer:
         self._checkpointing, self._state = checkpointing, state
         self.args = BridgeArgs(state)
         self.checkpoints = BridgeLoader(checkpointing, state, self.args, interval)
+
+    @property
+    def precision(self) -> Mapping[str, Any]:
+        return {name: getattr(self.args, name, None) for name in PRECISION_ARGS}
 
     def saves_after_training(self, iteration: int) -> bool:
         return False  # the last save is made before on_train_end

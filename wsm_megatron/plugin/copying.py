@@ -15,8 +15,9 @@ class ShardCopier:
 
     On CUDA the main params travel on a side stream into pinned memory, while forward and backward
     of the next step go on; the step itself waits for the copy on the device (``guard``), for it
-    changes them. Buffers change earlier, in the forward and backward passes, but are tiny: they
-    travel on the current stream, in order. On the CPU a copy is complete when ``start`` returns.
+    changes them. Without guards all that follows waits: a captured step calls no hooks. Buffers
+    change earlier, in the forward and backward passes, but are tiny: they travel on the current
+    stream, in order. On the CPU a copy is complete when ``start`` returns.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -46,7 +47,10 @@ class ShardCopier:
             self._copy(flat, lambda shard: not shard.is_buffer)
             self._copied = torch.cuda.Event()
             self._copied.record(self._stream)
-        return _Copied(self._copied)
+        copied = _Copied(self._copied)
+        if not self._guards:
+            self._wait()
+        return copied
 
     def close(self) -> None:
         for guard in self._guards:

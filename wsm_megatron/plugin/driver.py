@@ -267,7 +267,7 @@ class Driver:
             optimizer_state=self._config.optimizer_state,
         )
         resume = self._trainer.resume(progress.iteration, offline)
-        return emit(save_below, run, root, merge, offline, resume)
+        return emit(save_below, run, root, merge, offline, resume, self._trainer.precision)
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def emit(
     merge: MergeCoefficients,
     config: MergeConfig,
     resume: dict[str, Any],
+    precision: Mapping[str, Any],
 ) -> Path:
     """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
 
@@ -55,6 +56,7 @@ def emit(
         run: the root of the run's own checkpoints.
         config: the offline merge that this one equals, for the provenance.
         resume: how to launch from it.
+        precision: how main params and weights are kept, in the names of Megatron's arguments.
 
     Raises:
         Whatever the save raises, on the ranks where it does; ``OSError`` and ``MergeError`` where
@@ -74,7 +76,7 @@ def emit(
         with together(f"tidying {written}"):
             if is_first_rank():
                 _remove_empty_folders(written)
-        check_written(written)
+        check_written(written, precision)
         files = checksums(written)
         with together(f"publishing {target}"):
             if is_first_rank():

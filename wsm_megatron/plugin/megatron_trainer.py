@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,10 @@ class MegatronTrainer:
         self._save_checkpoint = save_checkpoint
         self.args = args
         self.checkpoints = MegatronLoader(checkpointing, args, interval)
+
+    @property
+    def precision(self) -> Mapping[str, Any]:
+        return vars(self.args)
 
     def saves_after_training(self, iteration: int) -> bool:
         every = self.args.save_interval

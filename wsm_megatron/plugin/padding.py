@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from wsm_megatron.plugin.shards import is_distributed, parts
+from wsm_megatron.plugin.optimizers import Distributed, parts
 
 _SAVED = "sharded_param_state_fully_reshardable"
 _GATHERED = "get_parameter_state_dp_zero"
@@ -33,13 +33,14 @@ def checked_slices(optimizer: Any, *, put_right: bool) -> Iterator[list[str]]:
     wrong: list[str] = []
     with ExitStack() as stack:
         for part in parts(optimizer):
-            if is_distributed(part) and hasattr(part, _SAVED) and _is_padded_inside(part):
-                stack.enter_context(_checked(part, wrong, put_right))
+            if isinstance(part, Distributed) and _cuts_wrongly(part.megatron):
+                stack.enter_context(_checked(part.megatron, wrong, put_right))
         yield wrong
 
 
-def _is_padded_inside(part: Any) -> bool:
-    return any(_padding(bucket) > 0 for buffer in part.buffers for bucket in buffer.buckets[:-1])
+def _cuts_wrongly(part: Any) -> bool:
+    padded = (_padding(bucket) > 0 for buffer in part.buffers for bucket in buffer.buckets[:-1])
+    return hasattr(part, _SAVED) and any(padded)
 
 
 def _padding(bucket: Any) -> int:

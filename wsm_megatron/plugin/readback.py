@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.checkpoint.layout import Chunk, Layout, TensorEntry, read_layout
@@ -13,9 +14,12 @@ from wsm_megatron.optimizer.main_params import check_main_params
 from wsm_megatron.plugin.collectives import all_gather, rank_and_size, together
 
 
-def check_written(directory: Path) -> None:
+def check_written(directory: Path, args: Mapping[str, Any]) -> None:
     """Read back main params that have a key of their own and the model: they must be of the same
     weights. Chunks are shared out among the ranks. Collective.
+
+    Args:
+        args: Megatron's, which say how main params and weights are kept.
 
     Flat buckets (``dp_reshardable``) are not looked at: there each rank writes its main params as
     they lie in memory.
@@ -24,7 +28,7 @@ def check_written(directory: Path) -> None:
     """
     wrong: Sequence[str] = ()
     with together(f"reading {directory} back"):
-        wrong = check_main_params(_share(read_layout(directory))).wrong
+        wrong = check_main_params(_share(read_layout(directory)), args).wrong
     if names := sorted(set().union(*all_gather(wrong))):
         raise MergeError(
             f"{directory}: Megatron wrote main params that are not those of the weights, for "

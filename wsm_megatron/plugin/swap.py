@@ -15,7 +15,9 @@ import torch.distributed as dist
 from wsm_megatron.errors import MergeError
 from wsm_megatron.kernels import weighted_sum
 from wsm_megatron.plugin.collectives import raise_together, together
-from wsm_megatron.plugin.shards import Shard, is_distributed, parts, slice_length
+from wsm_megatron.plugin.optimizers import update_weights
+from wsm_megatron.plugin.shards import Shard, slice_length
+from wsm_megatron.plugin.stash import Stash
 from wsm_megatron.plugin.store import Store
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 
@@ -35,14 +37,15 @@ def swapped(
     """Put a merge into main params, buffers and model weights; undo it on exit.
 
     Every rank enters and leaves together. The sums go into the main params, Megatron's own copy and
-    param all-gather bring them into the model weights. What is overwritten is first copied to the
-    host, and put back from there without any communication, also after an exception.
+    param all-gather bring them into the model weights; where the optimizer keeps the main params,
+    this rank's share of the weights is written with them. What is overwritten is first copied to
+    the host, and put back from there without any communication, also after an exception.
 
     Raises ``MergeError`` on every rank where one rank failed to merge, or left the block with an
     exception; the rank itself raises its own exception. Collective over all ranks.
     """
     drain_param_sync(chunks)
-    stash: list[tuple[torch.Tensor, torch.Tensor]] = []
+    stash = Stash()
     error: BaseException | None = None
     try:
         with together("the merge"):
@@ -52,8 +55,7 @@ def swapped(
         yield
     except BaseException as caught:
         error = caught
-    for live, saved in stash:
-        live.copy_(saved)
+    stash.put_back()
     forget_cached_weights(chunks)
     raise_together(error, "work on the merged weights")
 
@@ -67,23 +69,22 @@ def swap_nbytes(chunks: Sequence[torch.nn.Module], shards: Sequence[Shard]) -> i
 
 
 def _merge_owned(
-    stash: list[tuple[torch.Tensor, torch.Tensor]],
+    stash: Stash,
     chunks: Sequence[torch.nn.Module],
     shards: Sequence[Shard],
     store: Store,
     merge: MergeCoefficients,
 ) -> None:
     """Stash everything, then write this rank's sums into its own shards. No communication."""
-    live = [shard.live().detach() for shard in shards]
-    live += [param.detach() for chunk in chunks for param in chunk.parameters()]
-    stash += [(tensor, tensor.to("cpu", copy=True)) for tensor in live]
+    stash.fill(chunks, shards)
     with ThreadPoolExecutor(max_workers=_threads()) as threads:
         for index, shard in enumerate(shards):
             sources = [store.get(iteration, index) for iteration in merge.iterations]
-            merged = torch.empty(shard.size, dtype=shard.live().dtype)
+            merged = torch.empty(shard.size, dtype=shard.value.dtype)
             if not _sum_tiles(threads, sources, merge.coefficients, merged):
                 raise MergeError(f"the merge of {shard.name} overflows {merged.dtype}")
-            shard.owned().copy_(merged)
+            if not shard.write(merged):
+                raise MergeError(f"the merge of {shard.name} overflows the model's dtype")
 
 
 def _sum_tiles(
@@ -112,18 +113,13 @@ def _spread(chunks: Sequence[torch.nn.Module], optimizer: Any, shards: Sequence[
     for shard in shards:
         if shard.group is not None:
             _gather(shard, shard.group)
-    for part in parts(optimizer):
-        if hasattr(part, "_copy_main_params_to_model_params"):
-            part._copy_main_params_to_model_params()
-    if any(is_distributed(part) for part in parts(optimizer)):
-        for chunk in chunks:
-            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+    update_weights(chunks, optimizer)
     forget_cached_weights(chunks)
 
 
 def _gather(shard: Shard, group: dist.ProcessGroup) -> None:
     """Replace a live tensor by the slices that the ranks of ``group`` own."""
-    live = shard.live().detach().view(-1)
+    live = shard.value.read()
     part = slice_length(shard.numel, group)
     own = live.new_zeros(part)
     own[: shard.size] = shard.owned()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ class Trainer(Protocol):
     Attributes:
         args: Megatron-LM's arguments, or what has their names and meaning.
         checkpoints: of this run.
+        precision: how main params and weights are kept, in the names of Megatron's arguments.
     """
 
     @property
@@ -54,6 +55,9 @@ class Trainer(Protocol):
 
     @property
     def checkpoints(self) -> Checkpoints: ...
+
+    @property
+    def precision(self) -> Mapping[str, Any]: ...
 
     def saves_after_training(self, iteration: int) -> bool:
         """Whether the framework makes another save once its loop has ended at ``iteration``."""

@@ -13,8 +13,9 @@ import torch
 
 from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.plugin.optimizers import parts
 from wsm_megatron.plugin.refill import Load, Refill
-from wsm_megatron.plugin.shards import collect, layout_of_rank, parts
+from wsm_megatron.plugin.shards import collect, lacks_state, layout_of_rank
 from wsm_megatron.plugin.snapshots import Snapshots
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
 from wsm_megatron.plugin.swap import swap_nbytes, swapped
@@ -62,15 +63,34 @@ class WSM:
         self.config = config
         self._chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
         self._optimizer = optimizer
-        moments = config.optimizer_state == "merge"
-        self._shards = collect(self._chunks, optimizer, moments=moments)
+        self._folder = None if folder is None else Path(folder)
+        self._reserved = 0
+        self._moments = config.optimizer_state == "merge"
+        self._own(optimizer)
+
+    def _own(self, optimizer: Any) -> None:
+        """Begin with an empty store of what this rank owns now."""
+        self._shards = collect(self._chunks, optimizer, moments=self._moments)
+        self._expected = self._moments and lacks_state(optimizer)
         self._store: Store = (
             MemoryStore(self._shards)
-            if folder is None
-            else DiskStore(self._shards, Path(folder), layout_of_rank())
+            if self._folder is None
+            else DiskStore(self._shards, self._folder, layout_of_rank())
         )
-        self._store.guard([part.optimizer for part in parts(optimizer)])
-        self._snapshots = Snapshots(config, self._store)
+        self._store.guard([part.steps for part in parts(optimizer) if not part.is_captured])
+        self._snapshots = Snapshots(self.config, self._store)
+
+    def _meet_moments(self) -> None:
+        """Where moments were but expected: which there are is known once the optimizer has made
+        them, in its first step."""
+        if not self._expected or self._snapshots.kept or lacks_state(self._optimizer):
+            return
+        self._expected = False
+        shards = collect(self._chunks, self._optimizer, moments=True)
+        if [shard.describe() for shard in shards] != [one.describe() for one in self._shards]:
+            self._store.close()
+            self._own(self._optimizer)
+            self._store.reserve(self._reserved)
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +113,7 @@ class WSM:
 
     def reserve(self, number: int) -> None:
         """Allocate host memory for ``number`` snapshots beforehand; one is enough for disk."""
+        self._reserved += number
         self._store.reserve(number)
 
     def snapshot(self, iteration: int, tokens: int | Consumed, *, durable: bool = True) -> float:
@@ -114,6 +135,7 @@ class WSM:
         """
         began = time.perf_counter()
         self.settle()
+        self._meet_moments()
         if any(iteration <= checkpoint.iteration for checkpoint in self.kept):
             raise UsageError(
                 f"snapshot({iteration}): iteration {self.kept[-1].iteration} is kept already"

@@ -145,8 +145,6 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({"ckpt_format": "fsdp_dtensor"}, {}, "needs --ckpt-format torch_dist"),
         ({"use_megatron_fsdp": True}, {}, r"use-megatron-fsdp.*wsm merge --load"),
         ({"use_torch_fsdp2": True}, {}, r"use-torch-fsdp2.*wsm merge --load"),
-        ({"use_precision_aware_optimizer": True}, {}, "remove --use-precision-aware-optimizer"),
-        ({"optimizer": "dist_muon"}, {}, "--optimizer dist_muon"),
         ({"save": None}, {}, "would take no snapshot"),
         ({"save": None}, {"interval": 10}, "the merge would go nowhere"),
         (
@@ -166,6 +164,21 @@ def test_runs_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_run(run_args(**changes), WSMConfig(**{"num": 4} | options))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_precision_aware_optimizer": True, "main_params_dtype": "fp16"},
+        {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True},
+        {"fp8_param_gather": True, "fp8_recipe": "mxfp8"},
+        {"fp4_param_gather": True},
+        {"optimizer": "dist_muon"},
+        {"optimizer": "sgd"},
+    ],
+)
+def test_every_optimizer_of_the_torch_dist_format_may_run(changes: dict[str, Any]) -> None:
+    check_run(run_args(**changes), WSMConfig(num=4))
 
 
 def test_a_schedule_that_stays_stable_is_fine() -> None:

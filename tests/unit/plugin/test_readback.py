@@ -18,17 +18,17 @@ FLAT = "mcore0.16-dense-dp2-dp_reshardable"
 
 
 def test_right_main_params_pass() -> None:
-    readback.check_written(runs.checkpoint(FULLY, 8))
+    readback.check_written(runs.checkpoint(FULLY, 8), {})
 
 
 def test_flat_buckets_and_no_optimizer_pass() -> None:
-    readback.check_written(runs.checkpoint(FLAT, 8))
-    readback.check_written(runs.checkpoint("mcore0.16-dense-dp2-noopt", 8))
+    readback.check_written(runs.checkpoint(FLAT, 8), {})
+    readback.check_written(runs.checkpoint("mcore0.16-dense-dp2-noopt", 8), {})
 
 
 def test_what_megatron_saved_wrongly_is_refused() -> None:
     with pytest.raises(MergeError, match=r"for \d tensors \(decoder\..*state drop"):
-        readback.check_written(runs.checkpoint(runs.WRONG_MAINS, 4))
+        readback.check_written(runs.checkpoint(runs.WRONG_MAINS, 4), {})
 
 
 def test_one_element_in_one_layer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_one_element_in_one_layer_is_found(tmp_path: Path, monkeypatch: pytest.M
     for rank in range(3):
         monkeypatch.setattr(readback, "rank_and_size", lambda rank=rank: (rank, 3))
         try:
-            readback.check_written(path)
+            readback.check_written(path, {})
         except MergeError as error:
             assert "for 1 tensors (decoder.layers.mlp.linear_fc2.weight)" in str(error)
             found.append(rank)

@@ -12,6 +12,7 @@ import torch
 from wsm_megatron.plugin import room
 from wsm_megatron.plugin.shards import Shard
 from wsm_megatron.plugin.swap import swap_nbytes
+from wsm_megatron.plugin.values import Plain
 
 GB = 10**9
 
@@ -67,7 +68,7 @@ def test_what_is_put_aside_is_all_that_is_overwritten() -> None:
     def shard(start: int, stop: int) -> Shard:
         return Shard(
             name="main.weight",
-            live=lambda: main,
+            value=Plain(lambda: main),
             device=main.device,
             numel=32,
             start=start,

@@ -11,6 +11,7 @@ import torch
 from wsm_megatron.plugin import store as store_module
 from wsm_megatron.plugin.shards import Shard, slice_bounds
 from wsm_megatron.plugin.store import DiskStore, Found, MemoryStore, Store
+from wsm_megatron.plugin.values import Plain
 from wsm_megatron.schedule.window import Consumed
 
 LAYOUT = {"world": 1, "rank": 0}
@@ -20,7 +21,7 @@ def shards_of(*tensors: torch.Tensor) -> list[Shard]:
     return [
         Shard(
             name=f"main.{index}",
-            live=lambda tensor=tensor: tensor,  # type: ignore[misc]
+            value=Plain(lambda tensor=tensor: tensor),  # type: ignore[misc]
             device=tensor.device,
             numel=tensor.numel(),
             start=0,
@@ -81,7 +82,7 @@ def test_a_shard_that_cannot_be_read_fails_its_snapshot(live: list[torch.Tensor]
         raise KeyError("exp_avg")
 
     moment = Shard(
-        name="exp_avg.0", live=missing, device=torch.device("cpu"), numel=1, start=0, stop=1
+        name="exp_avg.0", value=Plain(missing), device=torch.device("cpu"), numel=1, start=0, stop=1
     )
     store = MemoryStore([*shards_of(*live), moment])
     assert isinstance(put(store, 1), KeyError)
