@@ -21,6 +21,7 @@ FLOORS = (
     {"checkpoint"},
     {"comm", "storage", "safe_pickle"},
     {"config"},
+    {"window_options", "named_source"},
     {"process", "schedule", "kernels", "options"},
     {"errors", "version"},
 )

@@ -22,7 +22,7 @@ from wsm_megatron.cli import text
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.comm.communicator import job_ranks
 from wsm_megatron.comm.local_ranks import run_forked
-from wsm_megatron.config import JOB, WHICH, ExecutionOptions, MergeConfig
+from wsm_megatron.config import JOB, ExecutionOptions, MergeConfig
 from wsm_megatron.errors import (
     EXIT_DOES_NOT_RESUME,
     EXIT_FAILED,
@@ -58,6 +58,7 @@ from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
 from wsm_megatron.storage.retry import check_storage
+from wsm_megatron.window_options import WindowOptions
 
 logger = logging.getLogger(__name__)
 
@@ -220,12 +221,11 @@ def _add_coefficients(commands: Any) -> None:
 
 
 _path, _count, _counts = typed(local_path), typed(count), typed(several(count))
-_WINDOW = [one for one in MergeConfig.options() if one.group == WHICH]
-_COEFFICIENTS = [
-    one
-    for one in MergeConfig.options()
-    if one.name in ("decay", "min_decay", "weights", "allow_unnormalized")
-]
+_WINDOW = WindowOptions.options()
+_WEIGHING = (
+    "decay", "min_decay", "order", "order_seed", "weights", "allow_unnormalized", "normalize",
+)  # fmt: skip
+_COEFFICIENTS = [one for one in MergeConfig.options() if one.name in _WEIGHING]
 
 
 def _with_negative_values(arguments: Sequence[str]) -> list[str]:
@@ -256,6 +256,8 @@ class _Job:
         if file is not None:
             given = read_yaml(file, JOB_OPTIONS, "--config") | given
         missing = [one.flag for one in JOB_OPTIONS if one.required and one.name not in given.values]
+        if not {"load", "source"} & given.values.keys():
+            missing.insert(0, "--load")
         if missing:
             raise UsageError(f"give {' and '.join(missing)}, as flags or in the file of --config")
         return cls(
@@ -352,9 +354,7 @@ def _decay(arguments: argparse.Namespace) -> MergeCoefficients:
         (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
         raise UsageError("coefficients shows one decay over one window at a time")
-    return MergeCoefficients.over(
-        checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
-    )
+    return config.weigh(checkpoints)
 
 
 def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
