@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,13 @@ def merge_together(
     execution: ExecutionOptions = ExecutionOptions(),
     progress: ProgressFactory | None = None,
     told: Mapping[str, Any] | None = None,
+    planned: Callable[[Job, Estimate], None] = lambda job, estimate: None,
 ) -> MergeReport:
     """:func:`merge` of merges that are made of one read. Collective.
 
     Args:
         told: the options that were given, for the event log.
+        planned: called on rank 0 before anything is written; what it raises is raised on all.
     """
     started, phases = time.monotonic(), Phases()
     with job_ranks() as ranks, ranks.watching(check_storage):
@@ -79,6 +81,9 @@ def merge_together(
         with job_events(execution.log_json, ranks, __version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
                 job = access.prepare()
+                with ranks.together("planning"):
+                    if ranks.rank == 0:
+                        planned(job, access.estimate(job))
             reports = _merge_missing(job, access, ranks, progress, phases, events)
             report = MergeReport(
                 merged=tuple(_merged(job, output) for output in job.outputs),
