@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
+from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.provenance import write_provenance
 from wsm_megatron.planning.staging_key import placement, staging_key
 from wsm_megatron.planning.targets import Claims
@@ -56,14 +57,33 @@ def merge(
         UsageError: the options do not fit the run.
         MergeError: a source is damaged, or the target cannot be written. Nothing is published.
     """
+    return merge_together(MergeSet.of(config), execution, progress, asdict(config))
+
+
+def merge_together(
+    merges: MergeSet,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+    told: Mapping[str, Any] | None = None,
+    planned: Callable[[Job, Estimate], None] = lambda job, estimate: None,
+) -> MergeReport:
+    """:func:`merge` of merges that are made of one read. Collective.
+
+    Args:
+        told: the options that were given, for the event log.
+        planned: called on rank 0 before anything is written; what it raises is raised on all.
+    """
     started, phases = time.monotonic(), Phases()
     with job_ranks() as ranks, ranks.watching(check_storage):
-        access = _access(config, execution, ranks)
+        access = _access(merges, execution, ranks)
         access.check_options()
-        options = asdict(config) | asdict(execution)
+        options = {**(told or {}), **asdict(execution)}
         with job_events(execution.log_json, ranks, __version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
                 job = access.prepare()
+                with ranks.together("planning"):
+                    if ranks.rank == 0:
+                        planned(job, access.estimate(job))
             reports = _merge_missing(job, access, ranks, progress, phases, events)
             report = MergeReport(
                 merged=tuple(_merged(job, output) for output in job.outputs),
@@ -85,15 +105,22 @@ def plan(
 
     Collective. Raises as :func:`merge` does.
     """
+    return plan_together(MergeSet.of(config), execution)
+
+
+def plan_together(
+    merges: MergeSet, execution: ExecutionOptions = ExecutionOptions()
+) -> tuple[Job, Estimate] | None:
+    """:func:`plan` of what :func:`merge_together` would do. Collective."""
     with job_ranks() as ranks:
-        access = _access(config, execution, ranks)
+        access = _access(merges, execution, ranks)
         access.check_options()
         job = access.prepare()
         return (job, access.estimate(job)) if ranks.rank == 0 else None
 
 
-def _access(config: MergeConfig, execution: ExecutionOptions, ranks: Ranks) -> Access:
-    return (NodeLocal if execution.node_local else Shared)(config, execution, ranks)
+def _access(merges: MergeSet, execution: ExecutionOptions, ranks: Ranks) -> Access:
+    return (NodeLocal if execution.node_local else Shared)(merges, execution, ranks)
 
 
 def _merge_missing(

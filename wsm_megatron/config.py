@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron.errors import UsageError
+from wsm_megatron.named_source import NamedSource, named_sources
 from wsm_megatron.options import (
     COUNT,
     NUMBER,
@@ -22,76 +23,65 @@ from wsm_megatron.options import (
     option,
     repeated,
 )
+from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.decay import DECAYS
-from wsm_megatron.schedule.window import Window
+from wsm_megatron.schedule.order import ORDERS, SCRAMBLED, SEQUENTIAL
+from wsm_megatron.schedule.window import Checkpoint
+from wsm_megatron.window_options import WindowOptions
 
-RUN, WHICH, HOW, JOB = "run", "which checkpoints", "how they are merged", "job"
-"""Headings that options stand under."""
+RUN, HOW, JOB = "run", "how they are merged", "job"
+"""Headings that options stand under, beside WHICH."""
 
-_PLACES = ("load", "save")
+_PLACES = ("load", "source", "save")
 """Where a merge reads and writes, of which what is merged does not depend."""
+_RECORDED_WHERE_SET = ("min_interval", "min_checkpoints", "order", "order_seed", "normalize")
+"""Options that came later: a merge without them is recorded as it was before there were any."""
 _RECORDED_AS = {"rebuild_main_params": "mains_from_model"}
 """Options that ``wsm_merge.json`` has under another name: the format keeps the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(Options):
-    """What is merged. All of it but the two places is in the merged checkpoint's provenance.
+class Places(Options):
+    """Where a merge reads and writes."""
 
-    Raises ``UsageError`` for contradictory or impossible options.
-    """
-
-    load: Path = option(
-        "run directory: iter_XXXXXXX folders, torch_dist", PATH, group=RUN, metavar="RUN"
+    load: Path | None = option(
+        "run directory: iter_XXXXXXX folders, torch_dist",
+        PATH,
+        None,
+        default_text="required without --source",
+        group=RUN,
+        metavar="RUN",
+    )
+    source: tuple[str, ...] = option(
+        "a source by its path, instead of --load: a checkpoint's folder, of any run and name, "
+        "release/ too, or a root whose tracker names one; all have a weight, or none (repeatable)",
+        repeated(TEXT),
+        (),
+        group=RUN,
+        metavar="PATH[:WEIGHT]",
     )
     save: Path = option(
         "root of merged checkpoints, with a tracker of its own", PATH, group=RUN, metavar="OUT"
     )
 
-    iterations: tuple[int, ...] | None = option(
-        "exactly these iterations: 1000,2000,4000", list_of(COUNT), None, group=WHICH
-    )
-    from_: int | None = option("oldest iteration, included", COUNT, None, group=WHICH, metavar="I")
-    to: int | None = option(
-        "newest iteration, included",
-        COUNT,
-        None,
-        default_text="the tracker's",
-        group=WHICH,
-        metavar="I",
-    )
-    last: int | None = option("the N newest, up to --to", COUNT, None, group=WHICH)
-    window_iterations: tuple[int, ...] | None = option(
-        "the last I iterations up to --to, both ends included; several make several merges",
-        list_of(COUNT),
-        None,
-        group=WHICH,
-        metavar="I,...",
-    )
-    window_tokens: tuple[int, ...] | None = option(
-        "the last T tokens up to --to, both ends included: 500M, 2B; several make several merges",
-        list_of(COUNT),
-        None,
-        group=WHICH,
-        metavar="T,...",
-    )
-    every: int | None = option(
-        "of those, only multiples of I iterations back from the newest",
-        COUNT,
-        None,
-        group=WHICH,
-        metavar="I",
-    )
+    @property
+    def run(self) -> Path:
+        """The run directory, where there is one."""
+        assert self.load is not None
+        return self.load
 
-    sliding_every: int | None = option(
-        "also merge the windows that end S, 2S, ... iterations before --to, as far back as the run "
-        "has them in full",
-        COUNT,
-        None,
-        group=WHICH,
-        metavar="S",
-        least=1,
-    )
+    @property
+    def sources(self) -> tuple[NamedSource, ...]:
+        """The sources that were named by their paths, as they were named."""
+        return named_sources(self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(WindowOptions, Places):
+    """What is merged. All of it but the two places is in the merged checkpoint's provenance.
+
+    Raises ``UsageError`` for contradictory or impossible options.
+    """
 
     decay: str = option(
         f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s points; several, separated by "
@@ -104,6 +94,15 @@ class MergeConfig(Options):
     min_decay: float = option(
         "floor of the decay: minimum LR as a fraction of the maximum", NUMBER, 0.0, group=HOW
     )
+    order: str = option(
+        "order in which the coefficients of the decay go to the checkpoints: sequential, as the "
+        "decay has them; reversed, the oldest gets the newest's and so on; scrambled, shuffled by "
+        "--order-seed",
+        one_of(ORDERS),
+        SEQUENTIAL,
+        group=HOW,
+    )
+    order_seed: int = option("seed of --order scrambled", COUNT, 0, group=HOW, least=0)
     weights: tuple[float, ...] | None = option(
         "explicit coefficients, oldest first, instead of --decay: 0.2,0.3,0.5 or 1/3,1/3,1/3; "
         "negative ones extrapolate",
@@ -112,7 +111,10 @@ class MergeConfig(Options):
         group=HOW,
     )
     allow_unnormalized: bool = option(
-        "let --weights sum to something other than 1", SWITCH, False, group=HOW
+        "let weights sum to something other than 1", SWITCH, False, group=HOW
+    )
+    normalize: bool = option(
+        "divide the weights by their sum, which must be positive", SWITCH, False, group=HOW
     )
     optimizer_state: str = option(
         "drop: weights only; last: main params merged, moments of the newest source; merge: both "
@@ -185,30 +187,15 @@ class MergeConfig(Options):
             local_path(decay, "--decay")
         self._check_which()
         self._check_how()
-        if self.save.resolve() == self.load.resolve():
+        if self.load is None:
+            self._check_sources()
+        elif self.source:
+            raise UsageError("--load and --source contradict each other: give one")
+        elif self.save.resolve() == self.load.resolve():
             raise UsageError(
                 f"--save {self.save} is the run itself; sources are never written to, give another "
                 "directory"
             )
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """The selections of source checkpoints, all ending at ``to``."""
-        iterations = self.window_iterations or (None,)
-        tokens = self.window_tokens or (None,)
-        return tuple(
-            Window(
-                iterations=self.iterations,
-                from_=self.from_,
-                to=self.to,
-                last=self.last,
-                window_iterations=i,
-                window_tokens=t,
-                every=self.every,
-            )
-            for i in iterations
-            for t in tokens
-        )
 
     @property
     def decays(self) -> tuple[str, ...]:
@@ -218,12 +205,30 @@ class MergeConfig(Options):
     def keeps_optimizer(self) -> bool:
         return self.optimizer_state != "drop"
 
+    def weigh(self, checkpoints: Sequence[Checkpoint]) -> MergeCoefficients:
+        """The coefficients of a merge of one decay over checkpoints, oldest first.
+
+        Raises ``UsageError`` as :meth:`.MergeCoefficients.over` does.
+        """
+        (decay,) = self.decays
+        return MergeCoefficients.over(
+            checkpoints,
+            decay,
+            self.min_decay,
+            self.weights,
+            self.allow_unnormalized,
+            normalize=self.normalize,
+            order=self.order,
+            order_seed=self.order_seed,
+        )
+
     def recorded(self) -> dict[str, Any]:
         """The options in ``wsm_merge.json``: all but the places. Plain JSON types."""
         values = {
             _RECORDED_AS.get(one.name, one.name): getattr(self, one.name)
             for one in fields(self)
             if one.name not in _PLACES
+            and (one.name not in _RECORDED_WHERE_SET or getattr(self, one.name) != one.default)
         }
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -246,24 +251,36 @@ class MergeConfig(Options):
         values = {names[name]: value for name, value in options.items()}
         return cls(load=Path("sources"), save=Path("merged"), **values)
 
+    def _check_sources(self) -> None:
+        if not self.source:
+            raise UsageError("give --load RUN, or the sources one by one with --source PATH")
+        if chosen := self.given_windows():
+            raise UsageError(f"{chosen[0]} selects checkpoints of a run, and --source names them")
+        if self.weights is not None:
+            raise UsageError("--weights with --source: give each its weight, --source PATH:WEIGHT")
+
     def _check_which(self) -> None:
-        windows = self.windows  # contradictions between the window's options raise here
-        if len(set(windows)) < len(windows) or len(set(self.decays)) < len(self.decays):
-            raise UsageError("the same window or decay is named twice")
-        if self.sliding_every is None:
-            return
-        if self.last is None and self.window_iterations is None:
-            raise UsageError("--sliding-every needs --last or --window-iterations to slide")
-        if self.output_iteration is not None:
+        self.check_windows()
+        if len(set(self.decays)) < len(self.decays):
+            raise UsageError("the same decay is named twice")
+        if self.sliding_every is not None and self.output_iteration is not None:
             raise UsageError("--sliding-every names each merge by its end: no --output-iteration")
 
     def _check_how(self) -> None:
         if not 0.0 <= self.min_decay <= 1.0:
             raise UsageError(f"--min-decay {self.min_decay} is not between 0 and 1")
-        if self.weights is not None:
-            self._check_weights(self.weights)
-        elif self.allow_unnormalized:
-            raise UsageError("--allow-unnormalized has no effect without --weights")
+        if self.order_seed and self.order != SCRAMBLED:
+            raise UsageError("--order-seed has no effect without --order scrambled")
+        weights = self.weights
+        if weights is None and self.source:
+            weights = tuple(one.weight for one in self.sources if one.weight is not None) or None
+        if weights is not None:
+            self._check_weights(weights)
+        elif self.allow_unnormalized or self.normalize:
+            flag = "--normalize" if self.normalize else "--allow-unnormalized"
+            raise UsageError(
+                f"{flag} has no effect without weights (--weights, --source PATH:WEIGHT)"
+            )
         if self.rebuild_main_params and not self.keeps_optimizer:
             raise UsageError(
                 "--rebuild-main-params has no effect with --optimizer-state drop: no main params "
@@ -271,15 +288,19 @@ class MergeConfig(Options):
             )
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
-        if self.decay != "linear" or self.min_decay:
-            raise UsageError("--weights and --decay/--min-decay contradict each other: give one")
+        if self.decay != "linear" or self.min_decay or self.order != SEQUENTIAL:
+            raise UsageError(
+                "weights and --decay/--min-decay/--order contradict each other: give one"
+            )
+        if self.normalize and self.allow_unnormalized:
+            raise UsageError("--normalize and --allow-unnormalized contradict each other: give one")
         if self.iterations is not None and list(self.iterations) != sorted(self.iterations):
             raise UsageError(
                 "--weights are oldest first: give --iterations in ascending order with them"
             )
         if self.optimizer_state == "merge" and min(weights, default=0.0) < 0:
             raise UsageError(
-                "negative --weights can make the merged second moment negative; use "
+                "negative weights can make the merged second moment negative; use "
                 "--optimizer-state last or drop"
             )
 

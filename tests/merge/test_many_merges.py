@@ -66,9 +66,9 @@ class Watched:
         total: bytes that progress was to count. moved: those that it did.
     """
 
-    def __init__(self, wanted, execution):
+    def __init__(self, wanted, execution, make=merge):
         self._reads, self._moves = [], []
-        self.report = merge(wanted, execution, self._progress)
+        self.report = make(wanted, execution, self._progress)
         self.moved = sum(self._moves)
 
     @contextmanager

@@ -13,6 +13,7 @@ ROOT = Path(wsm_megatron.__file__).parent
 FLOORS = (
     {"__main__", "launch"},
     {"cli", "__init__"},
+    {"sweeps"},
     {"api", "plugin"},
     {"access", "inspection"},
     {"execution"},
@@ -21,6 +22,7 @@ FLOORS = (
     {"checkpoint"},
     {"comm", "storage", "safe_pickle"},
     {"config"},
+    {"window_options", "named_source"},
     {"process", "schedule", "kernels", "options"},
     {"errors", "version"},
 )

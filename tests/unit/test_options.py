@@ -49,6 +49,8 @@ RECORDED = [
     "allow_lr_decay",
 ]
 """Names and order in ``wsm_merge.json``, which merges of earlier versions have too."""
+WHERE_SET = {"min_interval": 2, "min_checkpoints": 2, "order": "scrambled", "order_seed": 3}
+"""Recorded after these where they are given."""
 
 
 def job_file(folder: Path, text: str) -> Path:
@@ -214,9 +216,12 @@ def test_the_provenance_holds_what_is_merged_and_nothing_of_how_the_job_ran(
     options = config.recorded()
     assert list(options) == RECORDED
     names = {one.name for one in fields(MergeConfig)}
-    assert {"load", "save", "mains_from_model"} | names == {
-        "load", "save", "rebuild_main_params", *options
+    assert {"mains_from_model"} | names == {
+        "load", "source", "save", "rebuild_main_params", "normalize", *WHERE_SET, *options
     }  # fmt: skip
+    later = replace(config, **WHERE_SET).recorded()
+    assert set(later) - set(options) == set(WHERE_SET)
+    assert replace(config, weights=(1.0, 2.0), normalize=True).recorded()["normalize"] is True
     assert not set(options) & {one.name for one in fields(ExecutionOptions)}
     config = replace(config, copy=())
     output = merge(config, ExecutionOptions(threads=1, retries=0, device="cpu")).output

@@ -9,10 +9,11 @@ from pathlib import Path
 from wsm_megatron.access.protocol import Distribution, Estimate
 from wsm_megatron.access.source_check import check_source
 from wsm_megatron.comm.communicator import Ranks
-from wsm_megatron.config import ExecutionOptions, MergeConfig
+from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_rank
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.output_paths import check_outputs
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.planning.scatter import JobSlices, outline
@@ -23,13 +24,13 @@ from wsm_megatron.storage.change_watch import ChangeWatch
 class Shared:
     """:class:`.Access` of ranks that see the same files."""
 
-    def __init__(self, config: MergeConfig, execution: ExecutionOptions, ranks: Ranks):
-        self._config, self._execution, self._ranks = config, execution, ranks
+    def __init__(self, merges: MergeSet, execution: ExecutionOptions, ranks: Ranks):
+        self._merges, self._execution, self._ranks = merges, execution, ranks
 
     def check_options(self) -> None:
         with self._ranks.together("checking the options"):
             if self._ranks.rank == 0:
-                check_outputs(self._config, self._execution)
+                check_outputs(self._merges, self._execution)
 
     def prepare(self) -> Job:
         planned: list[Job] = []
@@ -39,7 +40,7 @@ class Shared:
                 return outline(planned[0])
             # minutes for large runs, in which a rank may be lost
             planned.append(
-                in_background(lambda: prepare_job(self._config, self._execution), self._ranks.check)
+                in_background(lambda: prepare_job(self._merges, self._execution), self._ranks.check)
             )
             return planned[0]
 

@@ -81,6 +81,12 @@ def checkpoint_path(root: Path, iteration: int) -> Path:
     return root / checkpoint_name(iteration)
 
 
+def named_iteration(path: Path) -> int | None:
+    """The iteration in a folder's name; None where that is none of Megatron's."""
+    match = _ITERATION.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def scan_run(path: Path) -> RunDirectory:
     """List a run directory.
 
@@ -145,8 +151,7 @@ def _kind_by_name(child: Path) -> Kind | None:
     if child.name == RELEASE and child.is_dir():
         return Kind(
             "a release checkpoint, weights of no iteration",
-            "to merge it, rename it after the iteration in its state (wsm inspect shows it), "
-            "iter_0000000 for 0",
+            "to merge it, name it and the others with --source PATH",
         )
     if _DEEPSPEED.fullmatch(child.name):
         return Kind("a DeepSpeed checkpoint", "only Megatron's torch_dist checkpoints merge")

@@ -3,87 +3,53 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron.api import merge, plan
 from wsm_megatron.cli import text
+from wsm_megatron.cli.command import (
+    Answer,
+    LocalLaunch,
+    add,
+    add_job,
+    given_options,
+    on_ranks,
+    run_command,
+)
 from wsm_megatron.cli.progress import progress_bar
-from wsm_megatron.comm.communicator import job_ranks
-from wsm_megatron.comm.local_ranks import run_forked
-from wsm_megatron.config import JOB, WHICH, ExecutionOptions, MergeConfig
+from wsm_megatron.cli.select import add_select
+from wsm_megatron.cli.sweep import add_sweep
+from wsm_megatron.comm.communicator import Ranks, job_ranks
+from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import (
     EXIT_DOES_NOT_RESUME,
-    EXIT_FAILED,
-    MergeError,
     StoppedError,
     UsageError,
-    exit_code,
-    is_internal,
-    is_told,
 )
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.inspection.verify import SOURCES, verify
 from wsm_megatron.options import (
-    COUNT,
-    PATH,
     Given,
-    Option,
-    Options,
     add_flags,
     count,
     given_flags,
     local_path,
-    option,
-    read_yaml,
     several,
     typed,
 )
 from wsm_megatron.planning.selection import select_checkpoints
-from wsm_megatron.process.signals import Stop, ending_signals
-from wsm_megatron.process.streams import say, show
-from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
-from wsm_megatron.storage.retry import check_storage
+from wsm_megatron.window_options import WindowOptions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalLaunch(Options):
-    """How the command starts its ranks, where no launcher does."""
-
-    local_ranks: int | None = option(
-        "start N ranks on this machine, without torchrun or srun: one for each GPU, or for every "
-        "16 cores",
-        COUNT,
-        None,
-        default_text="this process alone",
-        group=JOB,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _File(Options):
-    config: Path | None = option(
-        "YAML file of the options below (last: 8, decay: 1-sqrt); flags win over it",
-        PATH,
-        None,
-        metavar="FILE",
-    )
 
 
 JOB_OPTIONS = (*MergeConfig.options(), *ExecutionOptions.options(), *LocalLaunch.options())
@@ -99,26 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("wsm_megatron").setLevel(
         logging.INFO if arguments.verbose else logging.WARNING
     )
-    return _status(arguments, arguments.run)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a command has to say once it is done.
-
-    Attributes:
-        data: for ``--json``.
-        status: the exit status.
-        shown: whether showing it is all that the command is for.
-    """
-
-    lines: Iterable[str] = ()
-    data: Callable[[], dict[str, Any]] = dict
-    status: int = 0
-    shown: bool = False
-
-
-_Command = Callable[[argparse.Namespace], "_Answer"]
+    return run_command(arguments, arguments.run)
 
 
 class _Log(logging.StreamHandler):
@@ -131,44 +78,21 @@ class _Log(logging.StreamHandler):
         super().handleError(record)
 
 
-def _status(arguments: argparse.Namespace, run: _Command) -> int:
-    """The exit status of a command, its answer or its error printed."""
-    name = f"wsm {arguments.command}"
-    try:
-        timeouts.read(os.environ)
-        answer = run(arguments)
-        lines = list(answer.lines)
-        if lines and arguments.json:
-            lines.append(json.dumps(answer.data()))
-        failure = show(lines)
-    except KeyboardInterrupt:
-        say(f"{name}: stopped by SIGINT")
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if not is_told(error):
-            if is_internal(error):
-                raise
-            say(f"{name}: {error}")
-        return exit_code(error)
-    if failure is not None:
-        done = "" if answer.shown else "it is done, but "
-        say(f"{name}: {done}standard output cannot be written: {failure.strerror}")
-    return answer.status or (EXIT_FAILED if failure is not None and answer.shown else 0)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wsm", description="Merge Megatron checkpoints: the effect of LR decay, without it."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_job(commands, "merge", _merge, "merge checkpoints of a run into one", JOB_OPTIONS)
+    add_job(commands, "merge", _merge, "merge checkpoints of a run into one", JOB_OPTIONS)
     planned = [one for one in JOB_OPTIONS if one not in LocalLaunch.options()]
-    _add_job(commands, "plan", _plan, "say everything that merge would do; write nothing", planned)
+    add_job(commands, "plan", _plan, "say everything that merge would do; write nothing", planned)
+    add_sweep(commands)
+    add_select(commands)
     _add_coefficients(commands)
-    command = _add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
+    command = add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
     command.add_argument("directory", type=_path)
     command.add_argument("--entries", action="store_true", help="list every entry")
-    command = _add(commands, "verify", _verify, "check a checkpoint on disk, every byte")
+    command = add(commands, "verify", _verify, "check a checkpoint on disk, every byte")
     command.add_argument("directory", type=_path, nargs="?")
     command.add_argument(
         "--sources",
@@ -185,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the run directory where the sources are now (default: where they were merged from)",
     )
     command.add_argument("--allow-nonfinite", action="store_true", help="let NaN and Inf pass")
-    command = _add(commands, "resume-check", _resume_check, "say whether and how Megatron resumes")
+    command = add(commands, "resume-check", _resume_check, "say whether and how Megatron resumes")
     command.add_argument("directory", type=_path, help="a checkpoint, or a root with a tracker")
     command.add_argument(
         "--against", type=_path, help="a run or checkpoint whose launch line is to resume from it"
@@ -193,24 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, run: _Command, help: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help, description=help)
-    command.add_argument("--json", action="store_true", help="last line of output: a JSON object")
-    command.add_argument("-v", "--verbose", action="store_true", help="log what is done")
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_job(commands: Any, name: str, run: _Command, help: str, options: Sequence[Option]) -> None:
-    command = _add(commands, name, run, help)
-    add_flags(command, _File.options())
-    for title in dict.fromkeys(one.group for one in options):
-        group = command.add_argument_group(title)
-        add_flags(group, [one for one in options if one.group == title])
-
-
 def _add_coefficients(commands: Any) -> None:
-    command = _add(commands, "coefficients", _coefficients, "coefficients of a decay")
+    command = add(commands, "coefficients", _coefficients, "coefficients of a decay")
     where = command.add_mutually_exclusive_group(required=True)
     where.add_argument("--num", type=_count, help="N checkpoints, evenly spaced")
     where.add_argument("--positions", type=_counts, help="positions: 1000,2000,4000")
@@ -220,12 +128,11 @@ def _add_coefficients(commands: Any) -> None:
 
 
 _path, _count, _counts = typed(local_path), typed(count), typed(several(count))
-_WINDOW = [one for one in MergeConfig.options() if one.group == WHICH]
-_COEFFICIENTS = [
-    one
-    for one in MergeConfig.options()
-    if one.name in ("decay", "min_decay", "weights", "allow_unnormalized")
-]
+_WINDOW = WindowOptions.options()
+_WEIGHING = (
+    "decay", "min_decay", "order", "order_seed", "weights", "allow_unnormalized", "normalize",
+)  # fmt: skip
+_COEFFICIENTS = [one for one in MergeConfig.options() if one.name in _WEIGHING]
 
 
 def _with_negative_values(arguments: Sequence[str]) -> list[str]:
@@ -251,13 +158,7 @@ class _Job:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> _Job:
-        file = _File(**given_flags(arguments, _File.options()).values).config
-        given = given_flags(arguments, JOB_OPTIONS)
-        if file is not None:
-            given = read_yaml(file, JOB_OPTIONS, "--config") | given
-        missing = [one.flag for one in JOB_OPTIONS if one.required and one.name not in given.values]
-        if missing:
-            raise UsageError(f"give {' and '.join(missing)}, as flags or in the file of --config")
+        given = given_options(arguments, JOB_OPTIONS)
         return cls(
             given,
             MergeConfig(**given.of(MergeConfig)),
@@ -266,78 +167,35 @@ class _Job:
         )
 
 
-def _merge(arguments: argparse.Namespace) -> _Answer:
+def _merge(arguments: argparse.Namespace) -> Answer:
     job = _Job.of(arguments)
-    ranks = job.launch.local_ranks
-    if ranks is None:
-        return _merge_on_rank(job)
-    rank = partial(_status, arguments, lambda _: _merge_on_rank(job))
-    return _Answer(status=run_forked(ranks, rank))
 
-
-def _merge_on_rank(job: _Job) -> _Answer:
-    stop = Stop()
-    with (
-        ending_signals(stop),
-        _exit_when_storage_hangs(),
-        job_ranks() as ranks,
-        ranks.watching(stop.check),
-    ):
+    def on_rank(ranks: Ranks) -> Answer:
         if ranks.rank == 0:
             job.given.tell_renamed()
         done = merge(job.config, job.execution, progress_bar)
-        if ranks.rank != 0:
-            return _Answer()
-    return _Answer(text.merged(done), done.as_data)
+        return Answer(text.merged(done), done.as_data) if ranks.rank == 0 else Answer()
+
+    return on_ranks(arguments, job.launch, on_rank)
 
 
-@contextmanager
-def _exit_when_storage_hangs() -> Iterator[None]:
-    """End the process where the block cannot: its own thread hangs in a read."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(timeouts.exit_grace):
-            try:
-                check_storage()
-            except MergeError as error:
-                if not over.wait(
-                    timeouts.exit_grace
-                ):  # where only a worker hangs, the merge ends by itself
-                    _say_last(f"{error}; nothing was published")
-                    os._exit(EXIT_FAILED)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def _say_last(message: str) -> None:
-    """Before the process ends without anything else."""
-    logger.error(message, extra={"event": "failed", "fields": {"exit_code": EXIT_FAILED}})
-    for handler in logging.getLogger("wsm_megatron").handlers:
-        handler.flush()
-
-
-def _plan(arguments: argparse.Namespace) -> _Answer:
+def _plan(arguments: argparse.Namespace) -> Answer:
     job = _Job.of(arguments)
     with job_ranks() as ranks:
         if ranks.rank == 0:
             job.given.tell_renamed()
         planned = plan(job.config, job.execution)
     if planned is None:
-        return _Answer()
+        return Answer()
     found, moved = planned
-    return _Answer(text.planned(found, moved), lambda: text.plan_data(found, moved), shown=True)
+    return Answer(text.planned(found, moved), lambda: text.plan_data(found, moved), shown=True)
 
 
-def _coefficients(arguments: argparse.Namespace) -> _Answer:
+def _coefficients(arguments: argparse.Namespace) -> Answer:
     decay = _decay(arguments)
     of_run = text.unit_data(decay) if arguments.load is not None else {}
     data = {**text.decay_data(decay), **of_run}
-    return _Answer(text.decay_table(decay), lambda: data, shown=True)
+    return Answer(text.decay_table(decay), lambda: data, shown=True)
 
 
 def _decay(arguments: argparse.Namespace) -> MergeCoefficients:
@@ -352,9 +210,7 @@ def _decay(arguments: argparse.Namespace) -> MergeCoefficients:
         (checkpoints,) = select_checkpoints(root, config.windows[0], allow_lr_decay=True)
     if len(config.windows) * len(config.decays) > 1 or config.sliding_every is not None:
         raise UsageError("coefficients shows one decay over one window at a time")
-    return MergeCoefficients.over(
-        checkpoints, config.decays[0], config.min_decay, config.weights, config.allow_unnormalized
-    )
+    return config.weigh(checkpoints)
 
 
 def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
@@ -366,17 +222,17 @@ def _numbered(arguments: argparse.Namespace) -> tuple[Checkpoint, ...]:
     return tuple(Checkpoint(number) for number in numbers)
 
 
-def _inspect(arguments: argparse.Namespace) -> _Answer:
+def _inspect(arguments: argparse.Namespace) -> Answer:
     path = arguments.directory
     if is_checkpoint(path):
         contents = inspect_checkpoint(path)
         lines = text.checkpoint(contents, arguments.entries)
-        return _Answer(lines, lambda: text.checkpoint_data(contents), shown=True)
+        return Answer(lines, lambda: text.checkpoint_data(contents), shown=True)
     run = inspect_run(path)
-    return _Answer(text.run(run), lambda: text.run_data(run), shown=True)
+    return Answer(text.run(run), lambda: text.run_data(run), shown=True)
 
 
-def _verify(arguments: argparse.Namespace) -> _Answer:
+def _verify(arguments: argparse.Namespace) -> Answer:
     directory, sources = arguments.directory, arguments.sources
     if directory is None and sources not in (None, *SOURCES):  # `--sources DIRECTORY`
         directory, sources = Path(sources), "sample"
@@ -388,10 +244,10 @@ def _verify(arguments: argparse.Namespace) -> _Answer:
         sources_from=arguments.sources_from,
         allow_nonfinite=arguments.allow_nonfinite,
     )
-    return _Answer(text.verified(done), lambda: {**asdict(done), "path": str(done.path)})
+    return Answer(text.verified(done), lambda: {**asdict(done), "path": str(done.path)})
 
 
-def _resume_check(arguments: argparse.Namespace) -> _Answer:
+def _resume_check(arguments: argparse.Namespace) -> Answer:
     found = check_resume(arguments.directory, arguments.against)
     status = 0 if found.resumes else EXIT_DOES_NOT_RESUME
-    return _Answer(text.resume(found), lambda: text.resume_data(found), status)
+    return Answer(text.resume(found), lambda: text.resume_data(found), status)

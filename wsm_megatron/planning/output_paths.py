@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import UsageError
-from wsm_megatron.planning.prepare import product_roots
+from wsm_megatron.planning.merge_set import MergeSet
+from wsm_megatron.planning.named_sources import source_path
+from wsm_megatron.schedule.order import SEQUENTIAL
 
 _Id = tuple[int, int]
 """Device and inode: the same for all names of a directory, through links and bind mounts too."""
 
 
-def check_outputs(config: MergeConfig, execution: ExecutionOptions = ExecutionOptions()) -> None:
+def check_outputs(
+    merges: MergeConfig | MergeSet, execution: ExecutionOptions = ExecutionOptions()
+) -> None:
     """Everything that a merge writes is outside of the run and of its checkpoints.
 
     A root of merged checkpoints may lie below the run, in a directory of its own. Looks at the
@@ -24,10 +28,16 @@ def check_outputs(config: MergeConfig, execution: ExecutionOptions = ExecutionOp
     Raises:
         UsageError: naming the option and what it would write into.
     """
-    run = _Run.of(config.load)
+    merges = MergeSet.of(merges) if isinstance(merges, MergeConfig) else merges
+    shared = merges.shared
+    if shared.load is None:
+        run = _Run.of_sources([source_path(one.path) for one in shared.sources])
+    else:
+        run = _Run.of(shared.load)
     made: dict[_Id | Path, str] = {}
-    for one, root in product_roots(config):
-        of = f"--save {root}" if root == config.save else f"--save {config.save}: {root}"
+    for one in merges.merges:
+        root = one.save
+        of = f"--save {root}" if root == merges.save else f"--save {merges.save}: {root}"
         run.refuse(root, of)
         place, merge = root.resolve(), _describe(one)
         other = made.setdefault(_id(place) or place, merge)
@@ -43,7 +53,9 @@ def check_outputs(config: MergeConfig, execution: ExecutionOptions = ExecutionOp
 def _describe(one: MergeConfig) -> str:
     lengths = {"--window-iterations": one.window_iterations, "--window-tokens": one.window_tokens}
     windows = [f"{option} {values[0]}" for option, values in lengths.items() if values]
-    return " ".join([f"--decay {one.decay}", *windows])
+    order = [] if one.order == SEQUENTIAL else [f"--order {one.order}"]
+    floor = [f"--min-decay {one.min_decay}"] if one.min_decay else []
+    return " ".join([f"--decay {one.decay}", *floor, *order, *windows])
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,12 @@ class _Run:
             _by_id(sorted(roots, key=lambda root: root != path)),
             _by_id(child for root in roots for child in _checkpoints(root)),
         )
+
+    @classmethod
+    def of_sources(cls, sources: Sequence[Path]) -> _Run:
+        """The folders of sources that were named, and where these lie."""
+        roots = [folder for path in sources for folder in (path.parent, path.resolve().parent)]
+        return cls(_by_id(roots), _by_id(sources))
 
     def refuse(self, directory: Path, what: str) -> None:
         """Raise where a directory that is to be written to is the run's, or a checkpoint's."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from wsm_megatron.checkpoint.common_state import load_common, prepare, read_common
 from wsm_megatron.checkpoint.formats import TORCH_DIST_016, CheckpointFormat, CommonEntries
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.older_readers import for_common_file, without_rerun_state
+from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import warn_of_left_out
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.optimizer.flat_main_params import FlatMainParams, find_flat_main_params
@@ -22,35 +22,39 @@ from wsm_megatron.planning.compatibility import check_alike
 from wsm_megatron.planning.integers import check_integers
 from wsm_megatron.planning.job import Job, OutputCheckpoint
 from wsm_megatron.planning.launch_flags import describe_resume
+from wsm_megatron.planning.merge_set import MergeSet
+from wsm_megatron.planning.named_sources import place_sources
 from wsm_megatron.planning.plan import kept_objects, make_plan
 from wsm_megatron.planning.provenance import describe, describe_source
 from wsm_megatron.planning.selection import selector
 from wsm_megatron.planning.sources import Source, check_saves, open_source
 from wsm_megatron.planning.tasks import Rule
 from wsm_megatron.process.gc_paused import gc_paused
-from wsm_megatron.schedule.coefficients import MergeCoefficients
-from wsm_megatron.schedule.window import Checkpoint, Window
+from wsm_megatron.schedule.window import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-Chosen = TypeVar("Chosen")
-"""The checkpoints of one merge, in whatever form."""
 
 Wanted = Sequence[tuple[MergeConfig, tuple[Checkpoint, ...]]]
 """Every single merge, and the checkpoints that it is of, oldest first."""
 
 
-def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOptions()) -> Job:
+def prepare_job(
+    merges: MergeConfig | MergeSet, execution: ExecutionOptions = ExecutionOptions()
+) -> Job:
     """Select, open and plan. Reads metadata and common states only; writes nothing.
 
     Raises:
         UsageError: the options do not fit the run. MergeError: a checkpoint is damaged.
     """
+    merges = MergeSet.of(merges) if isinstance(merges, MergeConfig) else merges
     with gc_paused():
-        select = selector(config.load, config.allow_lr_decay).select
-        wanted = wanted_merges(config, lambda window: select(window, config.sliding_every))
+        wanted, config = _wanted(merges), merges.shared
         sources = tuple(
-            open_source(config.load, c.iteration, optimizer=config.keeps_optimizer)
+            open_source(
+                c.path or checkpoint_path(config.run, c.iteration),
+                c.iteration,
+                optimizer=config.keeps_optimizer,
+            )
             for c in all_of(wanted)
         )
         *older, newest = (source.layout for source in sources)
@@ -61,6 +65,15 @@ def prepare_job(config: MergeConfig, execution: ExecutionOptions = ExecutionOpti
         job = replace(job, execution=execution)
         check_integers(job)
         return job
+
+
+def _wanted(merges: MergeSet) -> Wanted:
+    shared = merges.shared
+    if shared.load is None:
+        placed = place_sources(shared.sources, shared.allow_lr_decay, shared.min_checkpoints)
+        return [(placed.weigh(one), placed.checkpoints) for one in merges.merges]
+    select = selector(shared.load, shared.allow_lr_decay).select
+    return merges.wanted(lambda window: select(window, merges.sliding_every))
 
 
 def find_mains(
@@ -89,6 +102,7 @@ def plan_job(
     """:func:`prepare_job` once the sources are opened.
 
     Args:
+        sources: those of :func:`all_of`, in its order.
         flat: main params in the newest source's flat buckets. kinds: how it keeps all of them.
         common_of: a source's common state, as :func:`read_common` gives it.
     """
@@ -102,7 +116,11 @@ def plan_job(
         )
         config = replace(config, rebuild_main_params=True)
         wanted = [(replace(one, rebuild_main_params=True), chosen) for one, chosen in wanted]
-    outputs = tuple(_product(config, one, chosen, sources, common_of) for one, chosen in wanted)
+    index = {_place(checkpoint): j for j, checkpoint in enumerate(all_of(wanted))}
+    outputs = tuple(
+        _product(one, chosen, [index[_place(c)] for c in chosen], sources, common_of)
+        for one, chosen in wanted
+    )
     job = Job(config, sources, outputs, plan)
     _check_copied(job)
     _warn_of_adapters(job)
@@ -138,66 +156,25 @@ def _warn_of_weights_alone(job: Job) -> None:
         logger.warning("%s: %s; --optimizer-state last or merge resumes", newest.path, why)
 
 
-def wanted_merges(
-    config: MergeConfig, select: Callable[[Window], Sequence[Chosen]]
-) -> Sequence[tuple[MergeConfig, Chosen]]:
-    """Every merge that a config asks for; ``select`` finds the checkpoints of one window."""
-    selected = cache(select)
-    return [(one, chosen) for one in _single_merges(config) for chosen in selected(one.windows[0])]
-
-
 def all_of(wanted: Wanted) -> list[Checkpoint]:
     """All checkpoints of some merges, oldest first."""
-    checkpoints = {c.iteration: c for _, chosen in wanted for c in chosen}
-    return [checkpoints[i] for i in sorted(checkpoints)]
+    checkpoints = {_place(c): c for _, chosen in wanted for c in chosen}
+    return sorted(checkpoints.values(), key=lambda c: c.iteration)
 
 
-def _single_merges(config: MergeConfig) -> list[MergeConfig]:
-    """A config for every window and decay, without sliding."""
-    lengths = [
-        {"window_iterations": i, "window_tokens": t}
-        for i in _each(config.window_iterations)
-        for t in _each(config.window_tokens)
-    ]
-    return [
-        replace(config, decay=decay, sliding_every=None, **length)
-        for length in lengths
-        for decay in config.decays
-    ]
-
-
-def _each(values: tuple[int, ...] | None) -> list[Any]:
-    return [None] if values is None else [(value,) for value in values]
-
-
-def product_roots(config: MergeConfig) -> list[tuple[MergeConfig, Path]]:
-    """Every single merge that a config asks for, and the root that its checkpoints get."""
-    return [(one, _root(config, one)) for one in _single_merges(config)]
-
-
-def _root(config: MergeConfig, one: MergeConfig) -> Path:
-    """``--save``; where it gets merges of several decays or windows, a folder for each."""
-    names = []
-    if len(config.decays) > 1:
-        names.append(Path(one.decay).stem)
-    if len(config.windows) > 1:
-        for length, unit in ((one.window_iterations, "iterations"), (one.window_tokens, "tokens")):
-            names += [f"{n}-{unit}" for n in length or ()]
-    return config.save / "-".join(names) if names else config.save
+def _place(checkpoint: Checkpoint) -> tuple[int, Path | None]:
+    """What tells one source of a job from another."""
+    return checkpoint.iteration, checkpoint.path
 
 
 def _product(
-    whole: MergeConfig,
     config: MergeConfig,
     chosen: tuple[Checkpoint, ...],
+    source_indices: Sequence[int],
     opened: tuple[Source, ...],
     common_of: Callable[[Source], tuple[bytes | CommonEntries, str]],
 ) -> OutputCheckpoint:
-    decay = MergeCoefficients.over(
-        chosen, config.decay, config.min_decay, config.weights, config.allow_unnormalized
-    )
-    index = {source.iteration: j for j, source in enumerate(opened)}
-    source_indices = tuple(index[checkpoint.iteration] for checkpoint in chosen)
+    decay = config.weigh(chosen)
     sources = tuple(opened[j] for j in source_indices)
     newest = sources[-1]
     iteration = newest.iteration if config.output_iteration is None else config.output_iteration
@@ -208,9 +185,9 @@ def _product(
     provenance["resume"] = describe_resume(state, config, newest.layout.format)
     common = common_of_merge(newest.layout, before, config, iteration, provenance)
     return OutputCheckpoint(
-        root=_root(whole, config),
+        root=config.save,
         iteration=iteration,
-        source_indices=source_indices,
+        source_indices=tuple(source_indices),
         decay=decay,
         objects=common.objects,
         common=common.format.store(common.state),

@@ -11,7 +11,6 @@ from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import read_file
-from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.side_files import SideFiles, find_side_files
 from wsm_megatron.errors import UsageError
 from wsm_megatron.optimizer.indexed_state import with_names
@@ -45,14 +44,13 @@ class Source:
         return self.fingerprints or self.fingerprint
 
 
-def open_source(root: Path, iteration: int, whole: bool = True, optimizer: bool = False) -> Source:
+def open_source(path: Path, iteration: int, whole: bool = True, optimizer: bool = False) -> Source:
     """Open one selected checkpoint: its layout, and what tells later that it changed.
 
     Args:
         whole: all of its files must be there.
         optimizer: its optimizer state matters: some formats number it, and it is named here.
     """
-    path = checkpoint_path(root, iteration)
     before = fingerprint(path)
     layout = read_layout(path, whole)
     layout = with_names(layout) if optimizer else layout
@@ -83,6 +81,6 @@ def check_saves(sources: Sequence[Source]) -> None:
         if other := known.get(source.save_id):
             raise UsageError(
                 f"{other.path} and {source.path} are copies of one save (id {source.save_id}): "
-                "the merge would count it twice; leave one of them out (--iterations)"
+                "the merge would count it twice; leave one of them out (--iterations, --source)"
             )
         known[source.save_id] = source

@@ -141,6 +141,19 @@ def check_weights(
     return values
 
 
+def normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    """Explicit weights divided by their sum, which is correctly rounded.
+
+    Raises ``UsageError`` unless the weights are finite and their sum is positive and finite.
+    """
+    if not all(map(math.isfinite, weights)) or not math.isfinite(sum(map(abs, weights))):
+        raise UsageError(f"--normalize: weights must be finite, and their sum too: {list(weights)}")
+    total = math.fsum(weights)
+    if total <= 0:
+        raise UsageError(f"--normalize: the weights sum to {total:.9g}, which must be above 0")
+    return tuple(w / total for w in weights)
+
+
 @dataclass(frozen=True)
 class Curve:
     """A non-increasing, piecewise linear decay curve s(t), t and s in [0, 1].

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 from wsm_megatron.errors import UsageError
 
@@ -21,6 +22,9 @@ class Checkpoint:
     """Why ``tokens`` is None: a clause that names the checkpoints, for messages."""
     lr: float | None = field(default=None, compare=False)
     """Learning rate at which it was saved, where that is known."""
+    path: Path | None = field(default=None, compare=False)
+    """Where it lies, if that is not its iteration's folder of the run: of a source that was
+    named."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Window:
 
     Either ``iterations``, or an end (``to``) and at most one way to say how far back to go
     (``from_``, ``last``, ``window_iterations``, ``window_tokens``); either may be thinned by
-    ``every``. Iterations that are named (``iterations``, ``from_``, ``to``) must be checkpoints of
-    the run: a missing one would move an end of the window without a word.
+    ``every``, the latter by ``min_interval`` instead. Iterations that are named (``iterations``,
+    ``from_``, ``to``) must be checkpoints of the run: a missing one would move an end of the window
+    without a word.
 
     Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
@@ -70,13 +75,20 @@ class Window:
     every: int | None = None
     """``--every``: of those selected, the ones that lie a multiple of so many iterations before
     the newest selected."""
+    min_interval: int | None = None
+    """``--min-interval``: of those selected, from the newest back, the ones that lie at least so
+    many iterations before the one taken last."""
+    min_checkpoints: int | None = None
+    """``--min-checkpoints``: fewer than these are refused."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
         if self.iterations is not None:
             self._check_iterations(self.iterations)
-        if len(back := self._given("from_", "last", "window_iterations", "window_tokens")) > 1:
+        if len(back := self._given("from_", *_BACK)) > 1:
             raise UsageError(f"{' and '.join(back)} contradict each other: give one")
+        if len(thin := self._given("every", "min_interval")) > 1:
+            raise UsageError(f"{' and '.join(thin)} contradict each other: give one")
         if self.from_ is not None and self.to is not None and self.from_ >= self.to:
             raise UsageError(f"--from {self.from_} must be before --to {self.to}")
         if self.last == 1:
@@ -86,12 +98,12 @@ class Window:
         for name in ("from_", "to"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise UsageError(f"{_FLAGS[name]} must not be negative, not {value}")
-        for name in ("last", "window_iterations", "window_tokens", "every"):
+        for name in (*_BACK, "every", "min_interval", "min_checkpoints"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{_FLAGS[name]} must be at least 1, not {value}")
 
     def _check_iterations(self, iterations: tuple[int, ...]) -> None:
-        if others := self._given("from_", "to", "last", "window_iterations", "window_tokens"):
+        if others := self._given("from_", "to", *_BACK, "min_interval"):
             raise UsageError(f"--iterations and {' and '.join(others)} contradict each other")
         if len(iterations) < 2:
             raise UsageError("--iterations: a merge needs at least two checkpoints")
@@ -102,14 +114,9 @@ class Window:
         return [_FLAGS[name] for name in names if getattr(self, name) is not None]
 
 
-_FLAGS = {
-    "from_": "--from",
-    "to": "--to",
-    "last": "--last",
-    "window_iterations": "--window-iterations",
-    "window_tokens": "--window-tokens",
-    "every": "--every",
-}
+_BACK = ("last", "window_iterations", "window_tokens")
+_NAMES = ("from_", "to", *_BACK, "every", "min_interval", "min_checkpoints")
+_FLAGS = {name: "--" + name.strip("_").replace("_", "-") for name in _NAMES}
 _LISTED = 40  # more checkpoints than that are not all listed in a message
 
 
@@ -123,13 +130,23 @@ def select(available: Sequence[Checkpoint], window: Window) -> tuple[Checkpoint,
     assert all(a.iteration < b.iteration for a, b in pairwise(run)), "an iteration twice in a run"
     if not run:
         raise UsageError("the run has no finished checkpoint")
-    selected = _thin(_unthinned(run, window), window.every)
+    selected = _thin(_unthinned(run, window), window)
+    check_number(selected, window.min_checkpoints)
     if len(selected) < 2:
         only = (
             f"only {_join(c.iteration for c in selected)} selected" if selected else "none selected"
         )
         raise UsageError(f"a merge needs at least two checkpoints: {only}; {_existing(run)}")
     return tuple(selected)
+
+
+def check_number(selected: Sequence[Checkpoint], least: int | None) -> None:
+    """Raise ``UsageError`` for fewer checkpoints than ``--min-checkpoints``."""
+    if least is not None and len(selected) < least:
+        raise UsageError(
+            f"--min-checkpoints {least}: only {len(selected)} selected "
+            f"({_join(c.iteration for c in selected)})"
+        )
 
 
 def slide(
@@ -274,10 +291,17 @@ def _back(
     return selected
 
 
-def _thin(selected: list[Checkpoint], every: int | None) -> list[Checkpoint]:
-    if every is None:
+def _thin(selected: list[Checkpoint], window: Window) -> list[Checkpoint]:
+    if window.every is not None:
+        end = selected[-1].iteration
+        return [c for c in selected if (end - c.iteration) % window.every == 0]
+    if window.min_interval is None:
         return selected
-    return [c for c in selected if (selected[-1].iteration - c.iteration) % every == 0]
+    taken = selected[-1:]
+    for checkpoint in reversed(selected[:-1]):
+        if taken[0].iteration - checkpoint.iteration >= window.min_interval:
+            taken.insert(0, checkpoint)
+    return taken
 
 
 def _find(run: list[Checkpoint], iteration: int, flag: str) -> Checkpoint:

@@ -117,7 +117,7 @@ def test_a_release_checkpoint_is_told(tmp_path, run, wsm):
     (tmp_path / "only" / TRACKER_FILE).write_text("release")
     status, output = plan(wsm, tmp_path / "only")
     assert status == EXIT_USAGE and "release is a release checkpoint" in output
-    assert "iter_0000000" in output
+    assert "name it and the others with --source PATH" in output
     status, output = wsm("inspect", tmp_path / "only")
     assert status == 0 and "release is a release checkpoint" in output
     assert "says release" in output

@@ -21,12 +21,14 @@ from wsm_megatron.access.source_check import check_source
 from wsm_megatron.checkpoint.reader import Ledger
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.launcher import local_rank
-from wsm_megatron.config import ExecutionOptions, MergeConfig
+from wsm_megatron.config import ExecutionOptions
+from wsm_megatron.errors import UsageError
 from wsm_megatron.execution.device import choose_device
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, RankWork, run_rank
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.execution.value_checks import wrong_main
 from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.output_paths import check_outputs
 from wsm_megatron.storage.change_watch import ChangeWatch
 from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
@@ -35,18 +37,20 @@ from wsm_megatron.storage.visibility import wait_for_directory, wait_for_files
 class NodeLocal:
     """:class:`.Access` of ranks that see different files."""
 
-    def __init__(self, config: MergeConfig, execution: ExecutionOptions, ranks: Ranks):
-        self._config, self._execution, self._ranks = config, execution, ranks
+    def __init__(self, merges: MergeSet, execution: ExecutionOptions, ranks: Ranks):
+        self._merges, self._execution, self._ranks = merges, execution, ranks
         self._assignment = Assignment((), (), (), ())
         self._transport: Transport | None = None
         self._digests = Digests()
 
     def check_options(self) -> None:
         with self._ranks.together("checking the options"):
-            check_outputs(self._config, self._execution)
+            if self._merges.shared.load is None:
+                raise UsageError("--node-local finds sources in a run directory: give --load")
+            check_outputs(self._merges, self._execution)
 
     def prepare(self) -> Job:
-        job, self._assignment = prepare_node_local(self._config, self._execution, self._ranks)
+        job, self._assignment = prepare_node_local(self._merges, self._execution, self._ranks)
         return job
 
     def only(self, job: Job, outputs: Sequence[int]) -> Job:

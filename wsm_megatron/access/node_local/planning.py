@@ -24,8 +24,9 @@ from wsm_megatron.optimizer.precision import Kinds, args_of, kinds_of
 from wsm_megatron.optimizer.representation import Representation
 from wsm_megatron.planning.integers import checksums, compare_checksums, copied_integers
 from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.plan import check_whole
-from wsm_megatron.planning.prepare import Wanted, all_of, plan_job, wanted_merges
+from wsm_megatron.planning.prepare import Wanted, all_of, plan_job
 from wsm_megatron.planning.selection import Selector
 from wsm_megatron.planning.sources import Source, open_source
 from wsm_megatron.process.worker_threads import in_background
@@ -42,7 +43,7 @@ class _Report:
 
 
 def prepare_node_local(
-    config: MergeConfig, execution: ExecutionOptions, ranks: Ranks
+    merges: MergeSet, execution: ExecutionOptions, ranks: Ranks
 ) -> tuple[Job, Assignment]:
     """:func:`.prepare_job` from what all ranks see together. Collective.
 
@@ -53,11 +54,12 @@ def prepare_node_local(
         UsageError: the options do not fit the run. MergeError: a checkpoint is damaged, or no rank
             sees files that are needed.
     """
+    config = merges.shared
     with ranks.together("looking at the sources"):
-        seen = take_inventory(config.load), read_tracker(config.load)
+        seen = take_inventory(config.run), read_tracker(config.run)
     inventories, trackers = zip(*ranks.all_gather(seen), strict=True)
-    view = JobInventory(config.load, inventories, trackers)
-    wanted = _select(config, view, ranks)
+    view = JobInventory(config.run, inventories, trackers)
+    wanted = _select(merges, view, ranks)
     with ranks.together("opening the sources"):
         iterations = [checkpoint.iteration for checkpoint in all_of(wanted)]
         reports = {
@@ -75,7 +77,7 @@ def prepare_node_local(
         )
 
     job, assignment = ranks.broadcast(plan, "planning")
-    sources = assignment.seen_from(ranks.rank, config.load, job.sources)
+    sources = assignment.seen_from(ranks.rank, config.run, job.sources)
     here = replace(job.config, load=config.load)
     job = replace(job, config=here, execution=execution, sources=sources)
     if copied_integers(job):
@@ -86,21 +88,22 @@ def prepare_node_local(
     return job, assignment
 
 
-def _select(config: MergeConfig, view: JobInventory, ranks: Ranks) -> Wanted:
+def _select(merges: MergeSet, view: JobInventory, ranks: Ranks) -> Wanted:
     """The merges that are wanted. Ranks tell rank 0 what the checkpoints say that they see: of the
     range that is merged, or of all where a window is in tokens. Collective."""
     run = ranks.broadcast(view.run, "planning")
     told: dict[int, CommonSummary] = {}
+    config = merges.shared
     selector = Selector(run, lambda i: told.get(i, UNKNOWN), config.allow_lr_decay)
 
     def choose() -> Sequence[tuple[MergeConfig, tuple[int, ...]]]:
-        return wanted_merges(config, lambda window: selector.choose(window, config.sliding_every))
+        return merges.wanted(lambda window: selector.choose(window, merges.sliding_every))
 
     def place() -> Wanted:
         return [(one, selector.place(chosen)) for one, chosen in choose()]
 
     asked = list(run.finished)
-    if config.window_tokens is None:
+    if all(one.window_tokens is None for one in merges.merges):
         wanted = ranks.broadcast(choose, "planning")
         chosen = {i for _, c in wanted for i in c}
         asked = [i for i in asked if min(chosen) <= i <= max(chosen)]
@@ -115,7 +118,7 @@ def _summaries(
     """What checkpoints say of themselves, each read by one rank. Collective."""
     with ranks.together("opening the sources"):
         known = {
-            i: read_summary(checkpoint_path(config.load, i))
+            i: read_summary(checkpoint_path(config.run, i))
             for i in iterations
             if view.reporter(i) == ranks.rank
         }
@@ -125,7 +128,7 @@ def _summaries(
 def _report(
     config: MergeConfig, view: JobInventory, rank: int, iteration: int, newest: bool
 ) -> _Report:
-    source = open_source(config.load, iteration, whole=False)
+    source = open_source(checkpoint_path(config.run, iteration), iteration, whole=False)
     common = read_common(source.path, source.layout)
     kinds, flat = Kinds(), None
     if newest:
