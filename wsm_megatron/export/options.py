@@ -1,0 +1,79 @@
+"""What is exported, and how: the options of ``wsm export`` and of ``--export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wsm_megatron.export.families import FAMILIES
+from wsm_megatron.options import PATH, SIZE, TEXT, Options, one_of, option, repeated
+
+FORMATS = ("hf", "safetensors")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "same": None}
+EXPORT = "export"
+"""The heading that these options stand under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """How a checkpoint's weights are written for others."""
+
+    family: str | None = option(
+        "the model's family in Hugging Face's names",
+        one_of(tuple(FAMILIES)),
+        None,
+        default_text="what the checkpoint's args fit",
+        group=EXPORT,
+    )
+    tokenizer: Path | None = option(
+        "folder with a Hugging Face tokenizer, copied into the export; its size is the "
+        "vocabulary's",
+        PATH,
+        None,
+        group=EXPORT,
+        metavar="DIR",
+    )
+    arg: tuple[str, ...] = option(
+        "what the checkpoint's args do not say, or say wrong: rotary_base=1000000 (repeatable)",
+        repeated(TEXT),
+        (),
+        group=EXPORT,
+        metavar="NAME=VALUE",
+    )
+    export_dtype: str = option(
+        "dtype of the exported weights; biases of routers stay float32",
+        one_of(tuple(DTYPES)),
+        "bf16",
+        group=EXPORT,
+    )
+    leave_out: tuple[str, ...] = option(
+        "leave model tensors out of the export whose key matches (repeatable)",
+        repeated(TEXT),
+        (),
+        group=EXPORT,
+        metavar="PATTERN",
+    )
+    shard_size: int = option(
+        "most bytes of a file, unless one tensor has more",
+        SIZE,
+        5_000_000_000,
+        default_text="5GB",
+        group=EXPORT,
+        least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ExportOptions):
+    """What is exported."""
+
+    load: Path = option("checkpoint: an iter_XXXXXXX folder", PATH, group=EXPORT, metavar="CHECKPOINT")
+    save: Path = option("folder that the export becomes", PATH, group=EXPORT, metavar="DIR")
+    format: str = option(
+        "hf: a Hugging Face model; safetensors: the same files under Megatron's own names",
+        one_of(FORMATS),
+        "hf",
+        group=EXPORT,
+    )
