@@ -1,0 +1,111 @@
+"""A tiny model of each family, as Megatron-LM's ``args`` describe it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCABULARY, PADDED = 100, 128
+
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "max_position_embeddings": 64,
+    "seq_length": 16,
+    "position_embedding_type": "rope",
+    "rotary_base": 5000,
+    "rotary_percent": 1.0,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-6,
+    "apply_layernorm_1p": False,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "vocab_size": VOCABULARY,
+    "padded_vocab_size": PADDED,
+    "num_experts": None,
+}
+"""``num_query_groups`` other than the heads, ``kv_channels`` other than their share of the hidden
+size in some: what an export could get wrong."""
+
+_EXPERTS = BASE | {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "allgather",
+}
+_SIGMOID = _EXPERTS | {
+    "num_layers": 3,
+    "moe_layer_freq": [0, 1, 1],
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_shared_expert_intermediate_size": 24,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": BASE | {"use_rope_scaling": True, "rope_scaling_factor": 4.0},
+    "qwen2": BASE | {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
+    "qwen3": BASE | {"qk_layernorm": True, "kv_channels": 16},
+    "qwen3_moe": _EXPERTS | {"qk_layernorm": True, "moe_layer_freq": [1, 0], "kv_channels": 16},
+    "qwen3_moe-pre_softmax": _EXPERTS
+    | {"qk_layernorm": True, "moe_router_pre_softmax": True, "kv_channels": 16},
+    "mixtral": _EXPERTS,
+    "glm4_moe": _SIGMOID | {"add_qkv_bias": True, "rotary_percent": 0.5, "mtp_num_layers": 1},
+    "glm4_moe-qk_norm": _SIGMOID | {"qk_layernorm": True, "rotary_percent": 0.5},
+    "bailing_moe_v2": _SIGMOID
+    | {
+        "qk_layernorm": True,
+        "rotary_percent": 0.5,
+        "num_experts": 8,
+        "moe_router_topk": 4,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "mtp_num_layers": 1,
+    },
+    "deepseek_v3": _SIGMOID
+    | {
+        "multi_latent_attention": True,
+        "group_query_attention": False,
+        "qk_layernorm": True,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 4.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "num_experts": 8,
+        "moe_router_topk": 4,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "mtp_num_layers": 1,
+    },
+    "deepseek_v3-whole_queries": _SIGMOID
+    | {
+        "multi_latent_attention": True,
+        "group_query_attention": False,
+        "qk_layernorm": True,
+        "q_lora_rank": None,
+        "kv_lora_rank": 12,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 8,
+        "rope_type": "rope",
+        "rotary_scaling_factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+    },
+}
+
+
+def family(name: str) -> str:
+    return name.partition("-")[0]
