@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from wsm_megatron.errors import MergeError, PassingError, UsageError
 from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
+from wsm_megatron.export.job import ExportReport, export
+from wsm_megatron.export.options import MergeExport
+from wsm_megatron.export.plan import make_plan
 from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
 from wsm_megatron.planning.provenance import write_provenance
 from wsm_megatron.planning.staging_key import placement, staging_key
@@ -40,6 +43,7 @@ def merge(
     config: MergeConfig,
     execution: ExecutionOptions = ExecutionOptions(),
     progress: ProgressFactory | None = None,
+    check: Callable[[Job], None] = lambda job: None,
 ) -> MergeReport:
     """Merge checkpoints of a run into one and publish it.
 
@@ -51,6 +55,7 @@ def merge(
         config: what to merge.
         execution: how the job runs.
         progress: shows progress; called on every rank.
+        check: called on rank 0 with what is planned; what it raises ends the merge.
 
     Raises:
         UsageError: the options do not fit the run.
@@ -64,6 +69,7 @@ def merge(
         with job_events(execution.log_json, ranks, __version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
                 job = access.prepare()
+                ranks.broadcast(lambda: check(job), "planning")
             reports = _merge_missing(job, access, ranks, progress, phases, events)
             report = MergeReport(
                 merged=tuple(_merged(job, output) for output in job.outputs),
@@ -75,6 +81,35 @@ def merge(
             events.exchange()
             events.tell("finished", **report.as_data())
     return report
+
+
+def merge_and_export(
+    config: MergeConfig,
+    exports: MergeExport,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+) -> tuple[MergeReport, list[ExportReport]]:
+    """:func:`merge`, and an export of each merge, by the same ranks. Collective.
+
+    Before anything is merged it is known that the newest source could be exported so. An export of
+    a merge that was published before is made up for.
+
+    Raises:
+        UsageError: as for :func:`merge` and :func:`.export`.
+        MergeError: as for these. Merges that are published stay.
+    """
+    if exports.export is None:
+        return merge(config, execution, progress), []
+
+    def check(job: Job) -> None:
+        for output in job.outputs:
+            target = exports.of(output.path, config.save)
+            make_plan(replace(target, load=job.newest(output).path))
+
+    with job_ranks():
+        report = merge(config, execution, progress, check)
+        configs = [exports.of(one.output, config.save) for one in report.merged]
+        return report, [export(one, execution, progress) for one in configs]
 
 
 def plan(

@@ -132,8 +132,11 @@ def transformer_config(args: dict[str, Any]) -> TransformerConfig:
             "bias_activation_fusion": False,
             "params_dtype": torch.float32,
             "pipeline_dtype": torch.float32,
-            **({"rotary_percent": args["rotary_percent"], "rotary_base": args["rotary_base"]}
-               if kind is MLATransformerConfig else {}),
+            **(
+                {"rotary_percent": args["rotary_percent"], "rotary_base": args["rotary_base"]}
+                if kind is MLATransformerConfig
+                else {}
+            ),
         }
     )
 

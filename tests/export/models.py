@@ -89,6 +89,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_group_topk": 2,
         "mtp_num_layers": 1,
     },
+    "deepseek_v3-rope": _SIGMOID
+    | {
+        "multi_latent_attention": True,
+        "group_query_attention": False,
+        "qk_layernorm": True,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_head_dim": 4,
+        "qk_pos_emb_head_dim": 8,
+        "v_head_dim": 8,
+        "rope_type": "rope",
+        "rotary_scaling_factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+    },
     "deepseek_v3-whole_queries": _SIGMOID
     | {
         "multi_latent_attention": True,
@@ -99,8 +114,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_head_dim": 8,
         "qk_pos_emb_head_dim": 4,
         "v_head_dim": 8,
-        "rope_type": "rope",
-        "rotary_scaling_factor": 1.0,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 4.0,
         "mscale": 1.0,
         "mscale_all_dim": 0.0,
     },

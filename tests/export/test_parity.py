@@ -13,7 +13,7 @@ from tests.mcore import run_ranks
 from wsm_megatron.export.job import export
 from wsm_megatron.export.options import ExportConfig
 
-TOLERANCE = 2e-4
+TOLERANCE = 5e-5
 """Largest difference of two float32 logits, whose standard deviation is near 1.7."""
 NOT_IN_TRANSFORMERS = {"bailing_moe_v2"}
 
@@ -44,7 +44,9 @@ def exported(run: Path, save: Path, **more: Any) -> Path:
     return export(config).path
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if family(name) not in NOT_IN_TRANSFORMERS])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if family(name) not in NOT_IN_TRANSFORMERS]
+)
 def test_transformers_computes_the_same_logits(
     name: str,
     saved: tuple[Path, dict[str, torch.Tensor]],

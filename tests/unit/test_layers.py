@@ -14,7 +14,7 @@ FLOORS = (
     {"__main__", "launch"},
     {"cli", "__init__"},
     {"api", "plugin"},
-    {"access", "inspection"},
+    {"access", "inspection", "export"},
     {"execution"},
     {"planning"},
     {"optimizer"},

@@ -9,35 +9,36 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.api import merge, plan
+from wsm_megatron.api import merge_and_export, plan
 from wsm_megatron.cli import text
+from wsm_megatron.cli.export import add_export, export_options
 from wsm_megatron.cli.progress import progress_bar
+from wsm_megatron.cli.ranks import LocalLaunch, rank_of_command
 from wsm_megatron.comm.communicator import job_ranks
 from wsm_megatron.comm.local_ranks import run_forked
-from wsm_megatron.config import JOB, WHICH, ExecutionOptions, MergeConfig
+from wsm_megatron.config import WHICH, ExecutionOptions, MergeConfig
 from wsm_megatron.errors import (
     EXIT_DOES_NOT_RESUME,
     EXIT_FAILED,
-    MergeError,
     StoppedError,
     UsageError,
     exit_code,
     is_internal,
     is_told,
 )
+from wsm_megatron.export.job import export
+from wsm_megatron.export.options import ExportConfig, MergeExport
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.inspection.verify import SOURCES, verify
 from wsm_megatron.options import (
-    COUNT,
     PATH,
     Given,
     Option,
@@ -52,28 +53,12 @@ from wsm_megatron.options import (
     typed,
 )
 from wsm_megatron.planning.selection import select_checkpoints
-from wsm_megatron.process.signals import Stop, ending_signals
 from wsm_megatron.process.streams import say, show
 from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 from wsm_megatron.schedule.window import Checkpoint
-from wsm_megatron.storage.retry import check_storage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalLaunch(Options):
-    """How the command starts its ranks, where no launcher does."""
-
-    local_ranks: int | None = option(
-        "start N ranks on this machine, without torchrun or srun: one for each GPU, or for every "
-        "16 cores",
-        COUNT,
-        None,
-        default_text="this process alone",
-        group=JOB,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +71,12 @@ class _File(Options):
     )
 
 
-JOB_OPTIONS = (*MergeConfig.options(), *ExecutionOptions.options(), *LocalLaunch.options())
+JOB_OPTIONS = (
+    *MergeConfig.options(),
+    *MergeExport.options(),
+    *ExecutionOptions.options(),
+    *LocalLaunch.options(),
+)
 """What ``--config`` may set."""
 
 
@@ -162,9 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_job(commands, "merge", _merge, "merge checkpoints of a run into one", JOB_OPTIONS)
-    planned = [one for one in JOB_OPTIONS if one not in LocalLaunch.options()]
+    apart = (*MergeExport.options(), *LocalLaunch.options())
+    planned = [one for one in JOB_OPTIONS if one not in apart]
     _add_job(commands, "plan", _plan, "say everything that merge would do; write nothing", planned)
     _add_coefficients(commands)
+    add_export(_add(commands, "export", _export, "write a checkpoint's weights for others"))
     command = _add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
     command.add_argument("directory", type=_path)
     command.add_argument("--entries", action="store_true", help="list every entry")
@@ -246,6 +238,7 @@ class _Job:
 
     given: Given
     config: MergeConfig
+    export: MergeExport
     execution: ExecutionOptions
     launch: LocalLaunch
 
@@ -261,6 +254,7 @@ class _Job:
         return cls(
             given,
             MergeConfig(**given.of(MergeConfig)),
+            MergeExport(**given.of(MergeExport)),
             ExecutionOptions(**given.of(ExecutionOptions)),
             LocalLaunch(**given.of(LocalLaunch)),
         )
@@ -276,49 +270,32 @@ def _merge(arguments: argparse.Namespace) -> _Answer:
 
 
 def _merge_on_rank(job: _Job) -> _Answer:
-    stop = Stop()
-    with (
-        ending_signals(stop),
-        _exit_when_storage_hangs(),
-        job_ranks() as ranks,
-        ranks.watching(stop.check),
-    ):
+    with rank_of_command() as ranks:
         if ranks.rank == 0:
             job.given.tell_renamed()
-        done = merge(job.config, job.execution, progress_bar)
+        done, exports = merge_and_export(job.config, job.export, job.execution, progress_bar)
         if ranks.rank != 0:
             return _Answer()
-    return _Answer(text.merged(done), done.as_data)
+    return _Answer(
+        chain(text.merged(done), *map(text.exported, exports)),
+        lambda: done.as_data() | {"exports": [one.as_data() for one in exports]},
+    )
 
 
-@contextmanager
-def _exit_when_storage_hangs() -> Iterator[None]:
-    """End the process where the block cannot: its own thread hangs in a read."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(timeouts.exit_grace):
-            try:
-                check_storage()
-            except MergeError as error:
-                if not over.wait(
-                    timeouts.exit_grace
-                ):  # where only a worker hangs, the merge ends by itself
-                    _say_last(f"{error}; nothing was published")
-                    os._exit(EXIT_FAILED)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
+def _export(arguments: argparse.Namespace) -> _Answer:
+    config, execution, ranks = export_options(arguments)
+    if ranks is None:
+        return _export_on_rank(config, execution)
+    rank = partial(_status, arguments, lambda _: _export_on_rank(config, execution))
+    return _Answer(status=run_forked(ranks, rank))
 
 
-def _say_last(message: str) -> None:
-    """Before the process ends without anything else."""
-    logger.error(message, extra={"event": "failed", "fields": {"exit_code": EXIT_FAILED}})
-    for handler in logging.getLogger("wsm_megatron").handlers:
-        handler.flush()
+def _export_on_rank(config: ExportConfig, execution: ExecutionOptions) -> _Answer:
+    with rank_of_command() as ranks:
+        done = export(config, execution, partial(progress_bar, doing="exporting"))
+        if ranks.rank != 0:
+            return _Answer()
+    return _Answer(text.exported(done), done.as_data)
 
 
 def _plan(arguments: argparse.Namespace) -> _Answer:

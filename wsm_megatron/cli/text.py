@@ -10,6 +10,7 @@ from wsm_megatron.access.protocol import Estimate
 from wsm_megatron.checkpoint.common_state import CommonSummary
 from wsm_megatron.execution.result import MergeReport
 from wsm_megatron.execution.timing import PHASES, RankReport
+from wsm_megatron.export.job import ExportReport
 from wsm_megatron.inspection.inspect import CheckpointContents, RunContents
 from wsm_megatron.inspection.megatron_resume import ResumeReport
 from wsm_megatron.inspection.verify import VerifyReport
@@ -41,6 +42,13 @@ def merged(done: MergeReport) -> Iterator[str]:
         yield f"merged checkpoint: {one.output}"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
     yield from launch_lines(done.resume["launch"], str(done.output.parent))
+
+
+def exported(done: ExportReport) -> Iterator[str]:
+    what = f"{done.tensors} tensors, {size(done.nbytes)}"
+    family = "Megatron's names" if done.family is None else done.family
+    was = "was exported before" if done.already else f"exported in {done.seconds:.2f} s"
+    yield f"{was}: {done.path} ({family}, {what})"
 
 
 def planned(job: Job, moved: Estimate) -> Iterator[str]:

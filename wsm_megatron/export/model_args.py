@@ -27,13 +27,28 @@ _DEFAULTS: dict[str, Any] = {
 """Megatron's values of what its ``args`` do not have, in older versions or at all, or have as None.
 Of anything else there is no default."""
 _OFF = frozenset(
-    """
-    add_bias_linear add_qkv_bias apply_layernorm_1p apply_residual_connection_post_layernorm
-    attention_output_gate enable_mhc_connections group_query_attention moe_apply_probs_on_input
-    moe_router_enable_expert_bias moe_router_pre_softmax moe_shared_expert_gate
-    mtp_use_repeated_layer multi_latent_attention qk_l2_norm qk_layernorm quick_geglu
-    rotary_interleaved squared_relu use_mup use_rope_scaling
-    """.split()
+    [
+        "add_bias_linear",
+        "add_qkv_bias",
+        "apply_layernorm_1p",
+        "apply_residual_connection_post_layernorm",
+        "attention_output_gate",
+        "enable_mhc_connections",
+        "group_query_attention",
+        "moe_apply_probs_on_input",
+        "moe_router_enable_expert_bias",
+        "moe_router_pre_softmax",
+        "moe_shared_expert_gate",
+        "mtp_use_repeated_layer",
+        "multi_latent_attention",
+        "qk_l2_norm",
+        "qk_layernorm",
+        "quick_geglu",
+        "rotary_interleaved",
+        "squared_relu",
+        "use_mup",
+        "use_rope_scaling",
+    ]
 )
 """Switches that are off where nothing is said of them."""
 _ALSO = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
@@ -81,7 +96,7 @@ class ModelArgs:
 
     @property
     def query_groups(self) -> int:
-        """Heads of keys and values. ``num_query_groups`` is 1 by default, and then means nothing."""
+        """Heads of keys and values. ``num_query_groups`` alone is a default, and means nothing."""
         if self.get("group_query_attention"):
             return self.need("num_query_groups")
         return self.need("num_attention_heads")

@@ -2,12 +2,14 @@
 
 | stored | here |
 |---|---|
-| ``decoder.layers.mlp.linear_fc2.weight``, first axis: layers | ``layers.3.mlp.linear_fc2.weight`` |
+| ``decoder.layers.mlp.linear_fc2.weight``, stacked | ``layers.3.mlp.linear_fc2.weight`` |
 | ``decoder.layers.3.mlp.linear_fc2.weight`` | the same |
-| ``decoder.layers.mlp.experts.experts.linear_fc2.weight``, then experts | ``layers.3.mlp.experts.7.linear_fc2.weight`` |
-| ``mtp.layers.0.transformer_layer.mlp…``, ``mtp.layers.0.enorm.weight`` | ``layers.N.mlp…``, ``layers.N.enorm.weight`` |
+| ``decoder.layers.mlp.experts.experts.NAME``, stacked | ``layers.3.mlp.experts.7.NAME`` |
+| ``mtp.layers.0.transformer_layer.NAME`` | ``layers.N.NAME`` |
+| ``mtp.layers.0.enorm.weight`` | ``layers.N.enorm.weight`` |
 
-N is the number of the decoder's layers: those of MTP follow them.
+Layers are stacked along the first axis, experts along the next. N is the number of the decoder's
+layers: those of MTP follow them.
 """
 
 from __future__ import annotations

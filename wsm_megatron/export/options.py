@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from wsm_megatron.errors import UsageError
 from wsm_megatron.export.families import FAMILIES
 from wsm_megatron.options import PATH, SIZE, TEXT, Options, one_of, option, repeated
 
@@ -56,7 +57,7 @@ class ExportOptions(Options):
         metavar="PATTERN",
     )
     shard_size: int = option(
-        "most bytes of a file, unless one tensor has more",
+        "most bytes of tensors in a file, unless one has more",
         SIZE,
         5_000_000_000,
         default_text="5GB",
@@ -69,7 +70,9 @@ class ExportOptions(Options):
 class ExportConfig(ExportOptions):
     """What is exported."""
 
-    load: Path = option("checkpoint: an iter_XXXXXXX folder", PATH, group=EXPORT, metavar="CHECKPOINT")
+    load: Path = option(
+        "checkpoint: an iter_XXXXXXX folder", PATH, group=EXPORT, metavar="CHECKPOINT"
+    )
     save: Path = option("folder that the export becomes", PATH, group=EXPORT, metavar="DIR")
     format: str = option(
         "hf: a Hugging Face model; safetensors: the same files under Megatron's own names",
@@ -77,3 +80,41 @@ class ExportConfig(ExportOptions):
         "hf",
         group=EXPORT,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeExport(ExportOptions):
+    """What is exported of each merge, once it is published."""
+
+    export: str | None = option(
+        "also write each merge's weights for others: hf, a Hugging Face model; safetensors, "
+        "the same files under Megatron's own names",
+        one_of(FORMATS),
+        None,
+        group=EXPORT,
+    )
+    export_save: Path | None = option(
+        "root of the exports, each in a folder named as its merge is",
+        PATH,
+        None,
+        default_text="a folder hf or safetensors beside the merges",
+        group=EXPORT,
+        metavar="DIR",
+    )
+
+    def check(self) -> None:
+        changed = [one.flag for one in self.options() if getattr(self, one.name) != one.default]
+        if self.export is None and changed:
+            raise UsageError(f"{changed[0]} has no effect without --export")
+
+    def of(self, checkpoint: Path, root: Path) -> ExportConfig:
+        """The export of a merge below ``root``."""
+        assert self.export is not None
+        base = root / self.export if self.export_save is None else self.export_save
+        values = {one.name: getattr(self, one.name) for one in ExportOptions.options()}
+        return ExportConfig(
+            load=checkpoint,
+            save=base / checkpoint.relative_to(root),
+            format=self.export,
+            **values,
+        )

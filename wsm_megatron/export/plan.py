@@ -153,7 +153,11 @@ def _recorded(config: ExportConfig) -> dict[str, Any]:
     names = ("format", "family", "arg", "export_dtype", "leave_out", "shard_size", "tokenizer")
     values = {name: getattr(config, name) for name in names}
     return {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        name: str(value)
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for name, value in values.items()
     }
 

@@ -103,9 +103,7 @@ def _close(shards: Sequence[Shard], files: list[ShardFile]) -> Files:
     return closed
 
 
-def _tasks(
-    layout: Layout, shards: Sequence[Shard], files: Sequence[ShardFile]
-) -> Iterator[_Task]:
+def _tasks(layout: Layout, shards: Sequence[Shard], files: Sequence[ShardFile]) -> Iterator[_Task]:
     for shard, file in zip(shards, files, strict=True):
         for tensor, offset in zip(shard.tensors, shard.offsets, strict=True):
             yield from _tasks_of(layout, tensor, offset, file)

@@ -69,8 +69,7 @@ class Tokenizer:
     def copy(self, directory: Path) -> Files:
         """Copy its files, durably; the copies."""
         return {
-            name: write_file(directory / name, read_file(self.folder / name))
-            for name in self.names
+            name: write_file(directory / name, read_file(self.folder / name)) for name in self.names
         }
 
     def _ids(self) -> dict[str, int]:
@@ -124,7 +123,9 @@ def write_beside(
     files[CONFIG_FILE] = write_file(directory / CONFIG_FILE, as_json(config))
     generation = None if tokenizer is None else tokenizer.generation_config()
     if generation is None:
-        ids = {name: config[name] for name in map("{}_id".format, _SPECIAL) if config[name] is not None}
+        ids = {
+            name: config[name] for name in map("{}_id".format, _SPECIAL) if config[name] is not None
+        }
         generation = as_json({"_from_model_config": True, **ids})
     files[GENERATION_FILE] = write_file(directory / GENERATION_FILE, generation)
     return files

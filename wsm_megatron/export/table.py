@@ -1,4 +1,4 @@
-"""From a family's table to tensors: every one it names is found, every element goes to one place."""
+"""From a family's table to tensors: each that it names is found, each element has one place."""
 
 from __future__ import annotations
 

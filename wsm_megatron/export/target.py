@@ -87,7 +87,8 @@ class Target:
         """Write down what the folder holds, and give it its name. Durable."""
         assert self._lock is not None and self._staging is not None
         listed = {
-            name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())
+            name: {"bytes": size, "crc32": f"{crc:08x}"}
+            for name, (size, crc) in sorted(files.items())
         }
         write_file(self._staging / RECORD_FILE, seal({**record, "files": listed}))
         try:

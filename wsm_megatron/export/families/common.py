@@ -61,9 +61,7 @@ NORMS = (
 _QKV = IN + "self_attention.linear_qkv."
 
 ATTENTION = (
-    row(
-        tuple(LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"), _QKV + "weight", how=split_qkv
-    ),
+    row(tuple(LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"), _QKV + "weight", how=split_qkv),
     row(LAYER + "self_attn.o_proj.weight", IN + "self_attention.linear_proj.weight"),
 )
 QKV_BIAS = (
@@ -75,7 +73,11 @@ QKV_BIAS = (
     ),
 )
 QK_NORM = tuple(
-    row(LAYER + f"self_attn.{x}_norm.weight", IN + f"self_attention.{x}_layernorm.weight", when=qk_norm)
+    row(
+        LAYER + f"self_attn.{x}_norm.weight",
+        IN + f"self_attention.{x}_layernorm.weight",
+        when=qk_norm,
+    )
     for x in "qk"
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -104,9 +103,8 @@ def _yarn(args: ModelArgs) -> dict[str, Any] | None:
 
 def _refuses(args: ModelArgs) -> Iterable[str]:
     yield from group_refusals(args)
-    if args.get("rope_type") == "yarn" and math.isclose(args.need("mscale_all_dim"), 0.0):
-        if args.need("rotary_scaling_factor") > 1:
-            yield "mscale_all_dim 0 with a rotary_scaling_factor above 1"
+    if _yarn(args) is not None and not args.need("mscale_all_dim") and args.need("mscale") != 1:
+        yield "mscale other than 1 with mscale_all_dim 0"
 
 
 DEEPSEEK_V3 = Family(
