@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -67,6 +68,9 @@ def build(args: dict[str, Any]) -> GPTModel:
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     config = transformer_config(args)
+    for name, value in args.items():
+        if name.startswith("yarn_"):
+            setattr(config, name, value)  # GPTModel looks for them there
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     if config.multi_latent_attention:
         for layer in spec.layer_specs:
@@ -121,8 +125,8 @@ def transformer_config(args: dict[str, Any]) -> TransformerConfig:
             "layernorm_epsilon": args["norm_epsilon"],
             "num_moe_experts": args["num_experts"],
             "num_query_groups": args["num_query_groups"] if args["group_query_attention"] else None,
-            "gated_linear_unit": args["swiglu"],
-            "activation_func": torch.nn.functional.silu,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu if args["swiglu"] else quick_gelu,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "use_cpu_initialization": True,

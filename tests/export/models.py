@@ -49,6 +49,18 @@ _SIGMOID = _EXPERTS | {
     "moe_shared_expert_intermediate_size": 24,
 }
 
+_GPT_OSS = _EXPERTS | {
+    "swiglu": False,
+    "quick_geglu": True,
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 1.5,
+    "add_bias_linear": True,
+    "add_qkv_bias": True,
+    "softmax_type": "learnable",
+    "window_size": (3, 0),
+    "window_attn_skip_freq": 2,
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": BASE | {"use_rope_scaling": True, "rope_scaling_factor": 4.0},
     "qwen2": BASE | {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
@@ -68,6 +80,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_num_groups": 4,
         "moe_router_group_topk": 2,
         "mtp_num_layers": 1,
+    },
+    "gpt_oss": _GPT_OSS,
+    "gpt_oss-yarn": _GPT_OSS
+    | {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 16,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_correction_range_round_to_int": False,
+        "yarn_mscale": None,
+        "yarn_mscale_all_dim": None,
     },
     "deepseek_v3": _SIGMOID
     | {

@@ -6,16 +6,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from wsm_megatron.errors import UsageError
-from wsm_megatron.export.families.common import SOME_EXPERTS
+from wsm_megatron.export.families.common import ANYTHING, SOME
 from wsm_megatron.export.families.dense import LLAMA, QWEN2, QWEN3
 from wsm_megatron.export.families.experts import BAILING_MOE_V2, GLM4_MOE, MIXTRAL, QWEN3_MOE
+from wsm_megatron.export.families.gpt_oss import GPT_OSS
 from wsm_megatron.export.families.latent import DEEPSEEK_V3
 from wsm_megatron.export.model_args import ModelArgs
 from wsm_megatron.export.table import Family
 
 FAMILIES = {
     one.name: one
-    for one in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GLM4_MOE, BAILING_MOE_V2, DEEPSEEK_V3)
+    for one in (
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+        MIXTRAL,
+        GLM4_MOE,
+        BAILING_MOE_V2,
+        DEEPSEEK_V3,
+        GPT_OSS,
+    )
 }
 
 
@@ -64,7 +75,9 @@ def _reasons(family: Family, args: ModelArgs) -> Iterator[str]:
 
 
 def _reason(args: ModelArgs, name: str, allowed: Any) -> str | None:
-    if allowed == SOME_EXPERTS:
+    if allowed == ANYTHING:
+        return None
+    if allowed == SOME:
         return f"{name} is not set" if args.get(name) is None else None
     values = allowed if isinstance(allowed, tuple) else (allowed,)
     takes_none = None in values or False in values

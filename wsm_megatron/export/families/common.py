@@ -155,8 +155,8 @@ TAKES: dict[str, Any] = {
 }
 """What most families take: a Llama. Tables say where theirs differ."""
 
-SOME_EXPERTS = "any number"
-"""In :attr:`.Family.takes`: anything but None."""
+SOME, ANYTHING = "something", "anything"
+"""In :attr:`.Family.takes`: whatever but None, and whatever."""
 
 
 def kinds(args: ModelArgs) -> Kinds:

@@ -16,7 +16,7 @@ from wsm_megatron.export.families.common import (
     QKV_BIAS,
     ROUTER,
     SHARED_EXPERTS,
-    SOME_EXPERTS,
+    SOME,
     TAKES,
     decoder_config,
     expert_width,
@@ -33,7 +33,7 @@ from wsm_megatron.export.table import Family, row
 from wsm_megatron.export.transforms import fused_qkv, halves
 
 _SOFTMAX = TAKES | {
-    "num_experts": SOME_EXPERTS,
+    "num_experts": SOME,
     "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
     "moe_router_topk_scaling_factor": (None, 1.0),
@@ -42,11 +42,11 @@ _SOFTMAX = TAKES | {
     "add_qkv_bias": False,
 }
 _SIGMOID = TAKES | {
-    "num_experts": SOME_EXPERTS,
+    "num_experts": SOME,
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
     "mtp_num_layers": (None, 0, 1, 2, 3, 4),
-    "rotary_percent": SOME_EXPERTS,
+    "rotary_percent": SOME,
 }
 
 

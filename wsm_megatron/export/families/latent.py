@@ -12,7 +12,7 @@ from wsm_megatron.export.families.common import (
     LAYER,
     ROUTER,
     SHARED_EXPERTS,
-    SOME_EXPERTS,
+    SOME,
     TAKES,
     decoder_config,
     group_refusals,
@@ -124,7 +124,7 @@ DEEPSEEK_V3 = Family(
     | {
         "multi_latent_attention": True,
         "qk_layernorm": True,
-        "num_experts": SOME_EXPERTS,
+        "num_experts": SOME,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "mtp_num_layers": (None, 0, 1, 2, 3, 4),
