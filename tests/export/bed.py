@@ -47,7 +47,7 @@ def reshard_all(root: Path, again: Path, models: dict[str, dict[str, Any]]) -> N
     for name, args in models.items():
         model = build(args)
         source = str(root / name.partition("/")[0] / "iter_0000001")
-        wanted = {"model": model.sharded_state_dict(metadata=METADATA)}
+        wanted = {"model": sharded(model)}
         state = dist_checkpointing.load(wanted, source)
         model.load_state_dict(state["model"])
         save(model, args, again / name / "iter_0000001")
@@ -165,10 +165,15 @@ def save(model: GPTModel, args: dict[str, Any], folder: Path) -> None:
         "args": Namespace(**args),
         "iteration": 1,
         "checkpoint_version": 3.0,
-        "model": model.sharded_state_dict(metadata=METADATA),
+        "model": sharded(model),
     }
     dist_checkpointing.save(state, str(folder), content_metadata=METADATA)
     dist.barrier()
+
+
+def sharded(model: GPTModel) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata=METADATA | {"dp_cp_group": group})
 
 
 def forward(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:

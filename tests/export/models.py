@@ -147,4 +147,4 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def family(name: str) -> str:
-    return name.partition("-")[0]
+    return name.partition("/")[0].partition("-")[0]

@@ -43,7 +43,7 @@ Transform = Callable[[Shape, ModelArgs], tuple[Output, ...]]
 
 def plain(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
     """The tensor as it is."""
-    return (_rows(shape, (0, shape[0])) if shape else Output((), (Block(Region((), ())),)),)
+    return (Output(shape, (Block(_whole(shape)),)),)
 
 
 def vocabulary(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
@@ -58,16 +58,22 @@ def vocabulary(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
 
 def halves(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
     """Gate and up projection of a gated MLP, the gate first (``linear_fc1``)."""
-    half = shape[0] // 2
+    half = _half(shape)
     return _rows(shape, (0, half)), _rows(shape, (half, half))
 
 
 def interleaved_halves(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
     """Gate and up alternate along the last axis of the transposed tensor: (in, 2 · out)."""
-    half, inner = shape[0] // 2, shape[1:]
+    half, inner = _half(shape), shape[1:]
     axes = tuple(reversed(range(len(inner) + 2)))
     block = Block(_whole(shape), (2, half, *inner), axes)
     return (Output((*reversed(inner), shape[0]), (block,)),)
+
+
+def _half(shape: Shape) -> int:
+    if shape[0] % 2:
+        raise UsageError(f"linear_fc1 has {shape[0]} rows, which are no gate and up projection")
+    return shape[0] // 2
 
 
 def transposed(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
