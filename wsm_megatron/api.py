@@ -26,7 +26,7 @@ from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.export.job import ExportReport, export
 from wsm_megatron.export.options import MergeExport
-from wsm_megatron.export.plan import make_plan
+from wsm_megatron.export.plan import ExportPlan, make_plan
 from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
 from wsm_megatron.planning.provenance import write_provenance
 from wsm_megatron.planning.staging_key import placement, staging_key
@@ -91,8 +91,8 @@ def merge_and_export(
 ) -> tuple[MergeReport, list[ExportReport]]:
     """:func:`merge`, and an export of each merge, by the same ranks. Collective.
 
-    Before anything is merged it is known that the newest source could be exported so. An export of
-    a merge that was published before is made up for.
+    Before anything is merged it is known that the newest source could be exported so, where rank 0
+    sees all of it. An export of a merge that was published before is made up for.
 
     Raises:
         UsageError: as for :func:`merge` and :func:`.export`.
@@ -102,14 +102,27 @@ def merge_and_export(
         return merge(config, execution, progress), []
 
     def check(job: Job) -> None:
-        for output in job.outputs:
-            target = exports.of(output.path, config.save)
-            make_plan(replace(target, load=job.newest(output).path))
+        if not execution.node_local:
+            plan_exports(job, exports)
 
     with job_ranks():
         report = merge(config, execution, progress, check)
         configs = [exports.of(one.output, config.save) for one in report.merged]
         return report, [export(one, execution, progress) for one in configs]
+
+
+def plan_exports(job: Job, exports: MergeExport) -> list[tuple[Path, ExportPlan]]:
+    """Where the exports of a job's merges go, and what they will hold, told by its sources.
+
+    Raises as :func:`.make_plan` does.
+    """
+    if exports.export is None:
+        return []
+    found = []
+    for output in job.outputs:
+        config = exports.of(output.path, job.config.save)
+        found.append((config.save, make_plan(replace(config, load=job.newest(output).path))))
+    return found
 
 
 def plan(

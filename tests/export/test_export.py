@@ -268,6 +268,16 @@ def test_what_cannot_be_exported_is_not_merged_first(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_plan_says_what_would_be_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--load", str(RUNS / runs.MAIN), "--save", str(tmp_path / "merged"), "--last", "2"]
+    assert main(["plan", *flags, "--export", "hf"]) == 0
+    target = tmp_path / "merged" / "hf" / "iter_0000008"
+    assert f"would export {target} (llama, " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--format", "hf", "--save", str(tmp_path / "hf"), "--json"]
     assert main(["export", str(CHECKPOINT), *flags]) == 0

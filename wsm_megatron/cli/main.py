@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.api import merge_and_export, plan
+from wsm_megatron.api import merge_and_export, plan, plan_exports
 from wsm_megatron.cli import text
 from wsm_megatron.cli.export import add_export, export_options
 from wsm_megatron.cli.progress import progress_bar
@@ -152,8 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_job(commands, "merge", _merge, "merge checkpoints of a run into one", JOB_OPTIONS)
-    apart = (*MergeExport.options(), *LocalLaunch.options())
-    planned = [one for one in JOB_OPTIONS if one not in apart]
+    planned = [one for one in JOB_OPTIONS if one not in LocalLaunch.options()]
     _add_job(commands, "plan", _plan, "say everything that merge would do; write nothing", planned)
     _add_coefficients(commands)
     add_export(_add(commands, "export", _export, "write a checkpoint's weights for others"))
@@ -307,7 +306,9 @@ def _plan(arguments: argparse.Namespace) -> _Answer:
     if planned is None:
         return _Answer()
     found, moved = planned
-    return _Answer(text.planned(found, moved), lambda: text.plan_data(found, moved), shown=True)
+    exports = plan_exports(found, job.export)
+    lines = chain(text.planned(found, moved), *starmap(text.would_export, exports))
+    return _Answer(lines, lambda: text.plan_data(found, moved), shown=True)
 
 
 def _coefficients(arguments: argparse.Namespace) -> _Answer:
