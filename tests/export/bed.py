@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -20,6 +21,7 @@ from megatron.core.transformer import TransformerConfig, multi_latent_attention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 import examples.cpu_ranks.training  # noqa: F401  what 0.16 lacks without Transformer Engine
+from tests.export import hybrid
 
 
 class _NotInstalled:
@@ -68,6 +70,8 @@ def build(args: dict[str, Any]) -> GPTModel:
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     config = transformer_config(args)
+    if args.get("is_hybrid_model"):
+        return hybrid.build(config, args)
     for name, value in args.items():
         if name.startswith("yarn_"):
             setattr(config, name, value)  # GPTModel looks for them there
@@ -125,8 +129,8 @@ def transformer_config(args: dict[str, Any]) -> TransformerConfig:
             "layernorm_epsilon": args["norm_epsilon"],
             "num_moe_experts": args["num_experts"],
             "num_query_groups": args["num_query_groups"] if args["group_query_attention"] else None,
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu if args["swiglu"] else quick_gelu,
+            "gated_linear_unit": not args.get("squared_relu"),
+            "activation_func": _activation(args),
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "use_cpu_initialization": True,
@@ -143,6 +147,12 @@ def transformer_config(args: dict[str, Any]) -> TransformerConfig:
             ),
         }
     )
+
+
+def _activation(args: dict[str, Any]) -> Any:
+    if args.get("squared_relu"):
+        return squared_relu
+    return torch.nn.functional.silu if args["swiglu"] else quick_gelu
 
 
 def randomize(model: GPTModel) -> None:

@@ -61,6 +61,18 @@ _GPT_OSS = _EXPERTS | {
     "window_attn_skip_freq": 2,
 }
 
+_HYBRID = BASE | {
+    "is_hybrid_model": True,
+    "position_embedding_type": "none",
+    "squared_relu": True,
+    "swiglu": False,
+    "norm_epsilon": 1e-5,
+    "mamba_state_dim": 10,
+    "mamba_head_dim": 8,
+    "mamba_num_groups": 2,
+    "mamba_num_heads": 8,
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": BASE | {"use_rope_scaling": True, "rope_scaling_factor": 4.0},
     "qwen2": BASE | {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
@@ -92,6 +104,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "yarn_correction_range_round_to_int": False,
         "yarn_mscale": None,
         "yarn_mscale_all_dim": None,
+    },
+    "nemotron_h": _HYBRID | {"num_layers": 4, "hybrid_override_pattern": "M*-M"},
+    "nemotron_h-experts": _HYBRID
+    | {
+        "num_layers": 4,
+        "hybrid_override_pattern": "ME*E",
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": 20,
     },
     "deepseek_v3": _SIGMOID
     | {

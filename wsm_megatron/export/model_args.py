@@ -35,6 +35,7 @@ _OFF = frozenset(
         "attention_output_gate",
         "enable_mhc_connections",
         "group_query_attention",
+        "is_hybrid_model",
         "moe_apply_probs_on_input",
         "moe_router_enable_expert_bias",
         "moe_router_pre_softmax",

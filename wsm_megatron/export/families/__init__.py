@@ -11,23 +11,15 @@ from wsm_megatron.export.families.dense import LLAMA, QWEN2, QWEN3
 from wsm_megatron.export.families.experts import BAILING_MOE_V2, GLM4_MOE, MIXTRAL, QWEN3_MOE
 from wsm_megatron.export.families.gpt_oss import GPT_OSS
 from wsm_megatron.export.families.latent import DEEPSEEK_V3
+from wsm_megatron.export.families.nemotron_h import NEMOTRON_H
 from wsm_megatron.export.model_args import ModelArgs
 from wsm_megatron.export.table import Family
 
-FAMILIES = {
-    one.name: one
-    for one in (
-        LLAMA,
-        QWEN2,
-        QWEN3,
-        QWEN3_MOE,
-        MIXTRAL,
-        GLM4_MOE,
-        BAILING_MOE_V2,
-        DEEPSEEK_V3,
-        GPT_OSS,
-    )
-}
+_ALL = (
+    *(LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GLM4_MOE, BAILING_MOE_V2, DEEPSEEK_V3, GPT_OSS),
+    NEMOTRON_H,
+)
+FAMILIES = {one.name: one for one in _ALL}
 
 
 def choose(args: ModelArgs, name: str | None) -> Family:
