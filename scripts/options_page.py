@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from wsm_megatron.cli.export import EXPORT_OPTIONS
+from wsm_megatron.cli.export import JOB_OPTIONS as EXPORT_JOB
 from wsm_megatron.cli.main import JOB_OPTIONS
 from wsm_megatron.options import Option
 from wsm_megatron.plugin.arguments import OPTIONS as TRAINING
@@ -40,6 +42,13 @@ In Python these options are the fields of `MergeConfig` (what is merged) and `Ex
 the job runs, the last table): `merge(MergeConfig(load="RUN", save="OUT", last=8),
 ExecutionOptions(threads=8))`. `wsm_merge.json` records all of `MergeConfig` but the two places, and
 nothing of `ExecutionOptions`.
+"""
+
+EXPORT = """\
+## `wsm export CHECKPOINT`
+
+[export.md](export.md) says which models and how. `wsm merge` has the same options beside
+`--export`, but for `--format` and `--save`. In Python they are the fields of `ExportConfig`.
 """
 
 TRAIN = """\
@@ -104,6 +113,7 @@ def main() -> None:
         options = [one for one in JOB_OPTIONS if one.group == title]
         sections.append(f"### {title[0].upper()}{title[1:]}\n\n{described(options)}")
     old = [one for one in (*JOB_OPTIONS, *TRAINING) if one.old_flag is not None]
+    sections += [EXPORT, described((*EXPORT_OPTIONS, *EXPORT_JOB))]
     sections += [TRAIN, described(TRAINING)]
     sections += [RENAMED, table(("old", "now"), [(f"`{o.old_flag}`", f"`{o.flag}`") for o in old])]
     sections += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from wsm_megatron.errors import MergeError, PassingError, UsageError
 from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
+from wsm_megatron.export.job import ExportReport, export
+from wsm_megatron.export.options import MergeExport
+from wsm_megatron.export.plan import ExportPlan, make_plan
 from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
 from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.provenance import write_provenance
@@ -95,6 +98,50 @@ def merge_together(
             events.exchange()
             events.tell("finished", **report.as_data())
     return report
+
+
+def merge_and_export(
+    config: MergeConfig,
+    exports: MergeExport,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+) -> tuple[MergeReport, list[ExportReport]]:
+    """:func:`merge`, and an export of each merge, by the same ranks. Collective.
+
+    Before anything is merged it is known that the newest source could be exported so, where rank 0
+    sees all of it. An export of a merge that was published before is made up for.
+
+    Raises:
+        UsageError: as for :func:`merge` and :func:`.export`.
+        MergeError: as for these. Merges that are published stay.
+    """
+    if exports.export is None:
+        return merge(config, execution, progress), []
+
+    def planned(job: Job, estimate: Estimate) -> None:
+        if not execution.node_local:
+            plan_exports(job, exports, config.save)
+
+    with job_ranks():
+        merges = MergeSet.of(config)
+        report = merge_together(merges, execution, progress, asdict(config), planned)
+        configs = [exports.of(one.output, config.save) for one in report.merged]
+        return report, [export(one, execution, progress) for one in configs]
+
+
+def plan_exports(job: Job, exports: MergeExport, root: Path) -> list[tuple[Path, ExportPlan]]:
+    """Where the exports of a job's merges below ``root`` go, and what they will hold, told by its
+    sources.
+
+    Raises as :func:`.make_plan` does.
+    """
+    if exports.export is None:
+        return []
+    found = []
+    for output in job.outputs:
+        config = exports.of(output.path, root)
+        found.append((config.save, make_plan(replace(config, load=job.newest(output).path))))
+    return found
 
 
 def plan(

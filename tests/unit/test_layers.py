@@ -15,7 +15,7 @@ FLOORS = (
     {"cli", "__init__"},
     {"sweeps"},
     {"api", "plugin"},
-    {"access", "inspection"},
+    {"access", "inspection", "export"},
     {"execution"},
     {"planning"},
     {"optimizer"},

@@ -296,7 +296,7 @@ def test_options_of_local_ranks_are_refused_once(
     assert capfd.readouterr().err.count("--threads must be at least 1, not 0") == 1
 
 
-COMMANDS = ["", "merge", "plan", "coefficients", "inspect", "verify", "resume-check"]
+COMMANDS = ["", "merge", "plan", "coefficients", "inspect", "verify", "resume-check", "export"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.api import merge, plan
+from wsm_megatron.api import merge_and_export, plan, plan_exports
 from wsm_megatron.cli import text
 from wsm_megatron.cli.command import (
     Answer,
@@ -22,16 +23,14 @@ from wsm_megatron.cli.command import (
     on_ranks,
     run_command,
 )
+from wsm_megatron.cli.export import add_export
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.cli.select import add_select
 from wsm_megatron.cli.sweep import add_sweep
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
-from wsm_megatron.errors import (
-    EXIT_DOES_NOT_RESUME,
-    StoppedError,
-    UsageError,
-)
+from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, StoppedError, UsageError
+from wsm_megatron.export.options import MergeExport
 from wsm_megatron.inspection.inspect import inspect_checkpoint, inspect_run, is_checkpoint
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.inspection.verify import SOURCES, verify
@@ -52,7 +51,12 @@ from wsm_megatron.window_options import WindowOptions
 logger = logging.getLogger(__name__)
 
 
-JOB_OPTIONS = (*MergeConfig.options(), *ExecutionOptions.options(), *LocalLaunch.options())
+JOB_OPTIONS = (
+    *MergeConfig.options(),
+    *MergeExport.options(),
+    *ExecutionOptions.options(),
+    *LocalLaunch.options(),
+)
 """What ``--config`` may set."""
 
 
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_select(commands)
     _add_coefficients(commands)
+    add_export(commands)
     command = add(commands, "inspect", _inspect, "what is in a checkpoint or a run")
     command.add_argument("directory", type=_path)
     command.add_argument("--entries", action="store_true", help="list every entry")
@@ -153,6 +158,7 @@ class _Job:
 
     given: Given
     config: MergeConfig
+    export: MergeExport
     execution: ExecutionOptions
     launch: LocalLaunch
 
@@ -162,6 +168,7 @@ class _Job:
         return cls(
             given,
             MergeConfig(**given.of(MergeConfig)),
+            MergeExport(**given.of(MergeExport)),
             ExecutionOptions(**given.of(ExecutionOptions)),
             LocalLaunch(**given.of(LocalLaunch)),
         )
@@ -173,8 +180,13 @@ def _merge(arguments: argparse.Namespace) -> Answer:
     def on_rank(ranks: Ranks) -> Answer:
         if ranks.rank == 0:
             job.given.tell_renamed()
-        done = merge(job.config, job.execution, progress_bar)
-        return Answer(text.merged(done), done.as_data) if ranks.rank == 0 else Answer()
+        done, exports = merge_and_export(job.config, job.export, job.execution, progress_bar)
+        if ranks.rank != 0:
+            return Answer()
+        return Answer(
+            chain(text.merged(done), *map(text.exported, exports)),
+            lambda: done.as_data() | {"exports": [one.as_data() for one in exports]},
+        )
 
     return on_ranks(arguments, job.launch, on_rank)
 
@@ -188,7 +200,9 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     if planned is None:
         return Answer()
     found, moved = planned
-    return Answer(text.planned(found, moved), lambda: text.plan_data(found, moved), shown=True)
+    exports = plan_exports(found, job.export, job.config.save)
+    lines = chain(text.planned(found, moved), *starmap(text.would_export, exports))
+    return Answer(lines, lambda: text.plan_data(found, moved), shown=True)
 
 
 def _coefficients(arguments: argparse.Namespace) -> Answer:

@@ -18,19 +18,19 @@ _LINE = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {rate_fmt}, {remaining}
 
 
 @contextmanager
-def progress_bar(rank: int, total: int) -> Iterator[Progress]:
+def progress_bar(rank: int, total: int, doing: str = "merging") -> Iterator[Progress]:
     """Show ``total`` bytes going by, with the rate and the time left, on rank 0."""
     if rank != 0:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=doing) as bar:
 
             def update(nbytes: int) -> None:
                 bar.update(nbytes)
 
             yield update
     else:
-        yield _Lines(total).update
+        yield _Lines(total, doing).update
 
 
 class _Lines:
@@ -39,8 +39,8 @@ class _Lines:
     Silent for the first ``log_every``.
     """
 
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
+    def __init__(self, total: int, doing: str):
+        self._total, self._done, self._doing = total, 0, doing
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._due = self._started + timeouts.log_every
@@ -56,7 +56,7 @@ class _Lines:
                 self._done,
                 self._total,
                 now - self._started,
-                prefix="merging",
+                prefix=self._doing,
                 unit="B",
                 unit_scale=True,
                 bar_format=_LINE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -10,6 +11,8 @@ from wsm_megatron.access.protocol import Estimate
 from wsm_megatron.checkpoint.common_state import CommonSummary
 from wsm_megatron.execution.result import MergeReport
 from wsm_megatron.execution.timing import PHASES, RankReport
+from wsm_megatron.export.job import ExportReport
+from wsm_megatron.export.plan import ExportPlan
 from wsm_megatron.inspection.inspect import CheckpointContents, RunContents
 from wsm_megatron.inspection.megatron_resume import ResumeReport
 from wsm_megatron.inspection.verify import VerifyReport
@@ -41,6 +44,18 @@ def merged(done: MergeReport) -> Iterator[str]:
         yield f"merged checkpoint: {one.output}"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
     yield from launch_lines(done.resume["launch"], str(done.output.parent))
+
+
+def exported(done: ExportReport) -> Iterator[str]:
+    what = f"{done.tensors} tensors, {size(done.nbytes)}"
+    family = "Megatron's names" if done.family is None else done.family
+    was = "was exported before" if done.already else f"exported in {done.seconds:.2f} s"
+    yield f"{was}: {done.path} ({family}, {what})"
+
+
+def would_export(target: Path, plan: ExportPlan) -> Iterator[str]:
+    family = "Megatron's names" if plan.record["family"] is None else plan.record["family"]
+    yield f"would export {target} ({family}, {size(plan.nbytes)} in {len(plan.shards)} files)"
 
 
 def planned(job: Job, moved: Estimate) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Exports of models that real megatron-core saved, read by what others read them with."""
