@@ -96,7 +96,7 @@ LEFT_OUT = {
     "--save": "the test's own",
 }
 """``--fp8-param-gather --fp8-recipe blockwise`` stay: ``standins/fp8_tensor.py`` answers them."""
-KIND = Kind("", "fp8_tensor,adam8bit", weights="quantised")
+KIND = Kind("", "fp8_tensor,adam8bit", weights="quantised", smallest=16)
 WSM = "--wsm-merge --wsm-merge-num 3 --wsm-merge-decay 1-sqrt --wsm-merge-save-interval 4"
 
 
@@ -131,7 +131,7 @@ def test_the_published_launch(megatron: Path, tmp_path: Path) -> None:
     )
     assert plain.returncode == 0, plain.log[-8000:]
     assert len(plain.losses) == 8 + 4 and merged.losses == plain.losses
-    assert_same(run / "iter_0000008", tmp_path / "plain" / "iter_0000008")
+    assert_same(run / "iter_0000008", tmp_path / "plain" / "iter_0000008", KIND)
     for iterations in ((2, 4), (4, 6, 8)):
         assert_is_merge(run, iterations, KIND)
         assert_buffers_are_merged(run, iterations)

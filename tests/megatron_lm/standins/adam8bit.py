@@ -49,5 +49,6 @@ class Adam8bit(fused_adam.FusedAdam):
 def install() -> None:
     """In place of Adam."""
     from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = Adam8bit
+    optimizer.Adam = distrib_optimizer.Adam = Adam8bit

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch.utils._pytree import tree_map
 
 _BLOCK = 128
@@ -165,11 +166,12 @@ def _place(tensor: Float8Tensor, storage: torch.Tensor) -> None:
 
 def install() -> None:
     """Put them where Megatron asks for Transformer Engine's."""
-    from megatron.core import fp8_utils
+    from megatron.core import fp8_utils, utils
     from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import module
 
+    utils._te_version = Version("2.2")  # where somebody asks: MoE with FP8
     fp8_utils.HAVE_TE_FP8_TENSOR_CLASS, fp8_utils.FP8_TENSOR_CLASS = True, Float8Tensor
     fp8_utils.dequantize_fp8_tensor = lambda tensor: tensor.dequantize()
     fp8_utils._modify_underlying_storage_impl = _place
