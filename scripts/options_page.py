@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from wsm_megatron.cli.main import JOB_OPTIONS
+from wsm_megatron.cli.search import SEARCH_OPTIONS
+from wsm_megatron.cli.sweep import SWEEP_OPTIONS
 from wsm_megatron.options import Option
 from wsm_megatron.plugin.arguments import OPTIONS as TRAINING
 from wsm_megatron.process.timeouts import VARIABLE
@@ -40,6 +42,20 @@ In Python these options are the fields of `MergeConfig` (what is merged) and `Ex
 the job runs, the last table): `merge(MergeConfig(load="RUN", save="OUT", last=8),
 ExecutionOptions(threads=8))`. `wsm_merge.json` records all of `MergeConfig` but the two places, and
 nothing of `ExecutionOptions`.
+"""
+
+SWEEP = """\
+## `wsm sweep`
+
+Every combination of these is one merge, and all merges are made of one read ([sweep.md](sweep.md)).
+Beside them it takes the options of `wsm merge` that all merges have in common.
+"""
+
+SEARCH = """\
+## `wsm search`
+
+Beside these it takes the options of `wsm merge` that choose checkpoints, and those that say how they
+are merged but for the coefficients.
 """
 
 TRAIN = """\
@@ -103,6 +119,8 @@ def main() -> None:
     for title in dict.fromkeys(one.group for one in JOB_OPTIONS):
         options = [one for one in JOB_OPTIONS if one.group == title]
         sections.append(f"### {title[0].upper()}{title[1:]}\n\n{described(options)}")
+    for head, options in ((SWEEP, SWEEP_OPTIONS), (SEARCH, SEARCH_OPTIONS)):
+        sections += [head, described([one for one in options if one not in JOB_OPTIONS])]
     old = [one for one in (*JOB_OPTIONS, *TRAINING) if one.old_flag is not None]
     sections += [TRAIN, described(TRAINING)]
     sections += [RENAMED, table(("old", "now"), [(f"`{o.old_flag}`", f"`{o.flag}`") for o in old])]
