@@ -54,8 +54,8 @@ Beside them it takes the options of `wsm merge` that all merges have in common.
 SEARCH = """\
 ## `wsm search`
 
-Beside these it takes the options of `wsm merge` that choose checkpoints, and those that say how they
-are merged but for the coefficients.
+Beside these it takes the options of `wsm merge` that choose checkpoints, and those that say how
+they are merged, but for the coefficients.
 """
 
 TRAIN = """\
