@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from wsm_megatron.cli.export import EXPORT_OPTIONS
 from wsm_megatron.cli.export import JOB_OPTIONS as EXPORT_JOB
 from wsm_megatron.cli.main import JOB_OPTIONS
+from wsm_megatron.cli.search import SEARCH_OPTIONS
+from wsm_megatron.cli.sweep import SWEEP_OPTIONS
 from wsm_megatron.options import Option
 from wsm_megatron.plugin.arguments import OPTIONS as TRAINING
 from wsm_megatron.process.timeouts import VARIABLE
@@ -49,6 +51,20 @@ EXPORT = """\
 
 [export.md](export.md) says which models and how. `wsm merge` has the same options beside
 `--export`, but for `--format` and `--save`. In Python they are the fields of `ExportConfig`.
+"""
+
+SWEEP = """\
+## `wsm sweep`
+
+Every combination of these is one merge, and all merges are made of one read ([sweep.md](sweep.md)).
+Beside them it takes the options of `wsm merge` that all merges have in common.
+"""
+
+SEARCH = """\
+## `wsm search`
+
+Beside these it takes the options of `wsm merge` that choose checkpoints, and those that say how
+they are merged, but for the coefficients.
 """
 
 TRAIN = """\
@@ -112,6 +128,8 @@ def main() -> None:
     for title in dict.fromkeys(one.group for one in JOB_OPTIONS):
         options = [one for one in JOB_OPTIONS if one.group == title]
         sections.append(f"### {title[0].upper()}{title[1:]}\n\n{described(options)}")
+    for head, options in ((SWEEP, SWEEP_OPTIONS), (SEARCH, SEARCH_OPTIONS)):
+        sections += [head, described([one for one in options if one not in JOB_OPTIONS])]
     old = [one for one in (*JOB_OPTIONS, *TRAINING) if one.old_flag is not None]
     sections += [EXPORT, described((*EXPORT_OPTIONS, *EXPORT_JOB))]
     sections += [TRAIN, described(TRAINING)]

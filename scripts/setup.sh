@@ -36,5 +36,5 @@ fi
 echo "setup.sh: installing into .venv" >&2
 "$python" -m pip install --quiet setuptools
 "$python" -c 'import torch' 2>/dev/null || install_torch
-"$python" -m pip install --quiet --no-build-isolation -e '.[dev,megatron,plot]'
+"$python" -m pip install --quiet --no-build-isolation -e '.[dev,megatron,plot,search]'
 wanted >"$stamp"

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from wsm_megatron.inspection.verify import VerifyReport, verify
     from wsm_megatron.plugin import WSM, WSMConfig, install, uninstall
     from wsm_megatron.schedule.decay import coefficients, effective_lr
+    from wsm_megatron.sweeps.grid import Sweep, SweepGrid
+    from wsm_megatron.sweeps.run import SweepOptions, sweep
+    from wsm_megatron.sweeps.search import SearchOptions
+    from wsm_megatron.sweeps.search_run import search
 
 
 __all__ = [
@@ -22,6 +26,10 @@ __all__ = [
     "MergeConfig",
     "MergeError",
     "MergeReport",
+    "SearchOptions",
+    "Sweep",
+    "SweepGrid",
+    "SweepOptions",
     "UsageError",
     "VerifyReport",
     "WSMConfig",
@@ -29,6 +37,8 @@ __all__ = [
     "effective_lr",
     "install",
     "merge",
+    "search",
+    "sweep",
     "uninstall",
     "verify",
 ]
@@ -38,6 +48,10 @@ _HOMES = {
     "schedule.decay": ("coefficients", "effective_lr"),
     "api": ("MergeReport", "merge"),
     "inspection.verify": ("VerifyReport", "verify"),
+    "sweeps.grid": ("Sweep", "SweepGrid"),
+    "sweeps.run": ("SweepOptions", "sweep"),
+    "sweeps.search": ("SearchOptions",),
+    "sweeps.search_run": ("search",),
     "errors": ("MergeError", "UsageError"),
     "plugin": ("WSM", "WSMConfig", "install", "uninstall"),
 }

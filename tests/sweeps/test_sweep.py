@@ -20,8 +20,9 @@ from tests.merge.test_many_merges import Watched
 from tests.reference import RUNS, load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, UsageError, coefficients, merge
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE
+from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.cli.main import main
-from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
+from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE, StoppedError
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.schedule.decay import DECAYS
 from wsm_megatron.schedule.order import ORDERS
@@ -160,6 +161,34 @@ def test_the_same_sweep_again_reads_nothing_and_a_larger_one_makes_the_rest(
     names = [m["name"].split("/")[0] for m in read_manifest(tmp_path)]
     assert names == ["ema-last2", "ema-last3", "mean-last2", "mean-last3"]
     assert all(p.stat().st_mtime_ns == before for p, before in times.items())
+
+
+@pytest.mark.parametrize("chunks", [5, 40])
+def test_a_sweep_that_was_stopped_goes_on_from_its_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    wanted, execution = Sweep(base(tmp_path), FOUR), ExecutionOptions(threads=1)
+    finish, done = ChunkWriter.finish, 0
+
+    def finish_some(writer: ChunkWriter) -> None:
+        nonlocal done
+        if done == chunks:
+            raise StoppedError("stopped", 15)
+        done += 1
+        finish(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkWriter, "finish", finish_some)
+        with pytest.raises(StoppedError):
+            sweep(wanted, execution)
+    assert there(tmp_path) == [] and not (tmp_path / "out/sweep.json").exists()
+    again = sweep(wanted, execution)
+    whole = sweep(replace(wanted, base=replace(wanted.base, save=tmp_path / "whole")), execution)
+    assert again is not None and whole is not None
+    assert again.bytes_written < whole.bytes_written
+    assert len(there(tmp_path)) == 4
+    for one in read_manifest(tmp_path):
+        assert_bits(one, RUNS / runs.DENSE)
 
 
 def test_merges_of_named_sources_are_swept(tmp_path: Path) -> None:

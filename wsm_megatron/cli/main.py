@@ -25,6 +25,7 @@ from wsm_megatron.cli.command import (
 )
 from wsm_megatron.cli.export import add_export
 from wsm_megatron.cli.progress import progress_bar
+from wsm_megatron.cli.search import add_search
 from wsm_megatron.cli.select import add_select
 from wsm_megatron.cli.sweep import add_sweep
 from wsm_megatron.comm.communicator import Ranks, job_ranks
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add_job(commands, "plan", _plan, "say everything that merge would do; write nothing", planned)
     add_sweep(commands)
     add_select(commands)
+    add_search(commands)
     _add_coefficients(commands)
     add_export(commands)
     command = add(commands, "inspect", _inspect, "what is in a checkpoint or a run")

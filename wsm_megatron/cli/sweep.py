@@ -71,7 +71,7 @@ def estimated(estimate: SweepEstimate) -> Iterator[str]:
         f"{size(estimate.free)} free"
     )
     if estimate.seconds is None:
-        yield "too little to measure how long that takes: seconds"
+        yield "too little to measure rates by: it takes seconds"
         return
     assert estimate.read_rate is not None and estimate.write_rate is not None
     yield (
