@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -302,3 +303,38 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_mistakes(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == EXIT_USAGE
     assert words in capsys.readouterr().err
+
+
+def test_bridges_run_config_takes_the_place_of_args(tmp_path: Path) -> None:
+    """The fields of Megatron-Bridge's model provider, as its ``run_config.yaml`` has them."""
+    source = runs.copy_run(runs.DENSE, tmp_path / "run") / "iter_0000008"
+    expected = contents(export(ExportConfig(load=source, save=tmp_path / "args")).path)
+    args: dict[str, Any] = {}
+
+    def leave_out_args(state: dict[str, Any]) -> None:
+        args.update(vars(state.pop("args")))
+
+    runs.restate(source, leave_out_args)
+    with pytest.raises(UsageError, match=r"do not say normalization.*--arg normalization=VALUE"):
+        export(ExportConfig(load=source, save=tmp_path / "hf"))
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+    names += ("normalization", "position_embedding_type", "rotary_base", "rotary_percent")
+    model = {name: args[name] for name in names} | {
+        "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
+        "gated_linear_unit": True,
+        "layernorm_epsilon": args["layernorm_epsilon"],
+        "num_moe_experts": None,
+        "num_query_groups": args["num_attention_heads"],
+        "rope_scaling": False,
+        "seq_length": args["max_position_embeddings"],
+        "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
+        "vocab_size": 128,
+    }
+    (source / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    found = contents(export(ExportConfig(load=source, save=tmp_path / "hf")).path)
+    assert {name: found[name] for name in ("config.json", "model.safetensors")} == {
+        name: expected[name] for name in ("config.json", "model.safetensors")
+    }
+    (source / "run_config.yaml").write_text("model: [")
+    with pytest.raises(MergeError, match=r"run_config.yaml: damaged"):
+        export(ExportConfig(load=source, save=tmp_path / "more"))

@@ -53,7 +53,7 @@ _OFF = frozenset(
 )
 """Switches that are off where nothing is said of them."""
 _ALSO = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
-"""What main calls what the versions up to 0.16 called otherwise."""
+"""Names that newer versions have for what older ones called otherwise."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common_state import attributes, load_common, read_common
+from wsm_megatron.checkpoint.common_state import load_common, read_common
 from wsm_megatron.checkpoint.keys import MERGEABLE, OPTIMIZER_ROLES, Role
 from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, TensorEntry, read_layout
 from wsm_megatron.checkpoint.reader import read_file
@@ -21,6 +21,7 @@ from wsm_megatron.errors import UsageError, some
 from wsm_megatron.export.families import choose
 from wsm_megatron.export.model_args import ModelArgs, model_args
 from wsm_megatron.export.options import DTYPES, ExportConfig
+from wsm_megatron.export.recorded_args import recorded_args
 from wsm_megatron.export.shards import INDEX_FILE, Shard, index_of, make_shards, shares
 from wsm_megatron.export.side_files import Tokenizer, model_config
 from wsm_megatron.export.table import Family, Piece, Tensor, tensors_of
@@ -82,7 +83,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     family, contents = None, None
     if config.format == "hf":
         size = None if tokenizer is None else tokenizer.size()
-        args = model_args(attributes(state.get("args")), config.arg, str(path), size)
+        args = model_args(recorded_args(path, state), config.arg, str(path), size)
         family = _family(layout, args, config)
         tensors = tensors_of(family, args, entries, dtype)
         special = {} if tokenizer is None else tokenizer.special_ids()
