@@ -10,6 +10,10 @@ if "MEGATRON_LM_ON_CPU" in os.environ and "RANK" in os.environ:
         from tests.megatron_lm import fsdp_standin
 
         fsdp_standin.install()
+    if "STANDINS" in os.environ:
+        from tests.megatron_lm import standins
+
+        standins.install(os.environ["STANDINS"])
     if "FAULT" in os.environ:
         from tests.megatron_lm import faults
 
