@@ -80,6 +80,7 @@ def emit(
         files = checksums(written)
         with together(f"publishing {target}"):
             if is_first_rank():
+                _remove_empty_folders(written)
                 write_provenance(written, provenance, files)
                 _publish(written, target)
     except BaseException:
@@ -145,6 +146,13 @@ def checksums(directory: Path) -> dict[str, tuple[int, int]]:
 
 def _files(directory: Path) -> list[str]:
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+
+
+def _remove_empty_folders(directory: Path) -> None:
+    """Main leaves ``tokenizer`` where a tokenizer has no files; a list of files cannot name it."""
+    for folder in sorted(directory.rglob("*"), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs one row of the table with one version: trained plain and with the plugin, merged, resumed."""
+"""One row with one version: trained plain and with the plugin, merged, resumed."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def launch_flags(version: Version, configuration: Configuration, megatron: Path)
 def _knows(megatron: Path, flag: str) -> bool:
     name = flag.removeprefix("--").replace("-", "_")
     training = megatron / "megatron" / "training"
-    files = [training / "arguments.py", *(training / "config").glob("*.py")]
+    files = [training / "arguments.py", *training.rglob("*config.py")]
     files.append(megatron / "megatron" / "core" / "transformer" / "transformer_config.py")
     return any(name in f.read_text() or flag in f.read_text() for f in files)
 

@@ -34,7 +34,7 @@ TRAIN = "--train-iters 8 --min-lr 0 --save-interval 2 --eval-interval 4 --eval-i
 """A constant LR ignores --min-lr; a launch from a merge can then ask for LR 0: Megatron takes --lr
 and --min-lr of loaded optimizer state from the checkpoint."""
 LR_0 = (
-    "--train-iters {next} --override-opt-param-scheduler --lr-decay-style linear "
+    "--train-iters {next} --override-opt_param-scheduler --lr-decay-style linear "
     "--lr-decay-iters 1 --lr-warmup-iters 0 --min-lr 0 --eval-interval 100 --eval-iters 0"
 )
 SAMPLES = (
@@ -42,7 +42,7 @@ SAMPLES = (
     "--eval-interval 4 --eval-iters 2"
 )
 SAMPLES_LR_0 = (
-    "--rampup-batch-size 4 4 8 --train-samples 64 --override-opt-param-scheduler "
+    "--rampup-batch-size 4 4 8 --train-samples 64 --override-opt_param-scheduler "
     "--lr-decay-style linear --lr-decay-samples 1 --lr-warmup-samples 0 --min-lr 0 "
     "--eval-interval 100 --eval-iters 0"
 )
