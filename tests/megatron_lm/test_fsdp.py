@@ -31,7 +31,7 @@ LR_0 = (
 
 
 def launch(megatron: Path, flags: str, plugin: bool = False) -> Outcome:
-    return pretrain(megatron, flags, plugin=plugin, timeout=900, env={"FSDP": "1"})
+    return pretrain(megatron, flags, plugin=plugin, timeout=900, env={"STANDINS": "fsdp"})
 
 
 def same_weights(left: Path, right: Path) -> list[str]:

@@ -22,7 +22,7 @@ EXPERTS = (
 EP2 = f"{EXPERTS} --expert-model-parallel-size 2"
 TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 LATENT = (
-    "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 "
+    "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 8 "
     "--qk-pos-emb-head-dim 8 --v-head-dim 8"
 )
 FSDP = (
@@ -120,7 +120,8 @@ CONFIGURATIONS = tuple(
         {"name": "tp2", "flags": f"{UNTIED} --tensor-model-parallel-size 2", "core": True},
         {
             "name": "pp2",
-            "flags": f"{SHARDED} {FULLY} --pipeline-model-parallel-size 2",
+            "flags": f"{SHARDED} --pipeline-model-parallel-size 2",
+            "where_known": (FULLY,),
             "core": True,
         },
         {"name": "moe-ep2", "flags": f"{SHARDED} {EP2}", "core": True},
@@ -241,6 +242,7 @@ ACROSS = (
     *(("0.14.0", "0.15.3"), ("0.15.3", "0.16.1"), ("0.16.1", "0.17.1"), ("0.17.1", "0.18.2")),
     *(("0.18.2", "0.19.0"), ("0.19.0", "main"), ("0.16.1", "main"), ("0.14.0", "main")),
     *(("main", "0.19.0"), ("0.19.0", "0.18.2"), ("main", "0.16.1"), ("0.17.1", "0.16.1")),
+    *(("0.16.1", "0.15.3"), ("0.15.3", "0.14.0")),
 )
 """Runs of the first version, merged, and resumed by the second. Towards versions before 0.19 the
 merge is written with ``--format 0.16``."""
