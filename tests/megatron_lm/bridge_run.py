@@ -14,7 +14,7 @@ def main() -> None:
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from tests.megatron_lm.bridge_standin import leave_shapes_alone
+    from tests.megatron_lm.standins.bridge import leave_shapes_alone
     from wsm_megatron.plugin.bridge import WSMCallback
 
     leave_shapes_alone()

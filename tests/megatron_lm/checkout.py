@@ -72,6 +72,12 @@ class Outcome:
         return [" ".join(filter(None, parts)) for parts in found]
 
     @property
+    def samples(self) -> dict[int, int]:
+        """Consumed samples by iteration, as printed after each step."""
+        found = re.findall(r"iteration +(\d+)/.*?consumed samples: +(\d+)", self.log)
+        return {int(iteration): int(samples) for iteration, samples in found}
+
+    @property
     def merged_losses(self) -> list[str]:
         """The evaluations of merged weights, as printed."""
         return re.findall(r"validation loss at (wsm iteration [^|]+?) \|", self.log)
@@ -117,30 +123,29 @@ def _start(
     megatron: Path, script: list[str], nproc: int, env: dict[str, str], log: IO[str]
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-    command += ["--master-port", str(_free_port()), *script]
-    found = env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    paths = [SITE, REPOSITORY, megatron, found]
-    environment = (
-        os.environ
-        | env
-        | {
-            "MEGATRON_LM_ON_CPU": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "PYTHONWARNINGS": "ignore",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    )
+    command += ["--master-port", str(free_port()), *script]
     return subprocess.Popen(
         command,
-        env=environment,
+        env=environment(megatron) | env,
         cwd=megatron,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def environment(megatron: Path) -> dict[str, str]:
+    """What every rank of a launch on the CPU has in its environment."""
+    paths = [SITE, REPOSITORY, megatron, os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "MEGATRON_LM_ON_CPU": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
 
 
 def _kill_all(token: str) -> None:
@@ -151,7 +156,10 @@ def _kill_all(token: str) -> None:
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A free port below those that the kernel gives out, so that nobody else is given it."""
+    while True:
+        port = secrets.choice(range(20_000, 32_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

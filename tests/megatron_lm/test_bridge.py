@@ -3,7 +3,7 @@
 Runs where ``MEGATRON_BRIDGE_DIR`` names a checkout of Megatron-Bridge and ``MEGATRON_LM_DIR`` the
 Megatron-LM that it pins, and the interpreter has what Bridge imports (``omegaconf``, ``peft``,
 ``hydra-core``, ``transformers``, ``diffusers``, ``datasets``, ``rich``, ``tensorboard``,
-``wandb``); ``bridge_standin.py`` says what stands in for the rest.
+``wandb``); ``standins/bridge.py`` says what stands in for the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.megatron_lm.checkout import Outcome, launch
+from tests.megatron_lm.checkout import Outcome, environment, launch
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import verify
 from wsm_megatron.checkpoint.keys import main_of
@@ -32,10 +32,10 @@ RUN = Path(__file__).parent / "bridge_run.py"
 
 
 def bridge(megatron: Path, **options: Any) -> Outcome:
-    source = str(Path(os.environ["MEGATRON_BRIDGE_DIR"]) / "src")
-    paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    source = Path(os.environ["MEGATRON_BRIDGE_DIR"]) / "src"
+    paths = f"{environment(megatron)['PYTHONPATH']}{os.pathsep}{source}"
     options = {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}
-    env = {"PYTHONPATH": paths, "BRIDGE": "1"}
+    env = {"PYTHONPATH": paths, "STANDINS": "bridge"}
     outcome = launch(megatron, [str(RUN), json.dumps(options)], env=env)
     assert outcome.returncode == 0, outcome.log[-8000:]
     return outcome

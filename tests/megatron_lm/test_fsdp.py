@@ -25,13 +25,13 @@ MOE = (
 DCP = "--use-torch-fsdp2 --ckpt-format torch_dcp --untie-embeddings-and-output-weights"
 STEPS = "--min-lr 0 --eval-interval 100 --eval-iters 0"
 LR_0 = (
-    "--train-iters 7 --override-opt-param-scheduler --lr-decay-style linear --lr-decay-iters 1 "
+    "--train-iters 7 --override-opt_param-scheduler --lr-decay-style linear --lr-decay-iters 1 "
     "--lr-warmup-iters 0"
 )
 
 
 def launch(megatron: Path, flags: str, plugin: bool = False) -> Outcome:
-    return pretrain(megatron, flags, plugin=plugin, timeout=900, env={"FSDP": "1"})
+    return pretrain(megatron, flags, plugin=plugin, timeout=900, env={"STANDINS": "fsdp"})
 
 
 def same_weights(left: Path, right: Path) -> list[str]:

@@ -30,7 +30,7 @@ from wsm_megatron.planning.launch_flags import (
 
 STEPS = "--train-iters 8 --min-lr 0 --save-interval 2 --eval-interval 100 --eval-iters 1"
 LR_0 = (
-    "--train-iters 7 --override-opt-param-scheduler --lr-decay-style linear --lr-decay-iters 1 "
+    "--train-iters 7 --override-opt_param-scheduler --lr-decay-style linear --lr-decay-iters 1 "
     "--lr-warmup-iters 0"
 )
 _STEP = re.compile(r"iteration +(\d+)/.*?consumed samples: +(\d+).*?learning rate: (\S+)")
@@ -156,7 +156,7 @@ def test_a_new_lr_with_loaded_state(
 ) -> None:
     """The trap: core 0.16 keeps the checkpoint's LR in silence, main refuses to start."""
     root = merged(trained["dp2"], tmp_path / "merged", "last")
-    flags = f"{STEPS} --load {root} --override-opt-param-scheduler --lr 5e-4"
+    flags = f"{STEPS} --load {root} --override-opt_param-scheduler --lr 5e-4"
     outcome = launch(megatron, f"{LAYOUTS['dp2']} {flags}")
     if outcome.returncode == 0:
         assert steps(outcome) == [(7, 56, 1e-3), (8, 64, 1e-3)]
@@ -172,7 +172,7 @@ def test_another_number_of_iterations(
     flags = f"{LAYOUTS['dp2']} {STEPS} --load {root} --train-iters 7"
     refused = launch(megatron, flags)
     assert refused.returncode != 0 and "number of iterations" in refused.log
-    outcome = launch(megatron, f"{flags} --override-opt-param-scheduler")
+    outcome = launch(megatron, f"{flags} --override-opt_param-scheduler")
     assert steps(outcome) == [(7, 56, 1e-3)]
 
 

@@ -59,6 +59,20 @@ def test_old_format_from_new_sources_leaves_out_what_old_versions_refuse(tmp_pat
     assert not [key for key in read_layout(output).objects if key.startswith("rerun")]
 
 
+def test_what_a_version_saved_itself_stays(tmp_path, caplog):
+    """Core 0.18 has args in common.pt that 0.16 cannot read, and reads them."""
+    name = "inference_cuda_graph_scope"
+    scope = attributes(common_of(runs.checkpoint(runs.MAIN, 8))["args"])[name]
+    run = runs.copy_run(runs.FLAT, tmp_path / "run")
+    runs.restate(run / "iter_0000008", lambda state: setattr(state["args"], name, scope))
+    kept = {}
+    for form in ("same", "0.16"):
+        output = run_merge(run, tmp_path / form, format=form)
+        kept[form] = name in attributes(common_of(output)["args"])
+    assert kept == {"same": True, "0.16": False}
+    assert caplog.text.count(f"as core 0.16 cannot read their values: {name}") == 1
+
+
 def test_new_format_keeps_all_args(tmp_path):
     output = run_merge(RUNS / runs.MAIN, tmp_path / "out")
     assert "inference_cuda_graph_scope" in attributes(common_of(output)["args"])

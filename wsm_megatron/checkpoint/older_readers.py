@@ -29,7 +29,7 @@ _SAFE_CLASSES = {
 
 
 def for_common_file(state: dict[str, Any]) -> dict[str, Any]:
-    """A common state that Megatron up to 0.18 can unpickle from ``common.pt``.
+    """A common state that core 0.16 and later can unpickle from ``common.pt``.
 
     It refuses a whole file for one class that it does not know; such values are left out of
     ``args``, which a resume takes from the command line anyway.
@@ -42,7 +42,7 @@ def for_common_file(state: dict[str, Any]) -> dict[str, Any]:
     if not unknown:
         return state
     logger.warning(
-        "left out of args, as Megatron before 0.19 cannot read their values: %s",
+        "left out of args, as core 0.16 cannot read their values: %s",
         ", ".join(sorted(unknown)),
     )
     return {**state, "args": with_attributes(state["args"], {}, leave_out=unknown)}

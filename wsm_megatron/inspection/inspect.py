@@ -187,5 +187,7 @@ def _tracker_problem(run: RunDirectory, tracker: str) -> str | None:
     if run.tracked is None:
         return why_untracked(tracker)
     if run.tracked not in run.finished:
-        return f"names iteration {run.tracked}, of which there is no finished checkpoint"
+        others = [one.kind.what for one in run.unusable if one.iteration == run.tracked]
+        what = f"which is {others[0]}" if others else "of which there is no finished checkpoint"
+        return f"names iteration {run.tracked}, {what}"
     return None

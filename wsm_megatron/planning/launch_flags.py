@@ -3,7 +3,8 @@
 The merge prints them, its provenance keeps them, ``wsm resume-check`` repeats them, and the tests
 launch with them. Read in ``load_checkpoint`` (training/checkpointing.py), in
 ``OptimizerParamScheduler`` and in ``_filter_and_reorder_param_groups`` of core_v0.16.1 and of main
-(August 2026).
+(August 2026). Flags are spelled as every version from core 0.14 on knows them: 0.14 has no
+``--override-opt-param-scheduler``.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ def _with_optimizer(position: Position, steps: int | None) -> Iterator[Goal]:
         CONTINUE,
         (),
         "LR, scheduler, data position and RNG go on where the newest source stood; moments as "
-        "merged. A changed --train-iters needs --override-opt-param-scheduler",
+        "merged. A changed --train-iters needs --override-opt_param-scheduler",
     )
     yield (
         DECAY,
-        ("--override-opt-param-scheduler", *_decay(position, position.scheduled, steps)),
+        ("--override-opt_param-scheduler", *_decay(position, position.scheduled, steps)),
         "LR falls from --lr to --min-lr, both as the run had them (0.16 ignores new values, main "
         "refuses them with a KeyError or ValueError); data position and moments go on",
     )

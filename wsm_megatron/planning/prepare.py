@@ -233,6 +233,6 @@ def common_of_merge(
     objects = kept_objects(newest, config)
     if wanted is not newest.format:
         state, objects = without_rerun_state(state, objects)
-    if wanted is TORCH_DIST_016:
+    if wanted is TORCH_DIST_016 and config.format != "same":  # as saved, its version reads it
         state = for_common_file(state)
     return MergedCommon(state, objects, wanted)

@@ -118,10 +118,10 @@ class Selector:
             if one.iteration is not None and run.finished:
                 self._warn(f"{run.path / one.name} is {what} and left out: {way_out}")
         if not run.finished:
-            hint = (
-                _ELSEWHERE if any(one.kind.what == UNFINISHED.what for one in run.unusable) else ""
-            )
-            raise UsageError(f"{run.path}: no checkpoint is finished: {_by_kind(run)}{hint}")
+            unfinished = any(one.kind.what == UNFINISHED.what for one in run.unusable)
+            what = "no checkpoint is finished" if unfinished else "no checkpoint that merges"
+            hint = _ELSEWHERE if unfinished else ""
+            raise UsageError(f"{run.path}: {what}: {_by_kind(run)}{hint}")
 
     def _reachable(self, window: Window) -> tuple[int, ...]:
         """The finished iterations; up to the tracker's, where the window does not say its end.

@@ -73,13 +73,11 @@ def emit(
     try:
         with together(f"saving below {staging}"):
             save_below(staging, provenance)
-        with together(f"tidying {written}"):
-            if is_first_rank():
-                _remove_empty_folders(written)
         check_written(written, precision)
         files = checksums(written)
         with together(f"publishing {target}"):
             if is_first_rank():
+                _remove_empty_folders(written)
                 write_provenance(written, provenance, files)
                 _publish(written, target)
     except BaseException:

@@ -1,7 +1,7 @@
 """install() and uninstall(): the few functions of ``megatron.training`` that the plugin wraps.
 
 Each is looked up by name when it is called, so replacing the module's attribute before
-``pretrain()`` starts is enough. Tested with Megatron-LM core_v0.16.1 and main of August 2026.
+``pretrain()`` starts is enough. Which ones, by version: :mod:`.versions`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.driver import Driver
 from wsm_megatron.plugin.megatron_trainer import MegatronTrainer
 from wsm_megatron.plugin.trainer import Progress
+from wsm_megatron.plugin.versions import TESTED, wrapped_by
 
 logger = logging.getLogger(__name__)
-
-TESTED = "core_v0.16.1 and main of August 2026 (0.20.0)"
 
 _driver: Driver | None = None
 _originals: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -36,7 +35,7 @@ def install() -> None:
     """
     if _originals:
         return
-    found = {name: _lookup(*name) for name in _WRAPPERS}
+    found = {name: _lookup(*name) for name in wrapped_by(_version())}
     for (module, function), original in found.items():
         _originals[module, function] = original
         setattr(_module(module), function, _WRAPPERS[module, function])
@@ -56,6 +55,12 @@ def _set_driver(driver: Driver | None) -> None:
     if _driver is not None:
         _driver.close()
     _driver = driver
+
+
+def _version() -> str:
+    """Of Megatron core; one that does not say is taken for the newest."""
+    _module("training")  # or what is missing would be said of megatron.core
+    return str(vars(importlib.import_module("megatron.core")).get("__version__", "unknown"))
 
 
 def _module(name: str) -> ModuleType:

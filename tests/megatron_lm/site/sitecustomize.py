@@ -6,14 +6,6 @@ if "MEGATRON_LM_ON_CPU" in os.environ and "RANK" in os.environ:
     from tests.megatron_lm import standin
 
     standin.install()
-    if "BRIDGE" in os.environ:
-        from tests.megatron_lm import bridge_standin
-
-        bridge_standin.install()
-    if "FSDP" in os.environ:
-        from tests.megatron_lm import fsdp_standin
-
-        fsdp_standin.install()
     if "STANDINS" in os.environ:
         from tests.megatron_lm import standins
 

@@ -88,10 +88,13 @@ def test_a_run_of_legacy_checkpoints_is_told_once(tmp_path, wsm):
     status, output = plan(wsm, tmp_path / "run")
     assert status == EXIT_USAGE and output.count("a legacy checkpoint") == 1
     assert "iter_0000010 (and 1 more)" in output and "--ckpt-convert-format torch_dist" in output
+    assert "finished" not in output
     status, output = wsm("inspect", tmp_path / "run")
-    assert status == 0 and output.count("a legacy checkpoint") == 2
+    assert status == 0 and output.count("is a legacy checkpoint") == 3
+    assert "the tracker names iteration 20, which is a legacy checkpoint" in output
+    assert "finished" not in output
     status, output = wsm("resume-check", tmp_path / "run")
-    assert status == EXIT_USAGE and "legacy" in output
+    assert status == EXIT_USAGE and "legacy" in output and "finished" not in output
 
 
 def test_a_legacy_checkpoint_among_others_is_left_out_by_name(run, wsm):

@@ -30,7 +30,7 @@ def flags(optimizer: bool, position: Position, steps: int | None = None) -> dict
 def test_with_optimizer_state():
     assert flags(True, ITERATIONS) == {
         CONTINUE: "",
-        DECAY: "--override-opt-param-scheduler --lr-decay-style WSD --lr-wsd-decay-style "
+        DECAY: "--override-opt_param-scheduler --lr-decay-style WSD --lr-wsd-decay-style "
         "minus_sqrt --lr-wsd-decay-iters D --lr-decay-iters 6+D --train-iters 8+D",
         FINETUNE: "--finetune",
         EVALUATE: "--skip-train",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from wsm_megatron.plugin import hooks
+from wsm_megatron.plugin import hooks, versions
 
 FUNCTIONS = {
     "arguments": ["add_megatron_arguments"],
@@ -31,6 +31,9 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     modules: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "megatron", ModuleType("megatron"))
     monkeypatch.setitem(sys.modules, "megatron.training", ModuleType("megatron.training"))
+    modules["core"] = ModuleType("megatron.core")
+    modules["core"].__version__ = "0.18.2"
+    monkeypatch.setitem(sys.modules, "megatron.core", modules["core"])
     for name, functions in FUNCTIONS.items():
         modules[name] = ModuleType(f"megatron.training.{name}")
         monkeypatch.setitem(sys.modules, f"megatron.training.{name}", modules[name])
@@ -88,7 +91,7 @@ def test_without_the_flag_calls_pass_through(megatron: dict[str, Any]) -> None:
 def test_a_missing_function_is_named(megatron: dict[str, Any]) -> None:
     del megatron["training"].checkpoint_and_decide_exit
     before = megatron["training"].train
-    with pytest.raises(ImportError, match=r"checkpoint_and_decide_exit.*tested: core_v0\.16\.1"):
+    with pytest.raises(ImportError, match=r"checkpoint_and_decide_exit.*tested: core_v0\.14\.0"):
         hooks.install()
     assert megatron["training"].train is before, "nothing is wrapped by half"
 
@@ -105,3 +108,16 @@ def test_bad_flags_are_refused_before_the_model_is_built(megatron: dict[str, Any
     training.get_args = lambda: argparse.Namespace(wsm_merge=False, wsm_merge_num=4)
     with pytest.raises(ValueError, match="--wsm-merge-num without effect"):
         training.setup_model_and_optimizer()
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.14.0", True), ("0.20.0rc0", True), ("0.13.2", False), ("0.21.0", False), ("?", False)],
+)
+def test_every_version_that_is_not_tested_is_said_to_be_that(
+    megatron: dict[str, Any], caplog: pytest.LogCaptureFixture, version: str, tested: bool
+) -> None:
+    megatron["core"].__version__ = version
+    hooks.install()
+    assert (f"Megatron core {version} was not tested" in caplog.text) != tested
+    assert set(versions.wrapped_by(version)) == {(m, f) for m in FUNCTIONS for f in FUNCTIONS[m]}
