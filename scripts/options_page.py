@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from wsm_megatron.cli.export import EXPORT_OPTIONS
 from wsm_megatron.cli.export import JOB_OPTIONS as EXPORT_JOB
-from wsm_megatron.cli.main import JOB_OPTIONS
+from wsm_megatron.cli.merge import JOB_OPTIONS
 from wsm_megatron.cli.search import SEARCH_OPTIONS
 from wsm_megatron.cli.sweep import SWEEP_OPTIONS
 from wsm_megatron.options import Option

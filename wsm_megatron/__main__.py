@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from typing import NoReturn
 
 from wsm_megatron.errors import EXIT_FAILED
@@ -22,8 +23,9 @@ def run() -> NoReturn:
         open_streams()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line
         gc.disable()
-        from wsm_megatron.cli.main import main
+        from wsm_megatron.cli.main import import_command, main
 
+        import_command(sys.argv[1:])
         gc.freeze()
         gc.enable()
         status = main()

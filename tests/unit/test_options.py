@@ -15,7 +15,8 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import ExecutionOptions, MergeConfig, UsageError, merge, verify
-from wsm_megatron.cli.main import JOB_OPTIONS, main
+from wsm_megatron.cli.main import main
+from wsm_megatron.cli.merge import JOB_OPTIONS
 from wsm_megatron.errors import EXIT_USAGE
 from wsm_megatron.options import read_yaml
 from wsm_megatron.planning.prepare import prepare_job

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from wsm_megatron.cli import text
-from wsm_megatron.cli.command import Answer, LocalLaunch, add, on_ranks
+from wsm_megatron.cli.command import Answer, LocalLaunch, add
+from wsm_megatron.cli.figures import size
 from wsm_megatron.cli.progress import progress_bar
+from wsm_megatron.cli.ranks import on_ranks
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import JOB, ExecutionOptions
 from wsm_megatron.errors import UsageError
-from wsm_megatron.export.job import export
+from wsm_megatron.export.job import ExportReport, export
 from wsm_megatron.export.options import EXPORT, ExportConfig
 from wsm_megatron.options import add_flags, given_flags, local_path, typed
 
@@ -24,9 +26,9 @@ JOB_OPTIONS = (
 """How the job runs: what an export has to do with of a merge's options."""
 
 
-def add_export(commands: Any) -> None:
+def add_export(commands: Any, help: str) -> None:
     """Add the command."""
-    command = add(commands, "export", _export, "write a checkpoint's weights for others")
+    command = add(commands, "export", _export, help)
     command.add_argument(
         "checkpoint", type=typed(local_path), help="an iter_XXXXXXX folder, merged or not"
     )
@@ -43,6 +45,13 @@ def _export(arguments: argparse.Namespace) -> Answer:
 
     def on_rank(ranks: Ranks) -> Answer:
         done = export(config, execution, partial(progress_bar, doing="exporting"))
-        return Answer(text.exported(done), done.as_data) if ranks.rank == 0 else Answer()
+        return Answer(exported(done), done.as_data) if ranks.rank == 0 else Answer()
 
     return on_ranks(arguments, LocalLaunch(**given.of(LocalLaunch)), on_rank)
+
+
+def exported(done: ExportReport) -> Iterator[str]:
+    what = f"{done.tensors} tensors, {size(done.nbytes)}"
+    family = "Megatron's names" if done.family is None else done.family
+    was = "was exported before" if done.already else f"exported in {done.seconds:.2f} s"
+    yield f"{was}: {done.path} ({family}, {what})"

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options, on_ranks
+from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
 from wsm_megatron.cli.progress import progress_bar
+from wsm_megatron.cli.ranks import on_ranks
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import RUN, ExecutionOptions, MergeConfig
 from wsm_megatron.sweeps.metric import LOSS_ALONE
@@ -22,7 +23,6 @@ from wsm_megatron.sweeps.search import (
 )
 from wsm_megatron.sweeps.search_run import search_on_disk
 
-_HELP = "search the coefficients of a window that score best"
 _NOT_SEARCHED = (
     "source", "sliding_every", "decay", "min_decay", "order", "order_seed", "weights",
     "allow_unnormalized", "normalize", "optimizer_state", "rebuild_main_params",
@@ -40,9 +40,9 @@ SEARCH_OPTIONS = (
 """What ``--config`` may set."""
 
 
-def add_search(commands: Any) -> None:
+def add_search(commands: Any, help: str) -> None:
     """Add the command."""
-    add_job(commands, "search", _search, _HELP, SEARCH_OPTIONS)
+    add_job(commands, "search", _search, help, SEARCH_OPTIONS)
 
 
 def _search(arguments: argparse.Namespace) -> Answer:

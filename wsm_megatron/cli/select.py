@@ -16,13 +16,12 @@ from wsm_megatron.sweeps.manifest import SweptMerge
 from wsm_megatron.sweeps.metric import LOSS_ALONE, Metric, metrics_of
 from wsm_megatron.sweeps.selection import Scored, Selection, select_merges
 
-_HELP = "rank merges and checkpoints by their scores"
 _SHOWN = 10
 
 
-def add_select(commands: Any) -> None:
+def add_select(commands: Any, help: str) -> None:
     """Add the command."""
-    command = add(commands, "select", _select, _HELP)
+    command = add(commands, "select", _select, help)
     path = typed(local_path)
     command.add_argument(
         "--manifest",

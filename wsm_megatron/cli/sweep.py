@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options, on_ranks
+from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
+from wsm_megatron.cli.figures import size
 from wsm_megatron.cli.progress import progress_bar
-from wsm_megatron.cli.text import size
+from wsm_megatron.cli.ranks import on_ranks
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import RUN, ExecutionOptions, MergeConfig
 from wsm_megatron.process.streams import say
@@ -17,8 +18,6 @@ from wsm_megatron.sweeps.estimate import SweepEstimate
 from wsm_megatron.sweeps.grid import SHARED, Sweep, SweepGrid
 from wsm_megatron.sweeps.manifest import SweptMerge
 from wsm_megatron.sweeps.run import SweepOptions, SweepReport, sweep
-
-_HELP = "make every merge of a grid of windows, decays and orders, of one read"
 
 SWEEP_OPTIONS = (
     *(one for one in SHARED if one.group == RUN),
@@ -31,9 +30,9 @@ SWEEP_OPTIONS = (
 """What ``--config`` may set."""
 
 
-def add_sweep(commands: Any) -> None:
+def add_sweep(commands: Any, help: str) -> None:
     """Add the command."""
-    add_job(commands, "sweep", _sweep, _HELP, SWEEP_OPTIONS)
+    add_job(commands, "sweep", _sweep, help, SWEEP_OPTIONS)
 
 
 def _sweep(arguments: argparse.Namespace) -> Answer:

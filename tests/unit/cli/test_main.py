@@ -97,7 +97,46 @@ def test_merge_prints_a_table_and_json(wsm, tmp_path):
         "seconds",
     } <= set(data)
     assert data["iterations"] == [2, 4, 6, 8] and sum(data["coefficients"]) == pytest.approx(1)
-    assert f"merged checkpoint: {tmp_path / 'out' / 'iter_0000008'}" in lines
+    output = tmp_path / "out" / "iter_0000008"
+    assert f"merged checkpoint: {output} (4 checkpoints, 2 to 8, linear)" in lines
+    assert sum("0.250000" in line for line in lines) == 4
+
+
+def test_many_merges_are_a_line_each(wsm, tmp_path):
+    options = ["--load", RUNS / runs.DENSE, "--decay", "mean,ema,cosine", "--last", "2"]
+    quiet = wsm("merge", *options, "--save", tmp_path / "out")
+    assert sum("merged checkpoint:" in line for line in quiet) == 3
+    assert not any("effective LR" in line for line in quiet) and len(quiet) < 20
+    told = wsm("merge", *options, "--save", tmp_path / "again", "-v")
+    assert sum("effective LR" in line for line in told) == 3
+
+
+def test_a_plan_groups_what_is_alike(wsm, tmp_path):
+    options = ["plan", "--load", RUNS / runs.DENSE, "--save", tmp_path / "out"]
+    quiet, told = wsm(*options), wsm(*options, "-v")
+    (line,) = (line for line in quiet if line.startswith("  model: merged"))
+    assert "entries" in line and "-v lists them" in line
+    assert sum(line.startswith("  model: merged") for line in told) == int(line.split()[2])
+
+
+def test_decays_side_by_side(wsm):
+    lines = wsm("coefficients", "--num", "4", "--decay", "mean,ema", "--json")
+    data = json.loads(lines[-1])["decays"]
+    assert list(data) == ["mean", "ema"] and data["mean"]["coefficients"] == [0.25] * 4
+    assert data["ema"]["coefficients"] == list(coefficients([1, 2, 3, 4], "ema"))
+    assert lines[0].split() == ["iterations", "mean", "ema"] and len(lines) == 6
+    of_run = wsm("coefficients", "--load", RUNS / runs.DENSE, "--decay", "mean,ema", "--json")
+    assert json.loads(of_run[-1])["unit"] == "tokens"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["coefficients", "--num", "3"]])
+def test_what_needs_no_torch_does_not_import_it(arguments):
+    script = "import sys; sys.modules['torch'] = None; from wsm_megatron.__main__ import run; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_inspect_a_run_and_a_checkpoint(wsm, tmp_path):
@@ -130,7 +169,10 @@ def test_version_and_help(capsys):
             main(arguments)
         assert done.value.code == 0
     assert "--optimizer-state" in capsys.readouterr().out
-    assert __version__.count(".") == 2
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"wsm_megatron {__version__}\n"
 
 
 def test_the_offline_merge_needs_no_megatron(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import ExecutionOptions, MergeConfig, merge
-from wsm_megatron.cli import text
+from wsm_megatron.cli.merge import merged as printed
 from wsm_megatron.execution import timing
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import PHASES, Phases, RankReport
@@ -101,7 +101,7 @@ def table(number: int) -> list[str]:
     resume = {"main_params": "dropped", "moments": "dropped", "launch": {}}
     mean = MergeCoefficients.over([Checkpoint(1), Checkpoint(2)], "mean")
     merged = MergedCheckpoint(Path("out/iter_8"), (1, 2), mean, resume)
-    lines = list(text.merged(MergeReport((merged,), 1, 1, 1.0, ranks)))
+    lines = list(printed(MergeReport((merged,), 1, 1, 1.0, ranks)))
     start = next(k for k, line in enumerate(lines) if line.split()[:1] == ["rank"])
     end = next(k for k, line in enumerate(lines) if line.startswith("merged checkpoint"))
     return lines[start - 1 : end]
