@@ -20,7 +20,7 @@ from wsm_megatron import MergeConfig, MergeError, UsageError, merge
 from wsm_megatron.api import merge_and_export
 from wsm_megatron.cli.main import main
 from wsm_megatron.config import ExecutionOptions
-from wsm_megatron.errors import EXIT_USAGE
+from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
 from wsm_megatron.export import job as export_job
 from wsm_megatron.export.job import export
 from wsm_megatron.export.options import ExportConfig, MergeExport
@@ -338,3 +338,13 @@ def test_bridges_run_config_takes_the_place_of_args(tmp_path: Path) -> None:
     (source / "run_config.yaml").write_text("model: [")
     with pytest.raises(MergeError, match=r"run_config.yaml: damaged"):
         export(ExportConfig(load=source, save=tmp_path / "more"))
+
+
+def test_a_failure_of_one_rank_ends_all(tmp_path: Path) -> None:
+    source = runs.copy_run(runs.MAIN, tmp_path / "run") / "iter_0000008"
+    layout = export_job.make_plan(ExportConfig(load=source, save=tmp_path / "hf")).layout
+    chunk = layout.tensors["output_layer.weight"].chunks[0]
+    runs.flip_byte(source / chunk.location.file, chunk.location.offset + chunk.location.length // 2)
+    flags = ["--save", str(tmp_path / "out" / "hf"), "--shard-size", "9000", "--local-ranks", "3"]
+    assert main(["export", str(source), *flags]) == EXIT_FAILED
+    assert list((tmp_path / "out").iterdir()) == []

@@ -12,7 +12,6 @@ import yaml
 from wsm_megatron.errors import UsageError
 
 _DEFAULTS: dict[str, Any] = {
-    "activation_func_clamp_value": None,
     "beta_fast": 32,
     "beta_slow": 1,
     "glu_linear_offset": 0.0,

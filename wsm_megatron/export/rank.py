@@ -98,8 +98,7 @@ def run_rank(
 def _close(shards: Sequence[Shard], files: list[ShardFile]) -> Files:
     closed: Files = {}
     for shard in shards:
-        closed[shard.name] = files[0].close()
-        files.pop(0)  # so that a failure of another abandons what is still open
+        closed[shard.name] = files.pop(0).close()  # what fails abandons those that are still open
     return closed
 
 

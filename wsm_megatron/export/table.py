@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -124,12 +124,8 @@ def tensors_of(
             tensors[one.name] = one
     _check_covered(family, args, entries, tensors.values())
     for name, again in _copies(family, args):
-        tensors[again] = Tensor(again, *_without_name(tensors[name]))
+        tensors[again] = replace(tensors[name], name=again)
     return list(tensors.values())
-
-
-def _without_name(tensor: Tensor) -> tuple[torch.dtype, Shape, tuple[Piece, ...]]:
-    return tensor.dtype, tensor.shape, tensor.pieces
 
 
 def _lines(family: Family, args: ModelArgs) -> Iterator[tuple[Row, dict[str, int]]]:

@@ -134,6 +134,8 @@ TAKES: dict[str, Any] = {
     "linear_attention_freq": None,
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
     "moe_shared_expert_gate": False,
     "mtp_num_layers": (None, 0),
     "mtp_use_repeated_layer": False,
