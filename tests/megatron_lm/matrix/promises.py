@@ -79,6 +79,14 @@ def assert_is_merge(merged: Merged) -> None:
         expected.compare(key, tensor)
 
 
+def assert_merged(run: Path, iterations: Sequence[int], decay: str = DECAY) -> None:
+    """What the plugin published of a run with as many samples in every iteration."""
+    path = run / "wsm" / f"iter_{iterations[-1]:07d}"
+    assert_is_merge(
+        Merged(run=run, path=path, iterations=iterations, positions=iterations, decay=decay)
+    )
+
+
 def assert_same_merge(one: Path, other: Path) -> None:
     """Two merges of the same sources hold the same tensors."""
     left, right = load_tensors(one), load_tensors(other)
@@ -143,7 +151,7 @@ class _Reference:
         return weighted_sum64(self._weights, [tensors[key] for tensors in self._sources])
 
     def _found_in_buckets(self, key: str, actual: torch.Tensor) -> None:
-        """Each chunk is a run of the merged main params, rounded, of a flat bucket or a numbered one.
+        """Each chunk is a run of merged main params without a model's key, rounded.
 
         Which run is not written anywhere; a tensor whose weights are equal in all sources to
         another's may be either's, so this says that the bits are some param's, in order.

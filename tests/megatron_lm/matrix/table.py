@@ -38,8 +38,8 @@ LR_0 = (
     "--lr-decay-iters 1 --lr-warmup-iters 0 --min-lr 0 --eval-interval 100 --eval-iters 0"
 )
 SAMPLES = (
-    "--rampup-batch-size 4 4 8 --train-samples 56 --lr-warmup-samples 16 --min-lr 0 --save-interval 2 "
-    "--eval-interval 4 --eval-iters 2"
+    "--rampup-batch-size 4 4 8 --train-samples 56 --lr-warmup-samples 16 --min-lr 0 "
+    "--save-interval 2 --eval-interval 4 --eval-iters 2"
 )
 SAMPLES_LR_0 = (
     "--rampup-batch-size 4 4 8 --train-samples 64 --override-opt_param-scheduler "
@@ -109,6 +109,7 @@ VERSIONS = (
 )
 
 LAYERS = ("local_layers",)
+_LEGACY = "is a legacy checkpoint"
 IN_FSDP = {PLUGIN: "does not merge inside a run with"}
 
 CONFIGURATIONS = tuple(
@@ -240,7 +241,7 @@ CONFIGURATIONS = tuple(
         {
             "name": "ckpt-torch",
             "flags": f"{UNTIED} --ckpt-format torch",
-            "refuses": {PLUGIN: "torch_dist", OFFLINE: "--ckpt-format torch"},
+            "refuses": {PLUGIN: "torch_dist", OFFLINE: _LEGACY, RESUME: _LEGACY},
         },
     )
 )
