@@ -29,8 +29,8 @@ TOP = """\
 
 Versions of Megatron-LM and configurations of a run that `wsm_megatron` was run with. Made by
 `python -m tests.megatron_lm.matrix` from what that recorded, no cell by hand
-(`tests/megatron_lm/matrix/results.jsonl`). A short column of it, the layouts on plain megatron-core,
-is tested with every change (`tests/dist`).
+(`tests/megatron_lm/matrix/results.jsonl`). A short column of it, on plain megatron-core, is tested
+with every change (`tests/dist`).
 
 A run has two layers, hidden size 32 and eight iterations, on CPU ranks that talk by gloo. A cell
 has three signs:
