@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.megatron_lm.checkout import Outcome, pretrain
-from tests.megatron_lm.test_plugin_matrix import FULLY, SHARDED, assert_is_merge
+from tests.megatron_lm.matrix.promises import assert_merged
+from tests.megatron_lm.matrix.table import FULLY, SHARDED
 
 TRAIN = "--train-iters 8 --eval-interval 100 --eval-iters 1"
 WSM = "--wsm-merge --wsm-merge-num 3 --wsm-merge-decay 1-sqrt"
@@ -63,7 +64,7 @@ def test_the_window_is_refilled_with_what_is_wanted(
     merged, _ = _restarted(megatron, tmp_path, kind, 2)
     assert (tmp_path / "a" / "run" / "iter_0000005").exists() == (kind == "none")
     assert "window begins with iterations [2, 4]" in merged.log, "not what the exit saved"
-    assert_is_merge(tmp_path / "a" / "run", (4, 6, 8))
+    assert_merged(tmp_path / "a" / "run", (4, 6, 8))
 
 
 @pytest.mark.parametrize("kind", ["global", LOCAL])
@@ -72,7 +73,7 @@ def test_a_run_with_nothing_but_a_non_persistent_checkpoint_starts(
 ) -> None:
     merged, _ = _restarted(megatron, tmp_path, kind, 7)
     assert "window begins with iterations []" in merged.log
-    assert_is_merge(tmp_path / "a" / "run", (7, 8))
+    assert_merged(tmp_path / "a" / "run", (7, 8))
 
 
 def test_a_keep_that_only_a_non_persistent_checkpoint_remembers(
@@ -95,4 +96,4 @@ def test_a_folder_that_holds_another_iteration_is_left_out(megatron: Path, tmp_p
     assert second.returncode == 0, second.log[-8000:]
     assert f"window without iteration 4: in {run}, its state says iteration 2" in second.log
     assert "window begins with iterations [2, 6]" in second.log
-    assert_is_merge(run, (2, 6, 8))
+    assert_merged(run, (2, 6, 8))

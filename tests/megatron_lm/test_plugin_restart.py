@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.megatron_lm.checkout import Outcome, pretrain
-from tests.megatron_lm.test_plugin_matrix import SHARDED, TRAIN, WSM, assert_is_merge
+from tests.megatron_lm.matrix.cell import WSM
+from tests.megatron_lm.matrix.promises import assert_merged
+from tests.megatron_lm.matrix.table import SHARDED, TRAIN
 from wsm_megatron import verify
 
 FLAGS = f"{SHARDED} {TRAIN}"
@@ -64,7 +66,7 @@ def test_a_killed_run_continues(
     assert len(merged) == published
     second = pretrain(megatron, flags)
     assert second.returncode == 0, second.log[-8000:]
-    assert_is_merge(run, (4, 6, 8))
+    assert_merged(run, (4, 6, 8))
     assert (run / "wsm" / "latest_checkpointed_iteration.txt").read_text() == "8"
     assert not list((run / "wsm").glob(".*"))
     training = _training_losses(second)
@@ -79,7 +81,7 @@ def test_sigusr2_asks_for_a_merged_checkpoint(megatron: Path, tmp_path: Path) ->
     assert outcome.returncode == 0, outcome.log[-8000:]
     merged = sorted(p.name for p in (run / "wsm").glob("iter_*"))
     assert merged == ["iter_0000004", "iter_0000008"]
-    assert_is_merge(run, (2, 4), "linear")
+    assert_merged(run, (2, 4), "linear")
 
 
 def test_snapshots_may_come_between_saves(megatron: Path, tmp_path: Path) -> None:

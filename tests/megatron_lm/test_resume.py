@@ -14,7 +14,7 @@ import pytest
 from tests import runs
 from tests.dist.test_resume_mcore import same_weights, undo_mains
 from tests.megatron_lm.checkout import Outcome, pretrain
-from tests.megatron_lm.test_plugin_matrix import LAYOUTS
+from tests.megatron_lm.matrix.table import BY_NAME
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, merge
 from wsm_megatron.checkpoint.common_state import load_common, read_common
@@ -59,7 +59,7 @@ class _Runs(dict[str, Path]):
 
     def __missing__(self, name: str) -> Path:
         run = self._folder / name
-        flags = f"{LAYOUTS[name]} {STEPS} --exit-interval 6 --save {run}"
+        flags = f"{BY_NAME[name].flags} {STEPS} --exit-interval 6 --save {run}"
         outcome = launch(self._megatron, flags)
         assert outcome.returncode == 0, outcome.log[-8000:]
         self[name] = run
@@ -74,27 +74,15 @@ def merged(run: Path, save: Path, optimizer_state: str) -> Path:
     return save
 
 
-@pytest.mark.parametrize("name", ["dp2", "dp2-fully_reshardable", "tp2", "moe-ep2"])
-def test_nothing_moves_in_a_step_with_lr_0(
-    megatron: Path, trained: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    root = merged(trained[name], tmp_path / "merged", "last")
-    assert check_resume(root).resumes
-    flags = f"{LAYOUTS[name]} {STEPS} --load {root} --save {tmp_path / 'after'} {LR_0}"
-    outcome = launch(megatron, flags)
-    assert steps(outcome) == [(7, 56, 0.0)]
-    assert same_weights(root / "iter_0000006", tmp_path / "after" / "iter_0000007") == []
-
-
 def test_unmerged_main_params_undo_the_merge(
     megatron: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The negative of the test above."""
+    """The negative of what every row of the table promises (``test_matrix.py``)."""
     run = trained["dp2"]
     root = merged(run, tmp_path / "merged", "last")
     undo_mains(root / "iter_0000006", run / "iter_0000006")
     assert not check_resume(root).resumes
-    flags = f"{LAYOUTS['dp2']} {STEPS} --load {root} --save {tmp_path / 'after'} {LR_0}"
+    flags = f"{BY_NAME['dp2'].flags} {STEPS} --load {root} --save {tmp_path / 'after'} {LR_0}"
     assert steps(launch(megatron, flags)) == [(7, 56, 0.0)]
     after = tmp_path / "after" / "iter_0000007"
     assert same_weights(root / "iter_0000006", after)
@@ -124,7 +112,7 @@ def test_the_flags_that_the_merge_prints(
     common = load_common(*read_common(root / "iter_0000006"))
     found = launches(optimizer=state != "drop", position=position_of(common), decay_steps=4)
     (flags,) = [" ".join(one.flags) for one in found if one.goal == goal]
-    outcome = launch(megatron, f"{LAYOUTS['dp2']} {STEPS} --load {root} {flags} {more}")
+    outcome = launch(megatron, f"{BY_NAME['dp2'].flags} {STEPS} --load {root} {flags} {more}")
     assert steps(outcome) == expected
     assert "successfully loaded checkpoint" in outcome.log
     if goal == EVALUATE:
@@ -135,7 +123,7 @@ def test_dropped_state_without_the_flag(
     megatron: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     root = merged(trained["dp2"], tmp_path / "merged", "drop")
-    outcome = launch(megatron, f"{LAYOUTS['dp2']} {STEPS} --load {root}")
+    outcome = launch(megatron, f"{BY_NAME['dp2'].flags} {STEPS} --load {root}")
     assert outcome.returncode != 0
     assert "KeyError: 'optimizer'" in outcome.log
     assert any("KeyError 'optimizer'" in problem for problem in check_resume(root).problems)
@@ -146,7 +134,7 @@ def test_dropped_state_without_the_warm_up_flag(
 ) -> None:
     """The trap: the LR warms up again."""
     root = merged(trained["dp2"], tmp_path / "merged", "drop")
-    flags = f"{LAYOUTS['dp2']} {STEPS} --load {root} --no-load-optim --no-load-rng"
+    flags = f"{BY_NAME['dp2'].flags} {STEPS} --load {root} --no-load-optim --no-load-rng"
     outcome = launch(megatron, flags)
     assert steps(outcome) == [(7, 56, 5e-4), (8, 64, 1e-3)]
 
@@ -157,7 +145,7 @@ def test_a_new_lr_with_loaded_state(
     """The trap: core 0.16 keeps the checkpoint's LR in silence, main refuses to start."""
     root = merged(trained["dp2"], tmp_path / "merged", "last")
     flags = f"{STEPS} --load {root} --override-opt_param-scheduler --lr 5e-4"
-    outcome = launch(megatron, f"{LAYOUTS['dp2']} {flags}")
+    outcome = launch(megatron, f"{BY_NAME['dp2'].flags} {flags}")
     if outcome.returncode == 0:
         assert steps(outcome) == [(7, 56, 1e-3), (8, 64, 1e-3)]
     else:
@@ -169,7 +157,7 @@ def test_another_number_of_iterations(
 ) -> None:
     """The trap: the scheduler compares it with the checkpoint's; with the override it goes on."""
     root = merged(trained["dp2"], tmp_path / "merged", "last")
-    flags = f"{LAYOUTS['dp2']} {STEPS} --load {root} --train-iters 7"
+    flags = f"{BY_NAME['dp2'].flags} {STEPS} --load {root} --train-iters 7"
     refused = launch(megatron, flags)
     assert refused.returncode != 0 and "number of iterations" in refused.log
     outcome = launch(megatron, f"{flags} --override-opt_param-scheduler")
@@ -183,7 +171,7 @@ def test_checkpoints_of_the_other_format(megatron: Path, tmp_path: Path, fixture
         load=RUNS / fixture, save=tmp_path / "old", to=6, optimizer_state="last", format="0.16"
     )
     merge(config)
-    flags = f"{LAYOUTS['dp2']} --train-iters 8 --eval-interval 100 --eval-iters 1"
+    flags = f"{BY_NAME['dp2'].flags} --train-iters 8 --eval-interval 100 --eval-iters 1"
     outcome = launch(megatron, f"{flags} --load {tmp_path / 'old'}")
     assert steps(outcome) == [(7, 56, 1e-3), (8, 64, 1e-3)]
 
@@ -193,7 +181,7 @@ def test_the_new_format_needs_a_new_megatron(megatron: Path, tmp_path: Path) -> 
         load=RUNS / runs.FLAT, save=tmp_path / "new", to=6, optimizer_state="last", format="0.19"
     )
     merge(config)
-    flags = f"{LAYOUTS['dp2']} --train-iters 8 --eval-interval 100 --eval-iters 1"
+    flags = f"{BY_NAME['dp2'].flags} --train-iters 8 --eval-interval 100 --eval-iters 1"
     outcome = launch(megatron, f"{flags} --load {tmp_path / 'new'}")
     if _reads_new_format(megatron):
         assert steps(outcome) == [(7, 56, 1e-3), (8, 64, 1e-3)]

@@ -36,7 +36,7 @@ _OPTIMIZER = re.compile(rf"{_CHAIN}optimizer\b")
 _FLAT = re.compile(rf"({_CHAIN}optimizer\.distributed\..+\.bucket_idx_\d+\.)([^.]+)")
 _OPTIMIZER_OBJECT = re.compile(
     rf"{_CHAIN}optimizer\.distributed\.dp_group_idx_\d+\."
-    r"(optimizer|per_bucket_numel|per_bucket_numel_unpadded)/shard_.+"
+    r"(optimizer|grad_scaler|per_bucket_numel|per_bucket_numel_unpadded)/shard_.+"
 )
 MAINS = ("fp32_param", "param")
 """Names of main params among optimizer state."""

@@ -192,6 +192,12 @@ def _problems(
             "args say no_save_optim although there is optimizer state: Megatron will not load it, "
             "and stops with KeyError 'optimizer'"
         )
+    if args.get("optimizer") == "sgd" and layout.format.optimizer_layout is None:
+        yield (
+            "saved with --optimizer sgd: Megatron-LM, from core 0.14 to main of August 2026, loads "
+            "no state of SGD, its own neither (TypeError: init_state_fn is None); pass "
+            "--no-load-optim, and momentum starts at zero"
+        )
     wanted = ("optimizer",) if layout.format.optimizer_layout is None else ()
     for key in (*wanted, "opt_param_scheduler"):
         if key not in state and not (key == "opt_param_scheduler" and "lr_scheduler" in state):

@@ -46,10 +46,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FlatMainParam:
-    """A main param in a flat bucket: from element ``start`` on, row-major as its model chunk."""
+    """A main param in a flat bucket: from element ``start`` on, row-major as its model chunk.
+
+    ``lead``: which fragment it lies in, where a tensor is a grid of flat ones (:mod:`.fragments`).
+    """
 
     bucket: str
     start: int
+    lead: tuple[int, ...] = ()
+
+    def region(self, first: int, numel: int) -> Region:
+        """``numel`` elements of it from the ``first`` on."""
+        return Region((*self.lead, self.start + first), (*[1] * len(self.lead), numel))
 
     @property
     def order(self) -> tuple[tuple[int, ...], str, int]:

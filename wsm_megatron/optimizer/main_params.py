@@ -21,8 +21,15 @@ from wsm_megatron.checkpoint.keys import (
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Region
-from wsm_megatron.optimizer.flat_buckets import contents, in_threads, search
+from wsm_megatron.optimizer.flat_buckets import (
+    FlatMainParam,
+    ModelChunk,
+    contents,
+    in_threads,
+    search,
+)
 from wsm_megatron.optimizer.flat_main_params import FlatMainParams, match
+from wsm_megatron.optimizer.fragments import find_fragments
 from wsm_megatron.optimizer.precision import Kinds, are_remainders, kinds_of
 from wsm_megatron.optimizer.representation import ROUNDED, Bounded
 
@@ -80,7 +87,9 @@ def check_main_params(layout: Layout, args: Mapping[str, Any] | None = None) -> 
         for key in mains
         if (model := main_of(key)) in tensors and tensors[model].shape == tensors[key].shape
     }
-    compared = _compare(layout, keyed, kinds)
+    places = find_fragments(layout)
+    keyed |= {model: place.bucket for (model, _), place in places.items()}
+    compared = _compare(layout, keyed, places, kinds)
     flat = _flat(layout, kinds)
     buckets = sum(map(is_flat_bucket, mains))
     without = list(flat.without)
@@ -117,7 +126,12 @@ class _Compared:
     remainders: set[str] = field(default_factory=set)
 
 
-def _compare(layout: Layout, keyed: Mapping[str, str], kinds: Kinds) -> _Compared:
+def _compare(
+    layout: Layout,
+    keyed: Mapping[str, str],
+    places: Mapping[ModelChunk, FlatMainParam],
+    kinds: Kinds,
+) -> _Compared:
     reader = CheckpointReader(layout)
     found = _Compared()
 
@@ -125,7 +139,7 @@ def _compare(layout: Layout, keyed: Mapping[str, str], kinds: Kinds) -> _Compare
         kind = kinds.of(layout.tensors[keyed[model]])
         if kind.rebuilt:
             found.remainders.add(model)
-        for weights, values in _pairs(reader, model, keyed[model]):
+        for weights, values in _pairs(reader, model, keyed[model], places):
             if kind.differ(values, weights):
                 # said to be main params, and none: where the args are wrong
                 (found.remainders if are_remainders(values) else found.wrong).add(model)
@@ -141,9 +155,13 @@ def _compare(layout: Layout, keyed: Mapping[str, str], kinds: Kinds) -> _Compare
 
 
 def _pairs(
-    reader: CheckpointReader, model: str, main: str
+    reader: CheckpointReader, model: str, main: str, places: Mapping[ModelChunk, FlatMainParam]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A model tensor and its main param, piece by piece."""
     for chunk in reader.layout.tensors[model].chunks:
-        for region in Region(chunk.offsets, chunk.sizes).split(_TILE):
-            yield reader.read(model, region), reader.read(main, region)
+        whole, first = Region(chunk.offsets, chunk.sizes), 0
+        place = places.get((model, whole))
+        for region in whole.split(_TILE):
+            lies = region if place is None else place.region(first, region.numel)
+            first += region.numel
+            yield reader.read(model, region), reader.read(main, lies)

@@ -14,9 +14,11 @@ from wsm_megatron.checkpoint.keys import (
     main_of,
 )
 from wsm_megatron.checkpoint.layout import Layout
+from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.optimizer.flat_buckets import flat_buckets
+from wsm_megatron.optimizer.fragments import find_fragments
 from wsm_megatron.optimizer.indexed_state import unnamed_mains
 from wsm_megatron.optimizer.precision import REMAINDERS, Kinds
 from wsm_megatron.planning.patterns import Choice, matches, pattern_for, taken
@@ -133,7 +135,7 @@ def check_optimizer(layouts: Sequence[Layout], choice: Choice, config: MergeConf
         )
     for layout in layouts:
         _check_named(layout, newest)
-    _check_shapes(newest, needed)
+    _check_shapes(newest, needed, config)
     _check_dtypes(newest, needed, choice)
     for layout in layouts[:-1]:
         _check_same_optimizer(layout, newest, config)
@@ -170,15 +172,23 @@ def _check_named(layout: Layout, newest: Layout) -> None:
             )
 
 
-def _check_shapes(newest: Layout, mains: Iterable[str]) -> None:
-    """Keyed main params have their model tensor's shape; older layouts flatten them."""
+def _check_shapes(newest: Layout, mains: Iterable[str], config: MergeConfig) -> None:
+    """Keyed main params have their model tensor's shape, or are its fragments, each flat."""
+    places = find_fragments(newest)
     for key in mains:
-        model = newest.tensors.get(main_of(key) or "")
-        if model is not None and model.shape != newest.tensors[key].shape:
+        main, model = newest.tensors[key], newest.tensors.get(main_of(key) or "")
+        if model is None or model.shape == main.shape:
+            continue
+        chunks = [(model.key, Region(chunk.offsets, chunk.sizes)) for chunk in model.chunks]
+        if config.rebuild_main_params or not all(chunk in places for chunk in chunks):
             raise UsageError(
-                f"{newest.path}: {key} is {newest.tensors[key].shape}, its model tensor "
-                f"{model.shape}: flattened optimizer state (fully_sharded_model_space, core up to "
-                "0.14); use --optimizer-state drop"
+                f"{newest.path}: {key} is {main.shape}, its model tensor {model.shape}: flattened "
+                "optimizer state (fully_sharded_model_space, core up to 0.14) "
+                + (
+                    "is merged as it is, not rebuilt; leave --rebuild-main-params away"
+                    if config.rebuild_main_params
+                    else "in other pieces than the model; use --optimizer-state drop"
+                )
             )
 
 

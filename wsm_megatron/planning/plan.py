@@ -22,6 +22,7 @@ from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError, UsageError, some
 from wsm_megatron.optimizer.flat_main_params import FlatMainParam, FlatMainParams
+from wsm_megatron.optimizer.fragments import find_fragments, is_fragmented
 from wsm_megatron.optimizer.precision import Kinds
 from wsm_megatron.optimizer.representation import Representation
 from wsm_megatron.planning.compatibility import (
@@ -107,6 +108,7 @@ def make_plan(
     check_inputs(layouts, recipes)
     _check_stored(newest, recipes)
     warn_of_remainders(newest, kinds, config)
+    flat = replace(flat, places=flat.places | find_fragments(newest))
     placed = [
         ((location.file, location.offset, task.region.offsets), task)
         for recipe in recipes
@@ -170,6 +172,8 @@ def _read_with_models(
         model = newest.tensors.get(main_of(key) or "")
         if entry.role is not Role.MAIN or model is None or model.key in choice.left_out:
             continue
+        if is_fragmented(entry, model):
+            continue  # found by its place
         kind = kinds.of(entry)
         if key not in choice.left_out:
             found[model.key] = entry, kind

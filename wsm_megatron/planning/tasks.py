@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -118,14 +118,14 @@ class Task:
         if self.flat is None or key != self.flat.bucket:
             return tile
         first = span_of(tile.within(self.region), self.region.sizes).start
-        return Region((self.flat.start + first,), (tile.numel,))
+        return self.flat.region(first, tile.numel)
 
     def split(self, limit: int) -> Iterator[Task]:
         """The same work as tasks of at most ``limit`` elements."""
         for region in self.region.split(limit):
             flat = self.flat
             if flat is not None:
-                flat = FlatMainParam(flat.bucket, self.part(flat.bucket, region).offsets[0])
+                flat = replace(flat, start=self.part(flat.bucket, region).offsets[-1])
             yield Task(self.recipe, region, flat)
 
 

@@ -137,8 +137,18 @@ class Row:
 
     def _resume(self, offline: Result) -> Result:
         if self.merged is None:
-            return Result(offline.status, "no merge to resume from")
-        return checked(lambda: self._check_resume(self.merged))
+            return offline
+        found = checked(lambda: self._check_resume(self.merged))
+        if found.status == FAILED and (error := self._why_not_its_own()):
+            return Result(CANNOT_RUN, f"loads no checkpoint of its own run either: {error}")
+        return found
+
+    def _why_not_its_own(self) -> str:
+        """What keeps Megatron from resuming the run itself; empty where nothing does."""
+        root = self._run if (self._run / LAST).exists() else self._plain_root
+        flags = resume_flags(self._configuration, WINDOW[-1])
+        outcome = self._start("own", f"{flags} --load {root}")
+        return last_error(outcome.log) if outcome.returncode else ""
 
     def _check_resume(self, root: Path | None) -> None:
         assert root is not None
@@ -171,7 +181,11 @@ def assert_nothing_moved(root: Path, after: Path) -> None:
 def launch_flags(version: Version, configuration: Configuration, megatron: Path) -> str:
     """All flags of the model and the layout, as this version knows them."""
     left_out = {*version.unknown, *configuration.without}
-    flags = [flag for flag in MODEL if flag not in left_out] + configuration.flags.split()
+    flags, kept = [], True
+    for word in MODEL:
+        kept = word not in left_out if word.startswith("--") else kept
+        flags += [word] * kept
+    flags += configuration.flags.split()
     for more in configuration.where_known:
         if _knows(megatron, more.split()[0]):
             flags += more.split()

@@ -28,8 +28,9 @@ TOP = """\
 # Compatibility
 
 Versions of Megatron-LM and configurations of a run that `wsm_megatron` was run with. Made by
-`python -m tests.megatron_lm.matrix` from what it recorded in
-`tests/megatron_lm/matrix/results.jsonl`; no cell is written by hand.
+`python -m tests.megatron_lm.matrix` from what that recorded, no cell by hand
+(`tests/megatron_lm/matrix/results.jsonl`). A short column of it, on plain megatron-core, is tested
+with every change (`tests/dist`).
 
 A run has two layers, hidden size 32 and eight iterations, on CPU ranks that talk by gloo. A cell
 has three signs:
@@ -37,23 +38,23 @@ has three signs:
 1. **plugin**: the run with `--wsm-merge` has the losses of the run without it, and both checkpoints
    that it merges equal an independent float64 sum over the run's own, bit for bit.
 2. **offline**: so does `wsm merge` of the run's checkpoints, and it equals the plugin's.
-3. **resume**: that version of Megatron-LM loads the merge, and a step with LR 0 moves neither
-   weights nor main params; `wsm resume-check` says so before.
+3. **resume**: that version of Megatron-LM loads the merge (the plugin's, where the offline one is
+   refused), and a step with LR 0 moves neither weights nor main params; `wsm resume-check` says so
+   before.
 
 | sign | |
 |---|---|
 | ✓ | passed |
 | r | refused, with the message below |
-| – | cannot run here: the run without the plugin ends with the message below |
+| – | cannot run here: without this package Megatron-LM ends with the message below |
 | ✗ | failed |
 | · | not run |
 """
 
 CUDA = """\
-Instead of CUDA, of Apex and of Transformer Engine all launches have
-`tests/megatron_lm/standin.py`: CUDA calls are answered by the CPU, and `FusedAdam` is AdamW written
-in torch with that class's state. Ranks are forked from a process that has imported Megatron-LM. The
-rows below have more:
+Instead of CUDA, Apex and Transformer Engine all launches have `tests/megatron_lm/standin.py`: CUDA
+calls are answered by the CPU, and `FusedAdam` is AdamW written in torch, with that class's state.
+Ranks are forked from a process that has imported Megatron-LM. Some rows and versions have more:
 """
 
 

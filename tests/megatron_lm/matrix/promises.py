@@ -74,9 +74,17 @@ def assert_is_merge(merged: Merged) -> None:
     layout = read_layout(merged.run / f"iter_{merged.iterations[-1]:07d}")
     expected = _Reference(merged, layout)
     actual = load_tensors(merged.path)
-    assert set(actual) == expected.keys
+    assert set(actual) == expected.keys, sorted(set(actual) ^ expected.keys)[:3]
     for key, tensor in actual.items():
         expected.compare(key, tensor)
+
+
+def assert_merged(run: Path, iterations: Sequence[int], decay: str = DECAY) -> None:
+    """What the plugin published of a run with as many samples in every iteration."""
+    path = run / "wsm" / f"iter_{iterations[-1]:07d}"
+    assert_is_merge(
+        Merged(run=run, path=path, iterations=iterations, positions=iterations, decay=decay)
+    )
 
 
 def assert_same_merge(one: Path, other: Path) -> None:
@@ -109,7 +117,7 @@ class _Reference:
         self._buckets = [
             rounded(self._total(key), torch.float32)
             for key, entry in self._entries.items()
-            if entry.role is Role.MAIN and is_flat_bucket(key)
+            if entry.role is Role.MAIN and main_of(key) is None
         ]
 
     @property
@@ -143,7 +151,7 @@ class _Reference:
         return weighted_sum64(self._weights, [tensors[key] for tensors in self._sources])
 
     def _found_in_buckets(self, key: str, actual: torch.Tensor) -> None:
-        """Each chunk is a run of the merged main params, rounded.
+        """Each chunk is a run of merged main params without a model's key, rounded.
 
         Which run is not written anywhere; a tensor whose weights are equal in all sources to
         another's may be either's, so this says that the bits are some param's, in order.

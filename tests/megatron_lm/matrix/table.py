@@ -38,8 +38,8 @@ LR_0 = (
     "--lr-decay-iters 1 --lr-warmup-iters 0 --min-lr 0 --eval-interval 100 --eval-iters 0"
 )
 SAMPLES = (
-    "--rampup-batch-size 4 4 8 --train-samples 56 --min-lr 0 --save-interval 2 "
-    "--eval-interval 4 --eval-iters 2"
+    "--rampup-batch-size 4 4 8 --train-samples 56 --lr-warmup-samples 16 --min-lr 0 "
+    "--save-interval 2 --eval-interval 4 --eval-iters 2"
 )
 SAMPLES_LR_0 = (
     "--rampup-batch-size 4 4 8 --train-samples 64 --override-opt_param-scheduler "
@@ -109,6 +109,7 @@ VERSIONS = (
 )
 
 LAYERS = ("local_layers",)
+_LEGACY = "is a legacy checkpoint"
 IN_FSDP = {PLUGIN: "does not merge inside a run with"}
 
 CONFIGURATIONS = tuple(
@@ -172,7 +173,13 @@ CONFIGURATIONS = tuple(
             "flags": f"{SHARDED} --num-distributed-optimizer-instances 2",
             "nproc": 4,
         },
-        {"name": "rampup-samples", "flags": SHARDED, "train": SAMPLES, "resume": SAMPLES_LR_0},
+        {
+            "name": "rampup-samples",
+            "flags": SHARDED,
+            "without": ("--lr-warmup-iters",),
+            "train": SAMPLES,
+            "resume": SAMPLES_LR_0,
+        },
         {
             "name": "fp16",
             "flags": f"{SHARDED} --fp16 --initial-loss-scale 1024",
@@ -195,7 +202,8 @@ CONFIGURATIONS = tuple(
         {"name": "mtp", "flags": f"{SHARDED} --mtp-num-layers 1"},
         {
             "name": "hybrid",
-            "flags": f"{SHARDED} --hybrid-override-pattern M*",
+            "flags": f"{SHARDED} --hybrid-override-pattern M* "
+            "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
             "script": "pretrain_mamba.py",
         },
         {
@@ -210,12 +218,13 @@ CONFIGURATIONS = tuple(
         {
             "name": "precision-aware",
             "flags": f"{SHARDED} {FULLY} --use-precision-aware-optimizer",
+            "refuses": {PLUGIN: "does not support"},
         },
         {"name": "muon", "flags": f"{UNTIED} --optimizer muon"},
-        {"name": "fp8-params", "flags": f"{SHARDED} --fp8-format e4m3 --fp8-param-gather"},
         {
             "name": "offload",
-            "flags": f"{SHARDED} --optimizer-cpu-offload --optimizer-offload-fraction 1.0",
+            "flags": f"{SHARDED} --use-precision-aware-optimizer --optimizer-cpu-offload "
+            "--optimizer-offload-fraction 1.0",
         },
         {
             "name": "fsdp_dtensor",
@@ -232,7 +241,7 @@ CONFIGURATIONS = tuple(
         {
             "name": "ckpt-torch",
             "flags": f"{UNTIED} --ckpt-format torch",
-            "refuses": {PLUGIN: "torch_dist", OFFLINE: "--ckpt-format torch"},
+            "refuses": {PLUGIN: "torch_dist", OFFLINE: _LEGACY, RESUME: _LEGACY},
         },
     )
 )

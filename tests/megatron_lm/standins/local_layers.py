@@ -64,11 +64,11 @@ def _allow_attention() -> None:
 
 
 def _name_engine_layers() -> None:
-    """Multi-latent attention compares the classes of its layers with some that are None here."""
+    """Multi-latent attention asks whether its layers are of classes that are none here."""
     from megatron.core.transformer import multi_latent_attention as module
 
     for name, value in list(vars(module).items()):
-        if name.startswith("TE") and value is None:
+        if name.startswith("TE") and not isinstance(value, type):
             setattr(module, name, type(name, (), {}))
 
 

@@ -51,6 +51,7 @@ def test_tensor_roles(key, dtype, role):
         ("rerun_state_machine_state/shard_0_2", Role.COPY),
         ("tokenizer/shard_0_1", Role.COPY),
         ("optimizer.distributed.dp_group_idx_0.per_bucket_numel/shard_0_1", Role.OPTIMIZER),
+        ("optimizer.distributed.dp_group_idx_0.grad_scaler/shard_0_1", Role.OPTIMIZER),
         ("something_new/shard_0_1", Role.UNKNOWN),
     ],
 )
