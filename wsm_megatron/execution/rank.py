@@ -25,6 +25,7 @@ from wsm_megatron.execution.device import Device, choose_device, host_device
 from wsm_megatron.execution.executor import Executor, Peers
 from wsm_megatron.execution.memory_budget import Budget, default_memory, make_budget
 from wsm_megatron.execution.timing import Phases, RankReport
+from wsm_megatron.kernels import backend
 from wsm_megatron.planning.job import Job, RankPlan, places
 from wsm_megatron.planning.tasks import Rule, Stage, Task, bytes_read, whole_stages
 from wsm_megatron.process.worker_threads import run_workers
@@ -135,6 +136,8 @@ def _open(
     config, options = job.config, job.execution
     memory, threads = options.memory or default_memory(), options.threads or default_threads()
     device = _device(job, rank_plan.tasks, threads)
+    if ranks.rank == 0:
+        _warn_of_slow_sums(device)
     budget = make_budget(
         memory,
         threads,
@@ -158,6 +161,15 @@ def _device(job: Job, tasks: Sequence[Task], threads: int) -> Device:
     device = choose_device(job.execution.device, sources, merges, nbytes, threads, local_rank())
     logger.info("sums on %s: %s", device.torch_device, device.reason)
     return device
+
+
+def _warn_of_slow_sums(device: Device) -> None:
+    how = backend(device.torch_device)
+    if how.startswith("eager"):
+        logger.warning(
+            "sums are made by torch, the same bits several times slower: %s",
+            how.removeprefix("eager: "),
+        )
 
 
 def _open_readers(job: Job, budget: Budget, stack: ExitStack) -> list[CheckpointReader]:
