@@ -10,7 +10,6 @@ import pytest
 from tests import runs
 from tests.reference import RUNS
 from wsm_megatron import MergeConfig, kernels, merge
-from wsm_megatron.kernels.reference import bind
 
 
 @pytest.mark.parametrize("built", [True, False])
