@@ -103,7 +103,7 @@ def merge_and_export(
 
     def check(job: Job) -> None:
         if not execution.node_local:
-            plan_exports(job, exports)
+            plan_exports(job, exports, config.save)
 
     with job_ranks():
         report = merge(config, execution, progress, check)
@@ -111,8 +111,11 @@ def merge_and_export(
         return report, [export(one, execution, progress) for one in configs]
 
 
-def plan_exports(job: Job, exports: MergeExport) -> list[tuple[Path, ExportPlan]]:
+def plan_exports(job: Job, exports: MergeExport, root: Path) -> list[tuple[Path, ExportPlan]]:
     """Where the exports of a job's merges go, and what they will hold, told by its sources.
+
+    Args:
+        root: of all merges, below which each has its place.
 
     Raises as :func:`.make_plan` does.
     """
@@ -120,7 +123,7 @@ def plan_exports(job: Job, exports: MergeExport) -> list[tuple[Path, ExportPlan]
         return []
     found = []
     for output in job.outputs:
-        config = exports.of(output.path, job.config.save)
+        config = exports.of(output.path, root)
         found.append((config.save, make_plan(replace(config, load=job.newest(output).path))))
     return found
 

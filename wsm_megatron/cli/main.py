@@ -306,7 +306,7 @@ def _plan(arguments: argparse.Namespace) -> _Answer:
     if planned is None:
         return _Answer()
     found, moved = planned
-    exports = plan_exports(found, job.export)
+    exports = plan_exports(found, job.export, job.config.save)
     lines = chain(text.planned(found, moved), *starmap(text.would_export, exports))
     return _Answer(lines, lambda: text.plan_data(found, moved), shown=True)
 
