@@ -11,6 +11,20 @@ import types
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from torch.nn import functional
 
 
@@ -91,70 +105,16 @@ def _install() -> None:
 def build(config: Any, args: dict[str, Any]) -> torch.nn.Module:
     """A MambaModel of local layers, whose norms are torch's."""
     _install()
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.models.mamba import MambaModel
     from megatron.core.ssm import mamba_block
-    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-    from megatron.core.ssm.mlp_layer import MLPLayer
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_layer import (
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
 
-    linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
-    mixer = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=DotProductAttention,
-        linear_proj=RowParallelLinear,
-    )
-
-    def layer(module: type, **parts: Any) -> ModuleSpec:
-        return ModuleSpec(module, submodules=TransformerLayerSubmodules(**parts))
-
-    stack = mamba_block.MambaStackSubmodules(
-        mamba_layer=ModuleSpec(
-            MambaLayer,
-            submodules=MambaLayerSubmodules(
-                norm=WrappedTorchNorm,
-                mixer=ModuleSpec(MambaMixer, submodules=mixer),
-                mamba_bda=get_bias_dropout_add,
-            ),
-        ),
-        attention_layer=layer(
-            TransformerLayer,
-            input_layernorm=WrappedTorchNorm,
-            self_attention=ModuleSpec(
-                SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention
-            ),
-            self_attn_bda=get_bias_dropout_add,
-        ),
-        mlp_layer=layer(
-            MLPLayer,
-            pre_mlp_layernorm=WrappedTorchNorm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(**linear)),
-            mlp_bda=get_bias_dropout_add,
-        ),
-        moe_layer=layer(
-            TransformerLayer,
-            pre_mlp_layernorm=WrappedTorchNorm,
-            mlp=get_moe_module_spec(use_te=False, num_experts=4, moe_grouped_gemm=False),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
     mamba_block.TENorm = WrappedTorchNorm
+    layers = mamba_block.MambaStackSubmodules(
+        mamba_layer=_mamba(), attention_layer=_attention(), mlp_layer=_mlp(), moe_layer=_experts()
+    )
     return MambaModel(
         config,
-        ModuleSpec(mamba_block.MambaStack, submodules=stack),
+        ModuleSpec(mamba_block.MambaStack, submodules=layers),
         vocab_size=args["padded_vocab_size"],
         max_sequence_length=args["max_position_embeddings"],
         hybrid_override_pattern=args["hybrid_override_pattern"],
@@ -162,3 +122,48 @@ def build(config: Any, args: dict[str, Any]) -> torch.nn.Module:
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
         position_embedding_type="none",
     ).eval()
+
+
+def _mamba() -> ModuleSpec:
+    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+
+    mixer = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    parts = MambaLayerSubmodules(
+        norm=WrappedTorchNorm,
+        mixer=ModuleSpec(MambaMixer, submodules=mixer),
+        mamba_bda=get_bias_dropout_add,
+    )
+    return ModuleSpec(MambaLayer, submodules=parts)
+
+
+def _attention() -> ModuleSpec:
+    parts = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=DotProductAttention,
+        linear_proj=RowParallelLinear,
+    )
+    causal = {"attn_mask_type": AttnMaskType.causal}
+    layer = TransformerLayerSubmodules(
+        input_layernorm=WrappedTorchNorm,
+        self_attention=ModuleSpec(SelfAttention, causal, parts),
+        self_attn_bda=get_bias_dropout_add,
+    )
+    return ModuleSpec(TransformerLayer, submodules=layer)
+
+
+def _mlp() -> ModuleSpec:
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return _feed_forward(MLPLayer, ModuleSpec(MLP, submodules=parts))
+
+
+def _experts() -> ModuleSpec:
+    experts = get_moe_module_spec(use_te=False, num_experts=4, moe_grouped_gemm=False)
+    return _feed_forward(TransformerLayer, experts)
+
+
+def _feed_forward(module: type, mlp: ModuleSpec) -> ModuleSpec:
+    layer = TransformerLayerSubmodules(
+        pre_mlp_layernorm=WrappedTorchNorm, mlp=mlp, mlp_bda=get_bias_dropout_add
+    )
+    return ModuleSpec(module, submodules=layer)
