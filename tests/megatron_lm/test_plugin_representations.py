@@ -89,7 +89,9 @@ KINDS = {
         f"{OFFLOAD} {FULLY}",
         "fused_adam,host_memory",
         state="merge",
-        offline=False,  # the common state names the optimizer's class: here the stand-in's
+        # its common state names classes: the stand-in's, and torch's, which are loaded if forced to
+        offline=False,
+        env=(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"),),
     ),
     "inert": Kind(
         f"{FP8} {FULLY} --use-precision-aware-optimizer --exp-avg-dtype fp8",
