@@ -62,7 +62,7 @@ class InMemoryMerges:
         return self._merged
 
     def _run(self, work: Callable[[int], None]) -> None:
-        run_workers(range(len(self._tasks)), work, self._threads, threading.Event(), check_storage)  # type: ignore[arg-type]
+        run_workers(range(len(self._tasks)), work, self._threads, threading.Event(), check_storage)
 
     def _read(self, n: int, readers: Sequence[CheckpointReader]) -> None:
         task = self._tasks[n]
