@@ -78,7 +78,7 @@ class Places(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(WindowOptions, Places):
-    """What is merged. All of it but the two places is in the merged checkpoint's provenance.
+    """What is merged. All of it but the places is in the merged checkpoint's provenance.
 
     Raises ``UsageError`` for contradictory or impossible options.
     """

@@ -306,13 +306,15 @@ KEY_OF = """
 import sys
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.comm.communicator import Ranks
+from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.staging_key import placement, staging_key
 from wsm_megatron.access.node_local.access import NodeLocal
 from wsm_megatron.access.shared import Shared
 
 run, save, parallel = sys.argv[1:]
 config = MergeConfig(load=run, save=save, optimizer_state="last", decay="mean,ema")
-access = (NodeLocal if parallel else Shared)(config, ExecutionOptions(), Ranks())
+merges = MergeSet.of(config)
+access = (NodeLocal if parallel else Shared)(merges, ExecutionOptions(), Ranks())
 job = access.prepare()
 parts = access.distribute(job).rank_plans if parallel else job.rank_plans(3)
 print(*(staging_key(job, p, placement(job, k, parts)) for k, p in enumerate(job.outputs)))

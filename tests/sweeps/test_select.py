@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
 from wsm_megatron.sweeps.grid import Sweep, SweepGrid
 from wsm_megatron.sweeps.metric import Metric, metrics_of
-from wsm_megatron.sweeps.run import sweep
+from wsm_megatron.sweeps.run import SweepOptions, sweep
 from wsm_megatron.sweeps.selection import (
     Candidate,
     Scored,
@@ -141,6 +143,19 @@ def test_scores_of_two_harnesses_are_put_together(tmp_path: Path, manifest: Path
         csv(tmp_path, "name,acc", "ema-last2,0.5", "mean-last2,0.6", name="b.csv"),
     ]
     assert names(select(manifest, files, "loss,acc").front) == ["ema-last2", "mean-last2"]
+
+
+def test_scores_that_the_sweep_has_made_count_and_those_of_a_file_win(tmp_path: Path) -> None:
+    script = tmp_path / "score.py"
+    script.write_text(f"import sys; print({LOSSES!r}[sys.argv[1].split('/')[-2]])")
+    done = sweep(
+        Sweep(MergeConfig(load=RUN, save=tmp_path / "out"), SweepGrid(decay=("ema",), last=(2, 3))),
+        options=SweepOptions(eval=f"{shlex.quote(sys.executable)} {script} {{path}}"),
+    )
+    assert done is not None
+    assert names(select(done.manifest, []).merges) == ["ema-last2", "ema-last3"]
+    better = csv(tmp_path, "merge,loss", "ema-last3,0.5")
+    assert names(select(done.manifest, better).merges) == ["ema-last3", "ema-last2"]
 
 
 def test_what_has_no_score_is_named(tmp_path: Path, manifest: Path) -> None:

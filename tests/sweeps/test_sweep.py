@@ -191,6 +191,13 @@ def test_a_sweep_that_was_stopped_goes_on_from_its_chunks(
         assert_bits(one, RUNS / runs.DENSE)
 
 
+def test_ranks_that_see_different_files_sweep_too(tmp_path: Path) -> None:
+    sweep(Sweep(base(tmp_path), FOUR), ExecutionOptions(node_local=True))
+    assert len(there(tmp_path)) == 4
+    for one in read_manifest(tmp_path):
+        assert_bits(one, RUNS / runs.DENSE)
+
+
 def test_merges_of_named_sources_are_swept(tmp_path: Path) -> None:
     paths = [str(runs.checkpoint(runs.DENSE, i)) for i in (4, 6, 8)]
     config = MergeConfig(source=tuple(paths), save=tmp_path / "out")

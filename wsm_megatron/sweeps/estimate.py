@@ -83,8 +83,9 @@ class SweepEstimate:
 
 def _read_rate(job: Job, nbytes: int, threads: int) -> float | None:
     files = [source.path / name for source in job.sources for name in source.layout.files]
+    seen = [file for file in files if file.is_file()]  # of another node's, this rank sees none
     places = [
-        (file, start) for file in files for start in range(0, file.stat().st_size, 16 * _PIECE)
+        (file, start) for file in seen for start in range(0, file.stat().st_size, 16 * _PIECE)
     ]
     count = nbytes // _PIECE
     if count < 1 or not places:
