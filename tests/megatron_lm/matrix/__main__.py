@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only", help="rows, separated by commas; 'core' or 'across'")
     parser.add_argument("--versions", help="separated by commas (all)")
     parser.add_argument("--again", action="store_true", help="also what is recorded")
+    parser.add_argument("--missing", action="store_true", help="only cells without a record")
     parser.add_argument("--failed", action="store_true", help="also what is recorded as failed")
     parser.add_argument("--results", type=Path, default=records.FILE)
     parser.add_argument("--logs", type=Path, help="folder for the logs of failed rows")
@@ -137,7 +138,8 @@ class _Table:
             record = recorded.get((version.name, target, one.name, column))
             commit = records.commit_of(self._args.trees / (target or version.name))
             wanted = (commit, self._wsm, records.digest(one))
-            if record is None or (record.megatron, record.wsm, record.flags) != wanted:
+            found = record and (record.megatron, record.wsm, record.flags)
+            if record is None or (found != wanted and not self._args.missing):
                 return False
             if self._args.failed and record.result == FAILED:
                 return False

@@ -82,8 +82,8 @@ class Row:
         merged = self._start(PLUGIN, flags, plugin=True)
         if refusal := refusal_in(merged.log):
             return Result(REFUSED, refusal) if not merged.losses else Result(FAILED, refusal)
-        if plain.returncode:
-            return Result(CANNOT_RUN, last_error(plain.log))
+        if reason := _why_no_run(plain):
+            return Result(CANNOT_RUN, reason)
         if merged.returncode:
             return Result(FAILED, last_error(merged.log))
         return checked(lambda: self._check_plugin(merged, plain))
@@ -107,8 +107,8 @@ class Row:
     def _offline(self, plain: Outcome, plugin: Result) -> Result:
         passed = plugin.status == PASSED
         run, save = self._run if passed else self._plain_root, self._folder / "merged"
-        if plain.returncode:
-            return Result(CANNOT_RUN, last_error(plain.log))
+        if reason := _why_no_run(plain):
+            return Result(CANNOT_RUN, reason)
         self.merged = run / "wsm" if passed else None
         state = self._configuration.state
         config = MergeConfig(
@@ -215,6 +215,14 @@ def last_error(log: str) -> str:
     """The message a launch ended with: of argument parsing, or of the first traceback."""
     found = _USAGE.search(log) or _ERROR.search(log)
     return _short(found[1]) if found else "ended without a message"
+
+
+def _why_no_run(plain: Outcome) -> str:
+    """Why the run without the plugin is none to compare with; empty where it is one."""
+    if plain.returncode:
+        return last_error(plain.log)
+    steps = max(plain.samples, default=0)
+    return "" if steps == WINDOW[-1] else f"the flags make {steps} iterations, not {WINDOW[-1]}"
 
 
 def checked(check: Callable[[], None]) -> Result:

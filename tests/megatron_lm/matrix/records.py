@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.megatron_lm.checkout import REPOSITORY
-from tests.megatron_lm.matrix.table import Configuration
+from tests.megatron_lm.matrix.table import BY_NAME, Configuration
 
 FILE = Path(__file__).parent / "results.jsonl"
 
@@ -62,8 +62,8 @@ def append(records: Iterable[Record], file: Path = FILE) -> None:
 
 
 def compact(file: Path = FILE) -> None:
-    """Leave the newest record of every cell."""
-    newest = read(file)
+    """Leave the newest record of every cell that is in the table."""
+    newest = {cell: record for cell, record in read(file).items() if record.row in BY_NAME}
     lines = [json.dumps(asdict(newest[cell])) + "\n" for cell in sorted(newest)]
     file.write_text("".join(lines), encoding="utf-8")
 
