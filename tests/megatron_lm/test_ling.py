@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 from tests.megatron_lm.checkout import pretrain
-from tests.megatron_lm.test_plugin_representations import Kind, assert_is_merge, assert_same
+from tests.megatron_lm.matrix.kinds import Kind, assert_is_merge, assert_same
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron.schedule.decay import coefficients
 
@@ -96,7 +96,8 @@ LEFT_OUT = {
     "--save": "the test's own",
 }
 """``--fp8-param-gather --fp8-recipe blockwise`` stay: ``standins/fp8_tensor.py`` answers them."""
-KIND = Kind("", "fp8_tensor,adam8bit", weights="quantised", smallest=16)
+STANDINS = "fp8_tensor,adam8bit"
+KIND = Kind(weights="quantised", smallest=16)
 WSM = "--wsm-merge --wsm-merge-num 3 --wsm-merge-decay 1-sqrt --wsm-merge-save-interval 4"
 
 
@@ -121,7 +122,7 @@ def scaled_down() -> str:
 
 def test_the_published_launch(megatron: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags, env = scaled_down(), {"STANDINS": KIND.standins}
+    flags, env = scaled_down(), {"STANDINS": STANDINS}
     if "async_strategy" in (megatron / "megatron" / "training" / "arguments.py").read_text():
         flags += " --async-strategy mcore"  # main asks for NVRx otherwise
     merged = pretrain(megatron, f"{flags} --save {run} {WSM}", env=env, timeout=1200)

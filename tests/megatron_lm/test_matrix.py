@@ -15,7 +15,7 @@ from tests.megatron_lm.matrix.table import BY_NAME, VERSIONS, Version
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_row(megatron: Path, tmp_path: Path, name: str) -> None:
     version, one = version_of(megatron), BY_NAME[name]
-    ranks = Ranks(megatron, (*version.standins, *one.standins), one.script)
+    ranks = Ranks(megatron, (*version.standins, *one.standins), one.script, dict(one.env))
     try:
         found = Row(version, one, megatron, tmp_path, ranks.launch).results()
     finally:

@@ -172,11 +172,11 @@ class _Table:
         return launch
 
     def _forking(self, version: Version, one: Configuration) -> Ranks:
-        key = (version.name, one.script, *version.standins, *one.standins)
+        key = (version.name, one.script, *version.standins, *one.standins, *map("=".join, one.env))
         if self._ranks is None or self._ranks[0] != key:
             self.close()
             standins = (*version.standins, *one.standins)
-            self._ranks = key, Ranks(self._tree(version), standins, one.script)
+            self._ranks = key, Ranks(self._tree(version), standins, one.script, dict(one.env))
         return self._ranks[1]
 
     def _tree(self, version: Version) -> Path:

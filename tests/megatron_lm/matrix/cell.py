@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.dist.test_resume_mcore import same_weights
 from tests.megatron_lm.checkout import MODEL, Outcome
-from tests.megatron_lm.matrix import promises
+from tests.megatron_lm.matrix import kinds, promises
 from tests.megatron_lm.matrix.table import OFFLINE, PLUGIN, RESUME, Configuration, Version
 from wsm_megatron import MergeConfig, MergeError, UsageError, merge
 from wsm_megatron.inspection.megatron_resume import check_resume
@@ -94,6 +94,9 @@ class Row:
         promises.assert_evaluated(merged, one)
         promises.assert_published(self._run, MERGES)
         for window in ((2, 4), WINDOW):
+            if one.kind is not None:
+                kinds.assert_is_merge(self._run, window, one.kind)
+                continue
             promises.assert_is_merge(
                 promises.Merged(
                     run=self._run,
@@ -118,11 +121,15 @@ class Row:
             merge(config)
         except (UsageError, MergeError) as error:
             return Result(REFUSED, _short(str(error)))
-        self.merged = save
+        if self.merged is None or self._configuration.kind is None:
+            self.merged = save
         return checked(lambda: self._check_offline(run, save / LAST, plain, passed))
 
     def _check_offline(self, run: Path, path: Path, plain: Outcome, plugin: bool) -> None:
-        state = self._configuration.state
+        state, kind = self._configuration.state, self._configuration.kind
+        if kind is not None:
+            kinds.assert_is_merge(run, WINDOW, kind.offline, path)
+            return
         merged = promises.Merged(
             run=run,
             path=path,
@@ -161,7 +168,7 @@ class Row:
             flags += f" {' '.join(WEIGHTS_ONLY)} --lr 0"
         outcome = self._start(RESUME, flags)
         assert outcome.returncode == 0, last_error(outcome.log)
-        assert_nothing_moved(root, after)
+        assert_nothing_moved(root, after, one.kind)
 
 
 def resume_flags(configuration: Configuration, newest: int) -> str:
@@ -169,11 +176,14 @@ def resume_flags(configuration: Configuration, newest: int) -> str:
     return configuration.resume.format(next=newest + 1)
 
 
-def assert_nothing_moved(root: Path, after: Path) -> None:
+def assert_nothing_moved(root: Path, after: Path, kind: kinds.Kind | None = None) -> None:
     """One step after the merge weights and main params are the merge's."""
     newest = int((root / "latest_checkpointed_iteration.txt").read_text())
     saved = after / f"iter_{newest + 1:07d}"
     assert saved.exists(), "the merge was not loaded"
+    if kind is not None:
+        kinds.assert_same_weights(root / f"iter_{newest:07d}", saved, kind)
+        return
     moved = same_weights(root / f"iter_{newest:07d}", saved)
     assert moved == [], f"moved in a step with LR 0: {moved[:3]}"
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,16 @@ class Ranks:
     """The process that forks ranks of one checkout with one set of stand-ins."""
 
     def __init__(
-        self, megatron: Path, standins: Sequence[str] = (), script: str = "pretrain_gpt.py"
+        self,
+        megatron: Path,
+        standins: Sequence[str] = (),
+        script: str = "pretrain_gpt.py",
+        env: Mapping[str, str] | None = None,
     ):
         """``megatron``: as :func:`tests.megatron_lm.checkout.prepare` makes it."""
-        more = {"RANK": "0", "STANDINS": ",".join(standins)} if standins else {"RANK": "0"}
+        more = {"RANK": "0", **(env or {})}
+        if standins:
+            more["STANDINS"] = ",".join(standins)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", __name__, str(megatron / script)],
             env=environment(megatron) | more,

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from tests.megatron_lm.matrix.kinds import Kind
+
 PLUGIN, OFFLINE, RESUME = "plugin", "offline", "resume"
 COLUMNS = (PLUGIN, OFFLINE, RESUME)
 
@@ -29,6 +33,11 @@ FSDP = (
     "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
     "--no-gradient-reduce-div-fusion"
 )
+
+AWARE = f"{SHARDED} --use-precision-aware-optimizer"
+BF16_MOMENTS = "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+FP8 = f"{SHARDED} --fp8-format e4m3 --fp8-recipe blockwise --fp8-param-gather"
+ADAM, QUANTISED, MUON = ("fused_adam",), ("fp8_tensor",), ("emerging",)
 
 TRAIN = "--train-iters 8 --min-lr 0 --save-interval 2 --eval-interval 4 --eval-iters 2"
 """A constant LR ignores --min-lr; a launch from a merge can then ask for LR 0: Megatron takes --lr
@@ -63,6 +72,8 @@ class Configuration:
         nproc: ranks.
         script: of Megatron-LM.
         standins: modules of ``tests.megatron_lm.standins``.
+        env: of the ranks, beside what all launches have.
+        kind: how main params are kept, where not as float32 that the weights are rounded from.
         refuses: columns that are refused, and words of the message.
         core: run on every version before anything else.
     """
@@ -78,6 +89,8 @@ class Configuration:
     nproc: int = 2
     script: str = "pretrain_gpt.py"
     standins: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    kind: Kind | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     core: bool = False
 
@@ -212,19 +225,93 @@ CONFIGURATIONS = tuple(
             "--non-persistent-save-interval 3",
         },
         {
-            "name": "sgd",
-            "flags": f"{UNTIED} --optimizer sgd",
+            "name": "precision-remainders",
+            "flags": f"{AWARE} {FULLY}",
+            "standins": ADAM,
+            "kind": Kind(mains="remainders", state="merge"),
+            "state": "merge",
         },
         {
-            "name": "precision-aware",
-            "flags": f"{SHARDED} {FULLY} --use-precision-aware-optimizer",
-            "refuses": {PLUGIN: "does not support"},
+            "name": "precision-remainders-flat",
+            "flags": f"{AWARE} {BF16_MOMENTS}",
+            "standins": ADAM,
+            "kind": Kind(mains="remainders"),
+            "refuses": {OFFLINE: "remainders"},
         },
-        {"name": "muon", "flags": f"{UNTIED} --optimizer muon"},
+        {
+            "name": "precision-masters",
+            "flags": f"{AWARE} {FULLY} {BF16_MOMENTS}",
+            "standins": ADAM,
+            "env": (("TE_VERSION", "2.0"),),  # before remainders
+            "kind": Kind(state="merge", moments=torch.bfloat16),
+            "state": "merge",
+        },
+        {
+            "name": "precision-masters-fp16",
+            "flags": f"{AWARE} {FULLY} --main-params-dtype fp16",
+            "standins": ADAM,
+            "kind": Kind(mains="near"),
+        },
         {
             "name": "offload",
-            "flags": f"{SHARDED} --use-precision-aware-optimizer --optimizer-cpu-offload "
-            "--optimizer-offload-fraction 1.0",
+            "flags": f"{AWARE} {FULLY} --optimizer-cpu-offload --optimizer-offload-fraction 0.5",
+            "standins": (*ADAM, "host_memory"),
+            "env": (("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"),),  # its state names classes
+            "kind": Kind(state="merge"),
+            "state": "merge",
+            "refuses": {OFFLINE: "standins.fused_adam.FusedAdam"},  # the stand-in's class, not TE's
+        },
+        {
+            "name": "fp8-weights",
+            "flags": f"{FP8} {FULLY}",
+            "standins": QUANTISED,
+            "kind": Kind(weights="quantised", state="merge"),
+            "state": "merge",
+        },
+        {
+            "name": "fp8-weights-overlap",
+            "flags": f"{FP8} --overlap-grad-reduce --overlap-param-gather",
+            "standins": QUANTISED,
+            "kind": Kind(weights="quantised"),
+        },
+        {
+            "name": "fp8-weights-precision",
+            "flags": f"{FP8} {FULLY} --use-precision-aware-optimizer --exp-avg-dtype fp8",
+            "standins": (*ADAM, *QUANTISED),
+            "kind": Kind(weights="quantised"),
+        },
+        {
+            "name": "adam-8bit",
+            "flags": SHARDED,
+            "standins": ("adam8bit",),
+            "kind": Kind(state="merge"),
+            "state": "merge",
+        },
+        {
+            "name": "sgd",
+            "flags": f"{UNTIED} --optimizer sgd",
+            "kind": Kind(state="merge"),
+            "state": "merge",
+        },
+        {
+            "name": "muon",
+            "flags": f"{UNTIED} --optimizer muon",
+            "standins": MUON,
+            "kind": Kind(state="merge"),
+            "state": "merge",
+        },
+        {
+            "name": "muon-layer-wise",
+            "flags": f"{SHARDED} --optimizer muon",
+            "standins": MUON,
+            "kind": Kind(state="merge"),
+            "state": "merge",
+        },
+        {
+            "name": "muon-layer-wise-overlap",
+            "flags": f"{SHARDED} --optimizer muon --overlap-grad-reduce --overlap-param-gather",
+            "standins": MUON,
+            "kind": Kind(),
         },
         {
             "name": "fsdp_dtensor",
