@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import runs
 from tests.flat_run import bucket_key, starts_of, write_checkpoint
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
 from wsm_megatron import MergeConfig, MergeError, merge, verify
@@ -263,3 +264,31 @@ def test_each_beginning_is_read_once(scale, tmp_path, monkeypatch):
     reads = count_reads(monkeypatch)
     assert len(find_flat_main_params(layout).places) == count
     assert len(reads) == 2 * count
+
+
+def test_an_old_copy_of_a_param_in_the_padding_of_another_bucket(tmp_path):
+    """Padding is memory that was used before: in the newest source it holds what the norm is."""
+    root, generator = tmp_path / "run", torch.Generator().manual_seed(0)
+    first, second = bucket_key(index=0), bucket_key(index=1)
+    expected = []
+    for iteration in (1, 2):
+        norm, other, *large = (torch.randn(n, generator=generator) for n in (32, 32, 64, 64))
+        mains = {first: [other, large[0]], second: [norm, large[1]]}
+        names = {"other.weight": other, "norm.weight": norm}
+        names |= {f"large.{i}.weight": one for i, one in enumerate(large)}
+        model = {name: one.bfloat16() for name, one in names.items()}
+        path = write_checkpoint(root, iteration, model, mains)
+        expected.append(norm)
+    runs.rewrite(path, change=lambda key, t: _with_copy(t, norm) if key == first else t)
+    config = MergeConfig(load=root, save=tmp_path / "out", decay="mean", optimizer_state="last")
+    found = load_tensors(merge(config).output)
+    total = rounded(weighted_sum64((0.5, 0.5), expected), torch.float32)
+    assert same_bits(found[second][:32], total)
+    assert same_bits(found["norm.weight"], total.bfloat16())
+
+
+def _with_copy(bucket: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    bucket = bucket.clone()
+    assert bucket[32:64].isnan().all()
+    bucket[32:64] = norm
+    return bucket

@@ -166,11 +166,9 @@ def search(layout: Layout, usual: Representation = ROUNDED) -> Search:
     places: dict[Beginning, list[FlatMainParam]] = defaultdict(list)
     for beginning, place in found:
         places[beginning].append(place)
+    padding = {key: list(_padding(entry)) for key, entry in buckets.items()}
     alike = [
-        Alike(
-            tuple(sorted(chunks)),
-            tuple(sorted(places[beginning], key=lambda place: place.order)),
-        )
+        Alike(tuple(sorted(chunks)), _likely(places[beginning], len(chunks), padding))
         for beginning, chunks in index.chunks.items()
     ]
     alike.sort(key=lambda one: one.chunks)
@@ -178,8 +176,19 @@ def search(layout: Layout, usual: Representation = ROUNDED) -> Search:
         layout.path,
         tuple(alike),
         {key: entry.shape[0] for key, entry in buckets.items()},
-        {key: list(_padding(entry)) for key, entry in buckets.items()},
+        padding,
     )
+
+
+def _likely(
+    places: Iterable[FlatMainParam], chunks: int, padding: dict[str, list[Span]]
+) -> tuple[FlatMainParam, ...]:
+    """Places in order; of what may be padding, which can hold old copies of a param, only where
+    the others are too few."""
+    found = sorted(places, key=lambda place: place.order)
+    begins = {key: {start for start, _ in spans} for key, spans in padding.items()}
+    aligned = [place for place in found if place.start not in begins[place.bucket]]
+    return tuple(aligned if len(aligned) >= chunks else found)
 
 
 def _padding(bucket: TensorEntry) -> Iterator[Span]:

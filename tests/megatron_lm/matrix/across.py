@@ -54,7 +54,7 @@ def resume(
                 last=3,
                 decay=DECAY,
                 optimizer_state="last",
-                format="0.16" if _NAMES.index(version.name) < _NAMES.index("0.19.0") else None,
+                format="0.16" if _NAMES.index(version.name) < _NAMES.index("0.19.0") else "same",
             )
         )
         flags = f"{resume_flags(configuration, WINDOW[-1])} --load {root} --save {after}"

@@ -73,7 +73,7 @@ def assert_is_merge(merged: Merged) -> None:
     """Every tensor against float64 sums over the run's checkpoints, bit for bit."""
     layout = read_layout(merged.run / f"iter_{merged.iterations[-1]:07d}")
     expected = _Reference(merged, layout)
-    actual = load_tensors(merged.path)
+    actual = _named(merged.path)
     assert set(actual) == expected.keys, sorted(set(actual) ^ expected.keys)[:3]
     for key, tensor in actual.items():
         expected.compare(key, tensor)
@@ -112,7 +112,7 @@ class _Reference:
         self._merged, self._layout = merged, layout
         self._entries = layout.tensors
         self._weights = coefficients(list(map(float, merged.positions)), merged.decay)
-        self._sources = [load_tensors(folder / f"iter_{i:07d}") for i in merged.iterations]
+        self._sources = [_named(folder / f"iter_{i:07d}") for i in merged.iterations]
         self._mains = {main_of(key): key for key in self._entries if main_of(key)}
         self._buckets = [
             rounded(self._total(key), torch.float32)
@@ -159,6 +159,12 @@ class _Reference:
         buckets = [_raw(bucket.to(actual.dtype)) for bucket in self._buckets]
         for chunk in _chunks(self._layout, key, actual):
             assert any(chunk in bucket for bucket in buckets), f"{key}: not a merged main param"
+
+
+def _named(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors by the names that all formats have in common."""
+    layout, tensors = read_layout(path), load_tensors(path)
+    return {key: tensors[layout.stored_key(key)] for key in layout.tensors}
 
 
 def _chunks(layout: Layout, key: str, tensor: torch.Tensor) -> Iterator[bytes]:

@@ -212,7 +212,7 @@ CONFIGURATIONS = tuple(
             "standins": ("grouped_gemm",),
         },
         {"name": "moe-freq", "flags": f"{SHARDED} {EP2} --moe-layer-freq [0,1]"},
-        {"name": "mtp", "flags": f"{SHARDED} --mtp-num-layers 1"},
+        {"name": "mtp", "flags": f"{SHARDED} --mtp-num-layers 1", "standins": LAYERS},
         {
             "name": "hybrid",
             "flags": f"{SHARDED} --hybrid-override-pattern M* "
