@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from wsm_megatron.checkpoint.bridge import MOST_BYTES, RUN_CONFIG_FILE
 from wsm_megatron.checkpoint.common_state import attributes
-from wsm_megatron.checkpoint.reader import read_file
-from wsm_megatron.errors import MergeError
+from wsm_megatron.checkpoint.run_config import read_run_config
 
 _ACTIVATIONS = {"silu": "swiglu", "quick_gelu": "quick_geglu", "squared_relu": "squared_relu"}
 """What Megatron-LM calls a model of this activation; the first two where it is gated."""
@@ -28,15 +24,8 @@ def recorded_args(checkpoint: Path, state: Mapping[str, Any]) -> Mapping[str, An
     """
     if args := attributes(state.get("args")):
         return args
-    path = checkpoint / RUN_CONFIG_FILE
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        return {}
-    try:
-        config = yaml.safe_load(read_file(path))
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise MergeError(f"{path}: damaged: {' '.join(str(error).split())}") from error
-    model = config.get("model") if isinstance(config, dict) else None
-    return of_bridge(model) if isinstance(model, dict) else {}
+    model = read_run_config(checkpoint).get("model")
+    return {} if model is None else of_bridge(model)
 
 
 def of_bridge(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from wsm_megatron.checkpoint.layout import (
 )
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Region
+from wsm_megatron.checkpoint.run_config import args_in, read_run_config
 from wsm_megatron.errors import some
 from wsm_megatron.optimizer.flat_buckets import in_threads
 from wsm_megatron.optimizer.representation import REMAINDER, ROUNDED, Bounded, Representation
@@ -218,12 +219,14 @@ def saved_args(path: Path) -> dict[str, Any]:
         found = [one for one in layout.objects.values() if one.role is Role.COMMON]
         if not found or not all((path / one.location.file).is_file() for one in found):
             return {}
-    return args_of(*read_common(path, layout))
+    return args_of(path, *read_common(path, layout))
 
 
-def args_of(common: bytes | CommonEntries, where: str) -> dict[str, Any]:
-    """The args in a common state; none where it has none."""
-    return attributes(load_common(common, where).get("args"))
+def args_of(checkpoint: Path, common: bytes | CommonEntries, where: str) -> dict[str, Any]:
+    """The args in a checkpoint's common state; where it has none, what Megatron-Bridge's run config
+    says of precision; none where that is not on this machine either."""
+    args = attributes(load_common(common, where).get("args"))
+    return args or args_in(read_run_config(checkpoint), PRECISION_ARGS)
 
 
 def explain(path: Path, main: str, values: torch.Tensor | None = None) -> str:

@@ -85,7 +85,7 @@ def find_mains(
     Raises:
         MergeError: main params are of other weights than the model, or a tensor cannot be read.
     """
-    kinds = kinds_of(newest, args_of(*read_common(newest.path, newest)))
+    kinds = kinds_of(newest, args_of(newest.path, *read_common(newest.path, newest)))
     if not config.keeps_optimizer and not kinds.usual.finer:
         return None, kinds
     return find_flat_main_params(newest, older, kinds.usual, must=config.keeps_optimizer), kinds

@@ -17,11 +17,17 @@ from wsm_megatron import MergeConfig, MergeError, merge, verify
 from wsm_megatron.checkpoint.common_state import load_common
 from wsm_megatron.checkpoint.keys import MAINS, Role, is_optimizer, main_of, state_of
 from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.checkpoint.run_config import args_in
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME, EXIT_FAILED
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.optimizer.main_params import check_main_params
-from wsm_megatron.optimizer.precision import are_remainders, quantised_as, quantised_by
+from wsm_megatron.optimizer.precision import (
+    PRECISION_ARGS,
+    are_remainders,
+    quantised_as,
+    quantised_by,
+)
 
 WEIGHTS = (0.3, 0.7)
 
@@ -96,6 +102,37 @@ def test_quantised_weights_are_made_of_the_merged_main_params(
         verify(output, sources="all")
     assert check_resume(kept).resumes and check_main_params(read_layout(kept)).wrong == ()
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def as_bridge_saves(path: Path, config: str) -> None:
+    """No args, and a run config in their place."""
+    state = load_common((path / "common.pt").read_bytes(), "")
+    del state["args"]
+    (path / "common.pt").write_bytes(dump_common(state))
+    (path / "run_config.yaml").write_text(config)
+
+
+def test_quantised_weights_of_megatron_bridge(tmp_path):
+    config = "model: {fp8_recipe: tensorwise}\nddp: {fp8_param_gather: true}\n"
+    path = quantised_run(runs.FULLY, tmp_path / "run", "fp8_param_gather")
+    expected = load_tensors(merged(path, tmp_path / "megatron"))
+    for iteration in runs.ITERATIONS:
+        as_bridge_saves(runs.checkpoint(path, iteration), config)
+    for state in ("last", "drop"):
+        output = merged(path, tmp_path / state, optimizer_state=state)
+        for key, tensor in load_tensors(output).items():
+            assert same_bits(tensor, expected[key]), key
+        verify(output, sources="all")
+    unsaid = "model: {fp8_recipe: tensorwise}\nddp: {}\n"
+    (runs.checkpoint(path, 8) / "run_config.yaml").write_text(unsaid)
+    with pytest.raises(MergeError, match="rounded to torch.bfloat16 it differs"):
+        merged(path, tmp_path / "unsaid")
+
+
+def test_a_dtype_in_a_run_config_is_torchs():
+    said = {"optimizer": {"main_params_dtype": {"_call_": False, "_target_": "torch.float16"}}}
+    assert args_in(said, PRECISION_ARGS) == {"main_params_dtype": torch.float16}
+    assert args_in({"ddp": {"fp8_param_gather": None}}, PRECISION_ARGS) == {}
 
 
 @QUANTISED

@@ -132,7 +132,9 @@ def _report(
     common = read_common(source.path, source.layout)
     kinds, flat = Kinds(), None
     if newest:
-        kinds = kinds_of(source.layout, args_of(*common), lambda f: (source.path / f).is_file())
+        kinds = kinds_of(
+            source.layout, args_of(source.path, *common), lambda f: (source.path / f).is_file()
+        )
         if config.keeps_optimizer or kinds.usual.finer:
             flat = _search(view, rank, source, kinds.usual)
     return _Report(source, common, flat, kinds)
