@@ -18,7 +18,7 @@ import torch
 
 from tests.megatron_lm.checkout import Outcome, environment, launch
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import verify
+from wsm_megatron import MergeConfig, merge, verify
 from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.schedule.decay import coefficients
@@ -85,14 +85,24 @@ def test_the_window_is_filled_again_and_training_goes_on_from_a_merge(
     assert again.losses == [line for line in whole.losses if _iteration(line) > 6]
     _assert_is_merge(run, (4, 6, 8))
 
+    offline = merge(
+        MergeConfig(
+            load=run, save=tmp_path / "offline", last=3, decay="1-sqrt", optimizer_state="last"
+        )
+    )
+    (merged,) = offline.merged
+    assert merged.decay.unit == "tokens"
+    other, kept = load_tensors(merged.output), load_tensors(run / "wsm" / "iter_0000008")
+    assert set(other) == set(kept)
+    assert all(same_bits(tensor, kept[key]) for key, tensor in other.items())
+
     # An LR of 0 would be another param group to Megatron; this one moves no weight.
     resumed = bridge(megatron, save=tmp_path / "next", load=run / "wsm", iters=10, warmup=10**12)
     assert [_iteration(line) for line in resumed.losses][:2] == [9, 10]
-    merged = load_tensors(run / "wsm" / "iter_0000008")
     after = load_tensors(tmp_path / "next" / "iter_0000010")
-    for key in merged:
+    for key in kept:
         if not key.startswith("optimizer."):
-            assert same_bits(merged[key], after[key]), key
+            assert same_bits(kept[key], after[key]), key
 
 
 def test_what_cannot_work_in_a_run_is_refused_when_training_starts(

@@ -43,6 +43,14 @@ def with_step(data: bytes, step: int, where: str) -> bytes:
     return dump_object({**state, "step": torch.tensor(step, dtype=old.dtype)})
 
 
+def consumed_samples(data: bytes, where: str) -> int | None:
+    """Training samples by a ``train_state.pt``; None where it is no state of Bridge's."""
+    state = load_object(data, where)
+    found = state.get("consumed_train_samples") if isinstance(state, dict) else None
+    whole = isinstance(found, torch.Tensor) and not found.shape and found.dtype == torch.int64
+    return int(found) if whole and isinstance(found, torch.Tensor) else None
+
+
 def without_optimizer(data: bytes) -> bytes:
     """A ``run_config.yaml`` that says the checkpoint holds no optimizer and no RNG states.
 

@@ -31,6 +31,7 @@ from wsm_megatron.checkpoint.keys import Role
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.lr_schedule import LearningRate, learning_rate
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
+from wsm_megatron.checkpoint.run_config import read_progress
 from wsm_megatron.errors import MergeError
 from wsm_megatron.safe_pickle.objects import load_object
 from wsm_megatron.safe_pickle.opaque import OpaqueObject, is_known, references
@@ -140,9 +141,20 @@ def summarize(state: Mapping[str, Any]) -> CommonSummary:
     )
 
 
+def summary_of(path: Path, state: Mapping[str, Any]) -> CommonSummary:
+    """The same of a checkpoint's common state, with what Megatron-Bridge keeps in files of its own
+    where it has no ``args``."""
+    summary = summarize(state)
+    if "args" in state:
+        return summary
+    samples, length = read_progress(path)
+    return replace(summary, consumed_samples=samples, seq_length=length)
+
+
 def read_summary(path: Path) -> CommonSummary:
-    """Where in training a checkpoint was taken, from its common state."""
-    summary = summarize(load_common(*read_common(path)))
+    """Where in training a checkpoint was taken, from its common state; where that has no ``args``,
+    from Megatron-Bridge's files."""
+    summary = summary_of(path, load_common(*read_common(path)))
     last = path / (finishing_file(path) or METADATA_FILE)
     finished = with_retries(last.stat, lambda: f"{path}: looking").st_mtime
     return replace(summary, finished=finished)

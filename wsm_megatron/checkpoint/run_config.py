@@ -9,29 +9,44 @@ from typing import Any
 import torch
 import yaml
 
-from wsm_megatron.checkpoint.bridge import MOST_BYTES, RUN_CONFIG_FILE
+from wsm_megatron.checkpoint.bridge import (
+    MOST_BYTES,
+    RUN_CONFIG_FILE,
+    TRAIN_STATE_FILE,
+    consumed_samples,
+)
 from wsm_megatron.checkpoint.reader import read_file
-from wsm_megatron.errors import MergeError
 
 _SECTIONS = ("optimizer", "ddp", "model")
 """Where Bridge keeps what ``args`` say of precision; the first one that says it counts."""
 
 
 def read_run_config(checkpoint: Path) -> Mapping[str, Any]:
-    """The sections of a checkpoint's run config; none where it has no such file, or another's.
-
-    Raises:
-        MergeError: the file is damaged.
-    """
+    """The sections of a checkpoint's run config; none where it has no such file, or one that is no
+    YAML and so not Bridge's."""
     path = checkpoint / RUN_CONFIG_FILE
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return {}
     try:
         config = yaml.safe_load(read_file(path))
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise MergeError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
+        return {}  # a tag with a value that is none of its kind raises the last four
     sections = config if isinstance(config, dict) else {}
     return {name: section for name, section in sections.items() if isinstance(section, dict)}
+
+
+def read_progress(checkpoint: Path) -> tuple[int | None, int | None]:
+    """Training samples consumed, and tokens a sample, of a checkpoint of Bridge's; None for what
+    its files do not say.
+
+    Raises:
+        MergeError: the train state is damaged.
+    """
+    length = read_run_config(checkpoint).get("model", {}).get("seq_length")
+    path = checkpoint / TRAIN_STATE_FILE
+    if length is None or not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return None, None
+    return consumed_samples(read_file(path), str(path)), length if type(length) is int else None
 
 
 def args_in(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

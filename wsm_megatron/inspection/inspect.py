@@ -11,7 +11,7 @@ from wsm_megatron.checkpoint.common_state import (
     load_common,
     read_common,
     read_summary,
-    summarize,
+    summary_of,
 )
 from wsm_megatron.checkpoint.formats import CheckpointFormat
 from wsm_megatron.checkpoint.keys import Role
@@ -93,7 +93,7 @@ def inspect_checkpoint(path: Path) -> CheckpointContents:
         UsageError: not a finished checkpoint. MergeError: a damaged one.
     """
     layout = read_layout(path)
-    summary = summarize(load_common(*read_common(path, layout)))
+    summary = summary_of(path, load_common(*read_common(path, layout)))
     by_role: dict[Role, list[TensorEntry | ObjectEntry]] = {}
     for entry in layout.entries.values():
         by_role.setdefault(entry.role, []).append(entry)

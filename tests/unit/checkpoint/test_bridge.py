@@ -12,7 +12,7 @@ import yaml
 from tests import runs
 from tests.runs import dump_common
 from wsm_megatron import MergeConfig, merge, verify
-from wsm_megatron.checkpoint.common_state import load_common
+from wsm_megatron.checkpoint.common_state import load_common, read_summary
 
 STEP_DTYPES = {
     "step": torch.int64,
@@ -132,3 +132,19 @@ def test_settings_that_share_an_anchor(run: Path, tmp_path: Path) -> None:
     stored = yaml.safe_load((output / "run_config.yaml").read_text())
     saved = {"save_optim": False, "save_rng": False}
     assert stored == {"checkpoint": saved, "lr": "1e-05"}, "YAML 1.1 has no such float"
+
+
+def test_positions_are_tokens(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    report = merge(MergeConfig(load=run, save=tmp_path / "out", decay="1-sqrt"))
+    assert report.merged[0].decay.unit == "tokens"
+    assert report.merged[0].decay.positions == tuple(4 * i * 16 for i in runs.ITERATIONS)
+    assert "positions are iterations" not in caplog.text
+
+
+def test_a_train_state_that_is_another_file_says_nothing(run: Path) -> None:
+    checkpoint = runs.checkpoint(run, 8)
+    assert read_summary(checkpoint).tokens == 4 * 8 * 16
+    torch.save({"step": torch.tensor(8)}, checkpoint / "train_state.pt")
+    assert read_summary(checkpoint).tokens is None
+    (checkpoint / "train_state.pt").unlink()
+    assert read_summary(checkpoint).iteration == 8 and read_summary(checkpoint).tokens is None
