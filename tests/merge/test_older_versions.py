@@ -7,11 +7,13 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from tests.reference import load_tensors, rounded, same_bits, weighted_sum64
-from wsm_megatron import MergeConfig, MergeError, merge, verify
+from wsm_megatron import MergeConfig, merge, verify
+from wsm_megatron.checkpoint.keys import main_of
 from wsm_megatron.checkpoint.layout import read_layout
 from wsm_megatron.inspection.inspect import inspect_checkpoint
 
@@ -59,11 +61,20 @@ def test_optimizer_state_of_0_15_is_merged(tmp_path: Path) -> None:
         assert same_bits(merged[model], main.to(merged[model].dtype)), model
 
 
-def test_flattened_optimizer_state_of_0_14_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    config = MergeConfig(load=OLDER / CORE_0_14, save=tmp_path / "out", optimizer_state="last")
-    with pytest.raises((ValueError, MergeError), match="--optimizer-state drop"):
-        merge(config)
-    assert not (tmp_path / "out").exists()
+def test_flattened_optimizer_state_of_0_14_is_merged(tmp_path: Path) -> None:
+    """Main params in fragments, each flat; here a fragment is a layer, so the order is the same."""
+    run = OLDER / CORE_0_14
+    sources = [load_tensors(path) for path in sorted(run.glob("iter_*"))]
+    weights = tuple([1 / len(sources)] * len(sources))
+    config = MergeConfig(load=run, save=tmp_path, optimizer_state="last", weights=weights)
+    merged = load_tensors(merge(config).output)
+    mains = {model: key for key in merged if (model := main_of(key))}
+    assert mains and any(merged[key].shape != merged[model].shape for model, key in mains.items())
+    for model, key in mains.items():
+        expected = rounded(weighted_sum64(weights, [s[key] for s in sources]), torch.float32)
+        assert same_bits(merged[key], expected), key
+        weight = merged[model]
+        assert same_bits(weight.flatten(), expected.to(weight.dtype).flatten()), model
 
 
 def test_what_megatron_attaches_is_read() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs
 from tests.reference import RUNS
-from wsm_megatron.cli import main
+from wsm_megatron.cli import main, verify
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE
 
 WSM = f"{sys.executable} -m wsm_megatron"
@@ -100,6 +100,6 @@ def test_an_interrupt_is_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "verify", interrupted)
+    monkeypatch.setattr(verify, "verify", interrupted)
     assert main.main(["verify", "somewhere"]) == 130
     assert capsys.readouterr().err == "wsm verify: stopped by SIGINT\n"
