@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError, StorageError
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.journal import Journal, JournalEntry
+from wsm_megatron.storage.positioned import whole_of, write_at
 from wsm_megatron.storage.retry import watched
 
 logger = logging.getLogger(__name__)
@@ -146,10 +147,8 @@ class CheckpointFile:
             raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
         finally:
             os.close(self._descriptor)
-        crc, position = 0, 0
-        for offset, (length, part) in sorted(self._parts.items()):
-            assert offset == position, f"a gap at byte {position} of {self.path}"
-            crc, position = crc32_combine(crc, part, length), offset + length
+        parts = ((offset, length, crc) for offset, (length, crc) in self._parts.items())
+        position, crc = whole_of(parts, self.path)
         assert self._size in (None, position), f"{position} of {self._size} bytes of {self.path}"
         return position, crc
 
@@ -175,18 +174,7 @@ class CheckpointFile:
             raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
 
     def _write(self, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            try:
-                with watched(partial(self._place, offset + done)):
-                    done += os.pwrite(self._descriptor, data[done:], offset + done)
-            except OSError as error:
-                raise StorageError(
-                    f"{self.path}: cannot write: {error.strerror}; nothing was published"
-                ) from error
-
-    def _place(self, position: int) -> str:
-        return f"{self.path}: writing at byte {position}"
+        write_at(self._descriptor, data, offset, self.path)
 
 
 class ChunkWriter:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from functools import partial
 from pathlib import Path
 
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32
 
 from wsm_megatron.errors import MergeError, StorageError
+from wsm_megatron.storage.positioned import whole_of, write_at
 from wsm_megatron.storage.retry import watched
 
 
@@ -32,15 +32,7 @@ class ShardFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write bytes that no other call writes."""
-        done = 0
-        while done < len(data):
-            try:
-                with watched(partial(self._place, offset + done)):
-                    done += os.pwrite(self._descriptor, data[done:], offset + done)
-            except OSError as error:
-                raise StorageError(
-                    f"{self.path}: cannot write: {error.strerror}; nothing was published"
-                ) from error
+        write_at(self._descriptor, data, offset, self.path)
         with self._lock:
             self._parts.append((offset, len(data), crc32(data)))
             self.bytes_written += len(data)
@@ -54,16 +46,10 @@ class ShardFile:
             raise StorageError(f"{self.path}: cannot write: {error.strerror}") from error
         finally:
             os.close(self._descriptor)
-        crc, position = 0, 0
-        for offset, length, part in sorted(self._parts):
-            assert offset == position, f"a gap at byte {position} of {self.path}"
-            crc, position = crc32_combine(crc, part, length), offset + length
+        position, crc = whole_of(self._parts, self.path)
         assert position == self._size, f"{position} of {self._size} bytes of {self.path}"
         return position, crc
 
     def abandon(self) -> None:
         """Close after a failure."""
         os.close(self._descriptor)
-
-    def _place(self, position: int) -> str:
-        return f"{self.path}: writing at byte {position}"
