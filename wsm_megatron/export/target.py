@@ -15,7 +15,7 @@ from wsm_megatron.checkpoint.side_files import Files
 from wsm_megatron.checkpoint.staging_dir import leftovers, lock_path, publish, remove
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.errors import MergeError, UsageError
-from wsm_megatron.planning.provenance import seal
+from wsm_megatron.planning.provenance import holds_files, listed, seal
 from wsm_megatron.storage.durable import fsync_path
 from wsm_megatron.storage.json_file import parse_json
 from wsm_megatron.storage.lock import Lock
@@ -86,11 +86,7 @@ class Target:
     def commit(self, record: dict[str, Any], files: Files) -> None:
         """Write down what the folder holds, and give it its name. Durable."""
         assert self._lock is not None and self._staging is not None
-        listed = {
-            name: {"bytes": size, "crc32": f"{crc:08x}"}
-            for name, (size, crc) in sorted(files.items())
-        }
-        write_file(self._staging / RECORD_FILE, seal({**record, "files": listed}))
+        write_file(self._staging / RECORD_FILE, seal({**record, "files": listed(files)}))
         try:
             publish(self._staging, self.path, self._lock.check)
             self._staging = None
@@ -134,10 +130,7 @@ def holds_export(directory: Path, record: dict[str, Any]) -> bool:
     if found is None:
         return False
     files = found.pop("files")
-    return found == json.loads(_text(record)) and all(
-        (directory / name).is_file() and (directory / name).stat().st_size == listed["bytes"]
-        for name, listed in files.items()
-    )
+    return found == json.loads(_text(record)) and holds_files(directory, files)
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,14 @@ def write_provenance(
     Args:
         files: size and CRC-32 by path within the directory, of every file but this one.
     """
-    listed = {
+    write_file(directory / PROVENANCE_FILE, seal({**provenance, "files": listed(files)}))
+
+
+def listed(files: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
+    """Size and CRC-32 of files by name, as a record of them has it."""
+    return {
         name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())
     }
-    write_file(directory / PROVENANCE_FILE, seal({**provenance, "files": listed}))
 
 
 def seal(contents: dict[str, Any]) -> bytes:
@@ -126,9 +130,14 @@ def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:
     if found is None or not is_complete(directory):
         return False
     same_merge = json.loads(_text(provenance)) | {"format": found["format"]} == described(found)
-    return same_merge and all(
-        (directory / name).is_file() and (directory / name).stat().st_size == listed["bytes"]
-        for name, listed in found["files"].items()
+    return same_merge and holds_files(directory, found["files"])
+
+
+def holds_files(directory: Path, files: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether listed files are in a directory, each of its size."""
+    return all(
+        (directory / name).is_file() and (directory / name).stat().st_size == said["bytes"]
+        for name, said in files.items()
     )
 
 
