@@ -1,7 +1,7 @@
 #!/bin/bash
-# Two CPU ranks of megatron-core train a small GPT on Python's own sources at a constant LR;
-# `wsm merge` merges the last checkpoints; the held-out losses are compared. Under 5 minutes on
-# 2 cores. Results: demo-out/losses.png, demo-out/losses.json. Options: scripts/demo.sh --help
+# A merge of a shipped run; then two CPU ranks of megatron-core train a small GPT on Python's own sources at a constant LR;
+# `wsm merge` merges the last checkpoints; the held-out losses are compared. Under 4 minutes
+# on 2 cores. Results: demo-out/losses.png, demo-out/losses.json. Options: scripts/demo.sh --help
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

@@ -79,9 +79,11 @@ def _import(with_megatron: bool) -> None:
 
     torch.set_num_threads(1)
     if with_megatron:
-        from examples.cpu_ranks import cuda_standin
+        from examples.cpu_ranks import bf16_products, cuda_standin
 
         cuda_standin.install()
+        if bf16_products.is_slow():
+            bf16_products.install()
         importlib.import_module("examples.cpu_ranks.checkpoint")
 
 

@@ -1,4 +1,4 @@
-"""Train, merge with ``wsm merge``, load everything with megatron-core, compare."""
+"""Merge a shipped run; then train one, merge it, load everything with megatron-core, compare."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _RANKS = 2
 _DECAYS = "mean,1-sqrt,ema"
 _LAST = 4
 """Checkpoints to merge; windows that reach back into the fast early phase lose."""
+_SHIPPED = Path(__file__).parents[2] / "tests/data/runs/mcore0.16-moe-ep2-dp_reshardable"
+"""A tiny MoE's run, written by megatron-core with EP2."""
 
 
 def main() -> None:
@@ -25,6 +27,12 @@ def main() -> None:
     out: Path = arguments.out
     if out.exists():
         shutil.rmtree(out)
+    _merge_shipped(out)
+    print(
+        f"\nNow a run of its own: {arguments.steps} steps on {_RANKS} CPU ranks, merges of it, and "
+        "their held-out losses: 1 to 4 minutes",
+        flush=True,
+    )
     started = time.monotonic()
     iterations = _train(out, arguments.steps, arguments.save_interval)
     trained = time.monotonic()
@@ -45,9 +53,34 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="replaced if it exists")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--save-interval", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--save-interval", type=int, default=20)
     return parser
+
+
+def _merge_shipped(out: Path) -> None:
+    """What a merge looks like, in seconds."""
+    _wsm("merge", "--load", _shown(_SHIPPED), "--save", out / "first", "--last", 3)
+    _wsm("verify", out / "first")
+
+
+def _shown(path: Path) -> Path:
+    """As short as it can be."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _wsm(*arguments: object, json_report: bool = False) -> str:
+    """Run the command line and show the command; what it printed, if a report is wanted."""
+    words = [str(argument) for argument in arguments]
+    print("$ wsm", *words, flush=True)
+    console_script = Path(sys.executable).with_name("wsm")
+    if not json_report:
+        subprocess.run([console_script, *words], check=True)
+        return ""
+    done = subprocess.run(
+        [console_script, *words, "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
 
 
 def _train(out: Path, steps: int, save_interval: int) -> list[int]:
@@ -67,14 +100,9 @@ def _train(out: Path, steps: int, save_interval: int) -> list[int]:
 
 def _merge(out: Path, sliding_every: int) -> list[Merge]:
     """Every decay at the end of the run, and earlier on, as if the run had been stopped there."""
-    command = ["wsm", "merge", "--load", str(out / "run"), "--save", str(out / "merged")]
-    command += ["--last", str(_LAST), "--decay", _DECAYS, "--sliding-every", str(sliding_every)]
-    print("$", *command, flush=True)
-    console_script = Path(sys.executable).with_name("wsm")
-    done = subprocess.run(
-        [console_script, *command[1:], "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    report = json.loads(done.stdout.splitlines()[-1])
+    what = ("--load", out / "run", "--save", out / "merged", "--last", _LAST, "--decay", _DECAYS)
+    printed = _wsm("merge", *what, "--sliding-every", sliding_every, json_report=True)
+    report = json.loads(printed.splitlines()[-1])
     print(
         f"{len(report['merged'])} merges in {report['seconds']:.1f} s:"
         f" {report['bytes_read'] / 1e6:.0f} MB read, {report['bytes_written'] / 1e6:.0f} MB written"

@@ -29,7 +29,7 @@ CONFIG = GPTConfig(
 )
 """0.86 M parameters on bytes; data parallel over all ranks, with the distributed optimizer."""
 
-_EVALUATION_BATCHES = 16
+_EVALUATION_BATCHES = 8
 
 
 def train_and_save(root: Path, steps: int, save_interval: int) -> None:
@@ -50,9 +50,11 @@ def train_and_save(root: Path, steps: int, save_interval: int) -> None:
         save_checkpoint(training, root)
         if dist.get_rank() == 0:
             loss = sum(training.losses[-save_interval:]) / save_interval
+            spent = time.monotonic() - started
+            left = spent * (steps / training.iteration - 1)
             print(
-                f"step {training.iteration:5d} of {steps}   training loss {loss:.3f}"
-                f"   {time.monotonic() - started:4.0f} s   saved",
+                f"step {training.iteration:5d} of {steps}   training loss {loss:.3f}   saved"
+                f"   {spent:4.0f} s, about {left:.0f} s left",
                 flush=True,
             )
 

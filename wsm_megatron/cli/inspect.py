@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from wsm_megatron.checkpoint.common_state import CommonSummary
@@ -14,26 +15,36 @@ from wsm_megatron.inspection.inspect import (
     RunContents,
     inspect_checkpoint,
     inspect_run,
-    is_checkpoint,
 )
+from wsm_megatron.inspection.lookup import is_checkpoint, is_tracker, roots_at, tracked_checkpoint
 from wsm_megatron.options import local_path, typed
 
 
 def add_inspect(commands: Any, help: str) -> None:
     """Add the command."""
     command = add(commands, "inspect", _inspect, help)
-    command.add_argument("directory", type=typed(local_path))
+    command.add_argument(
+        "directory",
+        type=typed(local_path),
+        help="a checkpoint, a tracker, a root of checkpoints or a folder of roots",
+    )
     command.add_argument("--entries", action="store_true", help="list every entry")
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
     path = arguments.directory
+    if is_tracker(path):
+        path = tracked_checkpoint(path)
     if is_checkpoint(path):
         contents = inspect_checkpoint(path)
         lines = _checkpoint(contents, arguments.entries)
         return Answer(lines, lambda: _checkpoint_data(contents), shown=True)
-    run = inspect_run(path)
-    return Answer(_run(run), lambda: _run_data(run), shown=True)
+    roots = roots_at(path)
+    found = [inspect_run(root) for root in roots]
+    lines = chain.from_iterable(map(_run, found))
+    if roots == [path]:
+        return Answer(lines, lambda: _run_data(found[0]), shown=True)
+    return Answer(lines, lambda: {"roots": [_run_data(one) for one in found]}, shown=True)
 
 
 def _checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:

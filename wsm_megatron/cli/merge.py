@@ -113,6 +113,9 @@ def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:
     Args:
         verbose: tables for all of them, and where the time of each rank went.
     """
+    if not done.ranks and not verbose:
+        yield _nothing_to_do([one.output for one in done.merged])
+        return
     moved = done.bytes_read + done.bytes_written
     for one in done.merged:
         if verbose or len(done.merged) == 1:
@@ -127,6 +130,12 @@ def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:
         yield f"merged checkpoint: {one.output} ({_sources(one.iterations, one.decay)})"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
     yield from launch_lines(done.resume["launch"], str(done.output.parent))
+
+
+def _nothing_to_do(outputs: Sequence[Path]) -> str:
+    if len(outputs) == 1:
+        return f"nothing to do: {outputs[0]} holds this very merge already"
+    return f"nothing to do: these {len(outputs)} merges are there already, last {outputs[-1]}"
 
 
 def _sources(iterations: Sequence[int], decay: MergeCoefficients) -> str:

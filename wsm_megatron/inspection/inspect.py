@@ -19,12 +19,10 @@ from wsm_megatron.checkpoint.layout import (
     METADATA_FILE,
     ObjectEntry,
     TensorEntry,
-    is_complete,
     read_layout,
 )
 from wsm_megatron.checkpoint.reader import read_file
 from wsm_megatron.checkpoint.run_directory import (
-    RELEASE,
     RunDirectory,
     Unusable,
     checkpoint_name,
@@ -122,12 +120,6 @@ def inspect_run(path: Path) -> RunContents:
         run.tracker,
         None if run.tracker is None else _tracker_problem(run, run.tracker),
     )
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is itself a checkpoint, rather than a run of them."""
-    named = path.name.startswith("iter_") or path.name == RELEASE
-    return is_complete(path) or (path / METADATA_FILE).is_file() or named
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from wsm_megatron.checkpoint.keys import (
 from wsm_megatron.checkpoint.layout import Layout, read_layout
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, scan_run, why_untracked
 from wsm_megatron.errors import UsageError, some
-from wsm_megatron.inspection.inspect import is_checkpoint
+from wsm_megatron.inspection.lookup import is_checkpoint, is_tracker, tracked_checkpoint
 from wsm_megatron.inspection.manifest import check_files
 from wsm_megatron.optimizer.indexed_state import unnamed_mains, with_names
 from wsm_megatron.optimizer.main_params import MainsCheck, check_main_params
@@ -151,7 +151,9 @@ def optimizer_layout(layout: Layout, state: Mapping[str, Any]) -> str | None:
 
 
 def _checkpoint(path: Path) -> Path:
-    """The checkpoint at ``path``, or the one Megatron would load from that root."""
+    """The checkpoint at ``path``, or the one Megatron would load from that root or tracker."""
+    if is_tracker(path):
+        return tracked_checkpoint(path)
     if is_checkpoint(path):
         return path
     run = scan_run(path)

@@ -76,8 +76,8 @@ def test_how_a_job_runs_is_not_part_of_the_merge(
     arguments = ["--load", str(config.load), "--save", str(config.save), "--log-json", str(other)]
     arguments += ["--threads", "1", "--retries", "1", "--memory", "100MB", "--device", "cpu"]
     assert main(["merge", *arguments]) == 0
-    _, warning, finished = told(other)
-    assert warning["event"] == "warning" and "holds this very merge" in warning["message"]
+    _, there, finished = told(other)
+    assert there["event"] == "already_there" and "holds this very merge" in there["message"]
     assert finished["event"] == "finished" and finished["ranks"] == []
 
 
