@@ -117,9 +117,7 @@ def _is_there(output: OutputCheckpoint) -> bool:
             f"{output.path} exists and is left alone; give another --save or --output-iteration, "
             "or remove it"
         )
-    logger.warning(
-        "%s holds this very merge already", output.path, extra={"event": ALREADY_THERE}
-    )
+    logger.warning("%s holds this very merge already", output.path, extra={"event": ALREADY_THERE})
     advance_tracker(output.root, output.iteration)
     return True
 
