@@ -44,7 +44,7 @@ class WindowOptions(Options):
         metavar="T,...",
     )
     every: int | None = option(
-        "of those, only multiples of I iterations back from the newest",
+        "of those, only multiples of I iterations back from the newest; with --last N, N of them",
         COUNT,
         None,
         group=WHICH,
@@ -52,7 +52,7 @@ class WindowOptions(Options):
     )
     min_interval: int | None = option(
         "of those, from the newest back, only ones that lie at least I iterations before the one "
-        "taken last",
+        "taken last; with --last N, N of them",
         COUNT,
         None,
         group=WHICH,

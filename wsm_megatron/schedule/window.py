@@ -66,18 +66,18 @@ class Window:
     to: int | None = None
     """``--to``: the newest, included. Default: the newest of the run."""
     last: int | None = None
-    """``--last``: the number of checkpoints up to ``to``, before ``every`` thins them."""
+    """``--last``: the number of checkpoints up to ``to``, after ``every`` or ``min_interval``."""
     window_iterations: int | None = None
     """``--window-iterations``: those at ``to - window_iterations`` or later. The checkpoint at the
     very start of the window is theta_0, from which the decay begins, and belongs to it."""
     window_tokens: int | None = None
     """``--window-tokens``: the same in tokens."""
     every: int | None = None
-    """``--every``: of those selected, the ones that lie a multiple of so many iterations before
-    the newest selected."""
+    """``--every``: of those that the window reaches, the ones that lie a multiple of so many
+    iterations before the newest. ``last=4, every=100`` are four checkpoints 100 apart."""
     min_interval: int | None = None
-    """``--min-interval``: of those selected, from the newest back, the ones that lie at least so
-    many iterations before the one taken last."""
+    """``--min-interval``: of those that the window reaches, from the newest back, the ones that lie
+    at least so many iterations before the one taken last."""
     min_checkpoints: int | None = None
     """``--min-checkpoints``: fewer than these are refused."""
 
@@ -130,7 +130,7 @@ def select(available: Sequence[Checkpoint], window: Window) -> tuple[Checkpoint,
     assert all(a.iteration < b.iteration for a, b in pairwise(run)), "an iteration twice in a run"
     if not run:
         raise UsageError("the run has no finished checkpoint")
-    selected = _thin(_unthinned(run, window), window)
+    selected = _selected(run, window)
     check_number(selected, window.min_checkpoints)
     if len(selected) < 2:
         only = (
@@ -170,7 +170,7 @@ def slide(
 
 def _is_whole(run: list[Checkpoint], window: Window, end: Checkpoint) -> bool:
     if window.last is not None:
-        return sum(c.iteration <= end.iteration for c in run) >= window.last
+        return len(_thin([c for c in run if c.iteration <= end.iteration], window)) >= window.last
     assert window.window_iterations is not None
     return run[0].iteration <= end.iteration - window.window_iterations
 
@@ -255,16 +255,21 @@ def _silent(iteration: int) -> str:
     return f"checkpoint of iteration {iteration} does not say how many tokens it has seen"
 
 
-def _unthinned(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
+def _selected(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
     if window.iterations is not None:
-        return [_find(run, i, "--iterations") for i in sorted(window.iterations)]
+        return _thin([_find(run, i, "--iterations") for i in sorted(window.iterations)], window)
     end = run[-1] if window.to is None else _find(run, window.to, "--to")
     run = [c for c in run if c.iteration <= end.iteration]
+    if window.last is not None:
+        return _last(_thin(run, window), window)
+    return _thin(_reach(run, window), window)
+
+
+def _reach(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
+    """The newest of a run, as far back as the window reaches."""
     if window.from_ is not None:
         start = _find(run, window.from_, "--from")
         return [c for c in run if c.iteration >= start.iteration]
-    if window.last is not None:
-        return _last(run, window.last)
     if window.window_iterations is not None:
         return _back(run, window.window_iterations, lambda c: c.iteration)
     if window.window_tokens is not None:
@@ -272,10 +277,14 @@ def _unthinned(run: list[Checkpoint], window: Window) -> list[Checkpoint]:
     return run
 
 
-def _last(run: list[Checkpoint], number: int) -> list[Checkpoint]:
-    if number > len(run):
-        raise UsageError(f"--last {number}: {_existing(run)} up to there")
-    return run[-number:]
+def _last(thinned: list[Checkpoint], window: Window) -> list[Checkpoint]:
+    assert window.last is not None
+    if window.last > len(thinned):
+        by = {"--every": window.every, "--min-interval": window.min_interval}
+        flags = "".join(f" {flag} {value}" for flag, value in by.items() if value is not None)
+        has = f"the run has {_listed(thinned)} up to there"
+        raise UsageError(f"--last {window.last}{flags}: {has}{', so spaced' if flags else ''}")
+    return thinned[-window.last :]
 
 
 def _back(
@@ -319,10 +328,14 @@ def _tokens(checkpoint: Checkpoint) -> int:
 
 
 def _existing(run: Sequence[Checkpoint]) -> str:
+    return f"the run has {_listed(run)}"
+
+
+def _listed(run: Sequence[Checkpoint]) -> str:
     listed = [str(c.iteration) for c in run]
     if len(run) > _LISTED:
         listed[_LISTED // 2 : -_LISTED // 2] = ["..."]
-    return f"the run has {', '.join(listed)}"
+    return ", ".join(listed)
 
 
 def _join(numbers: Iterable[int]) -> str:

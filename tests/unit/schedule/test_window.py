@@ -49,7 +49,9 @@ def chosen(window: Window, run: list[Checkpoint] = RUN) -> list[int]:
         ({"window_tokens": 29_999, "to": 4000}, [2000, 3000, 4000]),
         ({"every": 2000}, [1000, 3000, 5000]),
         ({"every": 2000, "to": 4000}, [2000, 4000]),
-        ({"every": 2000, "last": 4}, [3000, 5000]),
+        ({"every": 2000, "last": 3}, [1000, 3000, 5000]),
+        ({"every": 2000, "last": 2, "to": 4000}, [2000, 4000]),
+        ({"min_interval": 1500, "last": 2}, [3000, 5000]),
         ({"every": 4000, "iterations": (1000, 3000, 5000)}, [1000, 5000]),
     ],
 )
@@ -92,6 +94,7 @@ def test_contradictions_name_the_flags(options: dict[str, Any], message: str) ->
         ({"from_": 5000}, "only 5000 selected"),
         ({"to": 1000}, "only 1000 selected"),
         ({"last": 6}, "--last 6: the run has"),
+        ({"last": 4, "every": 2000}, "--last 4 --every 2000: the run has 1000, 3000, 5000 up to"),
         ({"last": 3, "to": 2000}, "--last 3: the run has 1000, 2000 up to there"),
         ({"window_iterations": 999}, "at least two checkpoints: only 5000 selected"),
         ({"every": 7}, "at least two checkpoints: only 5000 selected"),
