@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The process behind ``wsm`` and ``python -m wsm_megatron``: starts and ends without delay."""
 
 from __future__ import annotations

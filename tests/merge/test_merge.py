@@ -15,6 +15,7 @@ from wsm_megatron import ExecutionOptions, MergeConfig, coefficients, merge
 from wsm_megatron.checkpoint.common_state import load_common, read_common
 from wsm_megatron.checkpoint.keys import Role, main_of
 from wsm_megatron.checkpoint.layout import read_layout
+from wsm_megatron.planning.provenance import read_provenance
 
 WEIGHTS = (0.07, 0.21, 0.31, 0.41)
 
@@ -230,8 +231,9 @@ def test_common_state_tracker_and_provenance(tmp_path):
         assert set(provenance["files"]) == {
             p.name for p in report.output.iterdir() if p.name != "wsm_merge.json"
         }
-        files, _ = provenance.pop("files"), provenance.pop("crc32")
-        assert state["wsm_merge"] == provenance and files
+        for name in ("files", "date", "crc32"):
+            assert provenance.pop(name)
+        assert state["wsm_merge"] == provenance
 
 
 def test_optimizer_state_keeps_the_newest_common_state(tmp_path):
@@ -262,14 +264,24 @@ def test_sources_are_not_touched_and_may_be_read_only(tmp_path):
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*")}
 
 
-def test_equal_merges_are_equal_bytes(tmp_path):
+def test_equal_merges_of_one_day_are_equal_bytes(tmp_path, monkeypatch):
     """Whatever the number of threads."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1735689599")
     outputs = [
         run_merge(runs.FP32_PARAM, tmp_path / name, ExecutionOptions(threads=threads)).output
         for name, threads in (("a", 1), ("b", 4))
     ]
     for path in outputs[0].iterdir():
         assert path.read_bytes() == (outputs[1] / path.name).read_bytes(), path.name
+    assert read_provenance(outputs[0])["date"] == "2024-12-31"
+
+
+def test_a_merge_of_another_day_is_still_this_very_merge(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1735689599")
+    first = run_merge(runs.DENSE, tmp_path / "out")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1735689600")
+    again = run_merge(runs.DENSE, tmp_path / "out")
+    assert again.output == first.output and again.ranks == ()
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o027])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wsm_megatron.cli.examples import EXAMPLES
 from wsm_megatron.config import JOB
 from wsm_megatron.errors import EXIT_FAILED, UsageError, exit_code, is_internal, is_told
 from wsm_megatron.options import (
@@ -97,7 +98,13 @@ def run_command(arguments: argparse.Namespace, run: Command) -> int:
 
 
 def add(commands: Any, name: str, run: Command, help: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help, description=help)
+    command = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog=f"example:\n  {EXAMPLES[name]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument("--json", action="store_true", help="last line of output: a JSON object")
     command.add_argument("-v", "--verbose", action="store_true", help="log what is done")
     command.set_defaults(run=run)

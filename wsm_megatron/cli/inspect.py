@@ -63,7 +63,8 @@ def _checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:
     yield f"  {'all':16} {'':6}         {size(contents.nbytes):>9}"
     if contents.provenance is not None:
         merged_from = ", ".join(str(s["iteration"]) for s in contents.provenance["sources"])
-        yield f"  merged from iterations {merged_from}"
+        when = contents.provenance.get("date")  # the first ones have none
+        yield f"  merged{'' if when is None else f' on {when}'} from iterations {merged_from}"
 
 
 def _checkpoint_data(contents: CheckpointContents) -> dict[str, Any]:

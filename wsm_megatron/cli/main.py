@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_Log()]
     )
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     given = _with_negative_values(sys.argv[1:] if argv is None else argv)
     arguments = parser(given).parse_args(given)
     logging.getLogger("wsm_megatron").setLevel(
@@ -60,6 +63,13 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         else:
             commands.add_parser(name, help=help)
     return made
+
+
+def _complete() -> None:
+    """Answer a shell that asks how the line goes on, and end the process."""
+    import argcomplete  # which set the variable
+
+    argcomplete.autocomplete(parser(os.environ["COMP_LINE"].split()))
 
 
 def command_of(argv: Sequence[str]) -> str | None:

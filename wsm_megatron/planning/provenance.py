@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ FORMAT = 2
 """From 2 on every file of the checkpoint is listed, and the last field is a CRC-32 of the rest."""
 _UNSEALED = 1
 _SEAL = "crc32"
+_DATE = "date"
 _PARTS = {"iteration": int, "sources": list, "coefficients": list, "options": dict, "files": dict}
 
 
@@ -68,12 +71,20 @@ def describe_source(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
 def write_provenance(
     directory: Path, provenance: dict[str, Any], files: dict[str, tuple[int, int]]
 ) -> None:
-    """Write ``wsm_merge.json``: the description, and all files of the checkpoint.
+    """Write ``wsm_merge.json``: the description, the day, and all files of the checkpoint.
 
     Args:
         files: size and CRC-32 by path within the directory, of every file but this one.
     """
-    write_file(directory / PROVENANCE_FILE, seal({**provenance, "files": listed(files)}))
+    dated = {**provenance, _DATE: today(), "files": listed(files)}
+    write_file(directory / PROVENANCE_FILE, seal(dated))
+
+
+def today() -> str:
+    """The day in UTC, or that of ``SOURCE_DATE_EPOCH`` (reproducible-builds.org)."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    now = time.time() if epoch is None else int(epoch)
+    return time.strftime("%Y-%m-%d", time.gmtime(now))
 
 
 def listed(files: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
@@ -120,8 +131,8 @@ def is_sealed(provenance: dict[str, Any]) -> bool:
 
 
 def described(provenance: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`describe` gave, which the common state repeats: all but the files."""
-    return {name: value for name, value in provenance.items() if name != "files"}
+    """What :func:`describe` gave, which the common state repeats: all but the day and the files."""
+    return {name: value for name, value in provenance.items() if name not in (_DATE, "files")}
 
 
 def holds_merge(directory: Path, provenance: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.megatron_lm.checkout import Outcome
 from tests.megatron_lm.matrix.cell import (
     CANNOT_RUN,
+    FAILED,
     WINDOW,
     Launch,
     Result,
@@ -45,6 +46,9 @@ def resume(
     if not (run / "latest_checkpointed_iteration.txt").exists():
         return Result(CANNOT_RUN, "the run did not train")
 
+    flags = f"{launch_flags(version, configuration, megatron)} "
+    flags += resume_flags(configuration, WINDOW[-1])
+
     def check() -> None:
         root, after = folder / "merged", folder / "after"
         merge(
@@ -57,13 +61,15 @@ def resume(
                 format="0.16" if _NAMES.index(version.name) < _NAMES.index("0.19.0") else "same",
             )
         )
-        flags = f"{resume_flags(configuration, WINDOW[-1])} --load {root} --save {after}"
-        outcome = launch(
-            f"{launch_flags(version, configuration, megatron)} {flags} --save-interval 1",
-            plugin=False,
-            nproc=configuration.nproc,
-        )
+        saving = f"--load {root} --save {after} --save-interval 1"
+        outcome = launch(f"{flags} {saving}", plugin=False, nproc=configuration.nproc)
         assert outcome.returncode == 0, last_error(outcome.log)
         assert_nothing_moved(root, after)
 
-    return checked(check)
+    found = checked(check)
+    if found.status == FAILED:
+        own = launch(f"{flags} --load {run}", plugin=False, nproc=configuration.nproc)
+        if own.returncode:
+            reason = f"loads no checkpoint of that run either: {last_error(own.log)}"
+            return Result(CANNOT_RUN, reason)
+    return found

@@ -244,7 +244,8 @@ def checked(check: Callable[[], None]) -> Result:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    """One line, without this machine's paths."""
+    """One line, without colours and this machine's paths."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-])", "", " ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
