@@ -24,7 +24,7 @@ def load_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    dcp.load(state, storage_reader=reader)
     return state
 
 

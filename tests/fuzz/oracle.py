@@ -41,7 +41,7 @@ def load(checkpoint: Path, wanted: Callable[[str], bool]) -> Tensors:
             for key, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata) and wanted(key)
         }
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint))
         loaded.append(state)
     for key, tensor in loaded[0].items():
         if not same(tensor, loaded[1][key]):

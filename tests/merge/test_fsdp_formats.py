@@ -285,7 +285,7 @@ def test_tensors_that_are_alike_are_told_apart_by_their_order(tmp_path):
         state["model"][key].fill_(1)
     for number, main in enumerate(ones):
         main.fill_(1 + number * 2**-12)  # rounds to 1, and differs
-    dcp.save(state, checkpoint_id=tmp_path / "iter_0000008", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "iter_0000008")
     layout = with_names(read_layout(tmp_path / "iter_0000008"))
     stored = {main_of(key): layout.stored_key(key) for key in layout.tensors if main_of(key)}
     in_order = [f"model.{key}" for key in state["model"] if key.endswith("layernorm.weight")]
@@ -300,7 +300,7 @@ def test_main_params_of_other_weights_are_refused(source, tmp_path):
     state = nested(path, tmp_path / "state.pt")
     state["optimizer"]["fp32_from_fp16_params"][0][1].mul_(2)
     shutil.rmtree(path)
-    dcp.save(state, checkpoint_id=path, no_dist=True)
+    dcp.save(state, checkpoint_id=path)
     with pytest.raises(ValueError, match=rf"iter_000000{source}: .*0\.1 round to no model tensor"):
         run_merge(root, tmp_path / "out", optimizer_state="last")
     assert not check_resume(path).resumes
@@ -321,7 +321,7 @@ def test_a_main_param_that_differs_further_on_is_refused(tmp_path):
         state["optimizer"]["optimizer"]["state"]["0"][name] = large.clone()
     for one in (path, root / "iter_0000008"):
         shutil.rmtree(one)
-        dcp.save(state, checkpoint_id=one, no_dist=True)
+        dcp.save(state, checkpoint_id=one)
         state["iteration"] = 8
     with pytest.raises(MergeError, match=r"embedding\.word_embeddings\.weight"):
         run_merge(root, tmp_path / "out", optimizer_state="last")

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from wsm_megatron.kernels import reference
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_TRITON = (3, 3)
+"""The oldest Triton that compiles the CUDA kernel."""
 
 Finite = bool | Tensor
 """True when every value written is finite. On CUDA a tensor: to ask it is to wait for the sum."""
@@ -97,9 +101,15 @@ def _native() -> tuple[_Path, str]:
 
 def _triton() -> tuple[_Path, str]:
     try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return reference.bind, "eager: Triton is not installed"
+    if tuple(map(int, version.split(".")[:2])) < _TRITON:
+        return reference.bind, f"eager: Triton {version} knows no tuples, 3.3 (torch 2.7) does"
+    try:
         from wsm_megatron.kernels import triton_kernel
     except ImportError as error:
-        return reference.bind, f"eager: Triton is not installed ({error})"
+        return reference.bind, f"eager: Triton cannot be imported ({error})"
     return triton_kernel.bind, "triton: the fused CUDA kernel"
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -219,3 +220,20 @@ def test_without_the_extension_the_eager_path_works(fresh_choice, monkeypatch):
     output = torch.empty(2, dtype=BF16)
     assert weighted_sum([torch.ones(2)], [[0.5]], [output])
     assert output.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [("3.2.0", "eager: Triton 3.2.0 knows no tuples"), ("3.10.1+git", "triton: "), (None, "eager")],
+)
+def test_a_triton_that_is_too_old_is_left_alone(fresh_choice, monkeypatch, version, says):
+    """It would fail at the first sum: torch 2.4 to 2.6 bring one."""
+    pytest.importorskip("triton")
+
+    def installed(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    assert backend("cuda").startswith(says)
