@@ -53,7 +53,7 @@ def test_writers_say_wsm_within_and_not_after() -> None:
     training = SimpleNamespace(
         get_tensorboard_writer=lambda: writer, get_wandb_writer=lambda: writer
     )
-    with _trainer(training).evaluating_merge():
+    with _trainer(training).evaluating_merge(["wsm"]):
         training.get_tensorboard_writer().add_scalar("lm loss validation", 2.0, 8)
         training.get_wandb_writer().log({"lm loss validation": 2.0}, 8)
     assert written == [("wsm lm loss validation", 2.0, 8), ({"wsm lm loss validation": 2.0}, 8)]
@@ -62,14 +62,14 @@ def test_writers_say_wsm_within_and_not_after() -> None:
 
 def test_no_writer_stays_no_writer() -> None:
     training = SimpleNamespace(get_tensorboard_writer=lambda: None, get_wandb_writer=lambda: None)
-    with _trainer(training).evaluating_merge():
+    with _trainer(training).evaluating_merge(["wsm"]):
         assert training.get_tensorboard_writer() is None
 
 
 def test_samples_of_merged_weights_are_not_counted() -> None:
     training = SimpleNamespace(get_tensorboard_writer=lambda: None, get_wandb_writer=lambda: None)
     trainer = _trainer(training)
-    with trainer.evaluating_merge():
+    with trainer.evaluating_merge(["wsm"]):
         trainer.args.consumed_valid_samples += 8
     assert trainer.args.consumed_valid_samples == 16
 
