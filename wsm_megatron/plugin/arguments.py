@@ -19,7 +19,7 @@ from wsm_megatron.options import (
     option,
     read_yaml,
 )
-from wsm_megatron.plugin.combination import Combination
+from wsm_megatron.plugin.combination import ITERS, NUM, TOKENS, Combination
 from wsm_megatron.plugin.config import WSMConfig
 
 logger = logging.getLogger(__name__)
@@ -171,11 +171,11 @@ def _check_intervals(args: Any, config: WSMConfig) -> None:
             f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
             f"{every}: a merged checkpoint ends in a snapshot"
         )
-    for length in config.window_iters or ():
-        if length < every:
+    for one in config.reaches:
+        if one.unit == ITERS and one.length < every:
             raise UsageError(
-                f"--wsm-merge-window-iters {length} holds fewer than two checkpoints: one is kept "
-                f"every {every} iterations"
+                f"{one.flag} {one.length} holds fewer than two checkpoints: one is kept every "
+                f"{every} iterations"
             )
     if args.train_iters is not None and config.start_iter >= args.train_iters:
         raise UsageError(
@@ -194,24 +194,24 @@ def tokens_per_iteration(args: Any) -> int | None:
 
 def _check_tokens(args: Any, config: WSMConfig, every: int) -> None:
     tokens = tokens_per_iteration(args)
-    for length in config.window_tokens or ():
-        if tokens is not None and length < every * tokens:
+    for one in config.reaches:
+        if one.unit == TOKENS and tokens is not None and one.length < every * tokens:
             raise UsageError(
-                f"--wsm-merge-window-tokens {length} holds fewer than two checkpoints: one is kept "
-                f"every {every} iterations, {every * tokens} tokens"
+                f"{one.flag} {one.length} holds fewer than two checkpoints: one is kept every "
+                f"{every} iterations, {every * tokens} tokens"
             )
 
 
 def _check_several(args: Any, config: WSMConfig, every: int) -> None:
     """Of several windows each must fill within the run, or its curve would be another's."""
-    if args.train_iters is None or len(config.num or ()) < 2:
+    if args.train_iters is None or len(config.reaches) < 2:
         return
     taken = args.train_iters // every - (max(config.start_iter, 1) - 1) // every
     taken += bool(args.train_iters % every)  # the last one, at the end of training
-    for length in config.num or ():
-        if length > taken:
+    for one in config.reaches:
+        if one.unit == NUM and one.length > taken:
             raise UsageError(
-                f"--wsm-merge-num {length} is never reached: with one every {every} iterations, "
+                f"{one.flag} {one.length} is never reached: with one every {every} iterations, "
                 f"this run takes {taken} snapshots up to iteration {args.train_iters}"
             )
 

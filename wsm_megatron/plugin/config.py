@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from wsm_megatron.errors import UsageError
 from wsm_megatron.options import (
@@ -22,6 +22,8 @@ from wsm_megatron.options import (
 from wsm_megatron.plugin.combination import ITERS, NUM, TOKENS, Combination, Reach
 from wsm_megatron.schedule.decay import DECAYS, coefficients
 
+T = TypeVar("T")
+
 STORES = ("memory", "disk")
 ALL = "all"
 """Of ``--wsm-merge-emit``: every merge."""
@@ -33,15 +35,16 @@ class WSMConfig(Options):
 
     One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches. Every
     decay over every length is one merge, all of them of the snapshots that the longest one keeps.
+    Of options that take several values one may stand alone; they are kept as tuples.
     Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
 
     prefix: ClassVar[str] = "--wsm-merge-"
 
-    num: tuple[int, ...] | None = option(
+    num: int | tuple[int, ...] | None = option(
         "merge the last N snapshots; several make several merges", list_of(COUNT), None, least=1
     )
-    window_iters: tuple[int, ...] | None = option(
+    window_iters: int | tuple[int, ...] | None = option(
         "merge the snapshots of the last I iterations, both ends included; several make several "
         "merges",
         list_of(COUNT),
@@ -49,7 +52,7 @@ class WSMConfig(Options):
         metavar="I,...",
         least=1,
     )
-    window_tokens: tuple[int, ...] | None = option(
+    window_tokens: int | tuple[int, ...] | None = option(
         "merge the snapshots of the last T tokens, both ends included: 500M, 2B; several make "
         "several merges",
         list_of(COUNT),
@@ -73,7 +76,7 @@ class WSMConfig(Options):
         metavar="I",
         least=0,
     )
-    decay: tuple[str, ...] = option(
+    decay: str | tuple[str, ...] = option(
         f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s points; several make several "
         "merges",
         list_of(TEXT),
@@ -107,7 +110,7 @@ class WSMConfig(Options):
         default_text="SAVE/wsm",
         metavar="DIR",
     )
-    emit: tuple[str, ...] | None = option(
+    emit: str | tuple[str, ...] | None = option(
         "which of several merges are emitted: each by its decay and length, 1-sqrt:8, or all; of "
         "several each gets a root below --wsm-merge-save, named as wsm sweep names the merge",
         list_of(TEXT),
@@ -142,7 +145,7 @@ class WSMConfig(Options):
     def reaches(self) -> tuple[Reach, ...]:
         """How far back the merges reach."""
         lengths = {NUM: self.num, ITERS: self.window_iters, TOKENS: self.window_tokens}
-        return tuple(Reach(unit, one) for unit, several in lengths.items() for one in several or ())
+        return tuple(Reach(unit, one) for unit, some in lengths.items() for one in _each(some))
 
     @property
     def reach(self) -> Reach:
@@ -155,7 +158,7 @@ class WSMConfig(Options):
         return tuple(
             Combination(decay, self.min_decay, reach)
             for reach in self.reaches
-            for decay in self.decay
+            for decay in _each(self.decay)
         )
 
     @property
@@ -163,16 +166,16 @@ class WSMConfig(Options):
         """Those of the merges that become checkpoints."""
         if self.emit is None:
             return self.combinations[:1]
-        if self.emit == (ALL,):
+        if _each(self.emit) == (ALL,):
             return self.combinations
-        return tuple(self._named(text) for text in self.emit)
+        return tuple(self._named(text) for text in _each(self.emit))
 
     def check(self) -> None:
         self._check_lists()
         self._check_lengths()
         if self.dir is not None and self.store != "disk":
             raise UsageError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
-        for decay in self.decay:
+        for decay in _each(self.decay):
             _check_decay(decay, self.min_decay)
         self._check_combinations()
 
@@ -190,12 +193,12 @@ class WSMConfig(Options):
         if (given := sum(length is not None for length in lengths)) != 1:
             window = "--wsm-merge-num, --wsm-merge-window-iters and --wsm-merge-window-tokens"
             raise UsageError(f"give exactly one of {window}, not {given}")
-        if 1 in (self.num or ()):
-            raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
-        for length in self.window_iters or ():
-            if self.interval is not None and length < self.interval:
+        for one in self.reaches:
+            if one == Reach(NUM, 1):
+                raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
+            if one.unit == ITERS and one.length < (self.interval or 0):
                 raise UsageError(
-                    f"--wsm-merge-window-iters {length} is shorter than --wsm-merge-interval "
+                    f"{one.flag} {one.length} is shorter than --wsm-merge-interval "
                     f"{self.interval}: a merge needs at least two checkpoints"
                 )
 
@@ -206,7 +209,7 @@ class WSMConfig(Options):
                 f"--wsm-merge-decay: two merges would have one name, {twice[0]}: rename a curve"
             )
         if len(set(self.emitted)) < len(self.emitted):
-            raise UsageError(f"--wsm-merge-emit names a merge twice: {', '.join(self.emit or ())}")
+            raise UsageError(f"--wsm-merge-emit names a merge twice: {', '.join(_each(self.emit))}")
         idle = [] if self.eval else [one for one in self.combinations if one not in self.emitted]
         if idle and not self.dry_run:
             raise UsageError(
@@ -222,6 +225,12 @@ class WSMConfig(Options):
                 return one
         known = ", ".join(map(_written, self.combinations))
         raise UsageError(f"--wsm-merge-emit {text}: the merges of this run are {known}; or {ALL}")
+
+
+def _each(value: T | tuple[T, ...] | None) -> tuple[T, ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _written(one: Combination) -> str:

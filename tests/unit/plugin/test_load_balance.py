@@ -39,9 +39,8 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model(*routers: Router) -> torch.nn.Module:
     layers = [torch.nn.ModuleDict({"router": router}) for router in routers]
-    return torch.nn.ModuleDict(
-        {"decoder": torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})}
-    )
+    decoder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
+    return torch.nn.ModuleDict({"decoder": decoder})
 
 
 def balance(chunks: list[torch.nn.Module], run: Callable[[], Any]) -> LoadBalance | None:
