@@ -104,7 +104,7 @@ class BridgeTrainer:
     def evaluating_merge(self, names: Sequence[str]) -> Iterator[None]:
         state = self._state
         samples = state.train_state.consumed_valid_samples
-        writers = {f"_{name}": tagged(getattr(state, name), names) for name in _WRITERS}
+        writers = {f"_{name}": tagged(writer, names) for name, writer in self._writers().items()}
         with (
             patched_attrs(state, **writers),
             patched_attrs(state.train_state, consumed_valid_samples=samples),
@@ -112,8 +112,15 @@ class BridgeTrainer:
             yield
 
     def write_scalars(self, scalars: Mapping[str, float], iteration: int) -> None:
-        tensorboard, wandb = (getattr(self._state, name) for name in _WRITERS)
+        tensorboard, wandb, *others = self._writers().values()
         write_scalars(tensorboard, wandb, scalars, iteration)
+        for writer in filter(None, others):
+            writer.log_metrics(dict(scalars), step=iteration)
+
+    def _writers(self) -> dict[str, Any]:
+        """By name, those that this version knows; None on ranks without."""
+        known = [name for name in _WRITERS if hasattr(self._state, f"_{name}")]
+        return {name: getattr(self._state, name) for name in known}
 
     def save_below(
         self,
@@ -154,7 +161,7 @@ class BridgeTrainer:
         return describe_resume({"iteration": iteration}, config)
 
 
-_WRITERS = ("tensorboard_logger", "wandb_logger")
+_WRITERS = ("tensorboard_logger", "wandb_logger", "mlflow_logger", "comet_logger")
 
 
 class BridgeLoader(Loader):

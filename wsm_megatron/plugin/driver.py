@@ -119,16 +119,25 @@ class Driver:
         if self.is_due(iteration):
             self._snapshot(iteration)
         for same in self._distinct():
-            names = [one.name for one in same] if len(self._wsm.combinations) > 1 else []
-            tag = " ".join(filter(None, ["wsm", " = ".join(names)])) + " "
-            with (
-                self._merged("evaluation", same[0]) as merge,
-                self._trainer.evaluating_merge([f"wsm {name}" for name in names] or ["wsm"]),
-            ):
-                if merge is not None:
-                    with self._balance_written(iteration, tag):
-                        evaluate(tag, replay(recorded), False)
+            self._evaluate_merge(
+                iteration, same, lambda tag: evaluate(tag, replay(recorded), False)
+            )
         return result
+
+    def _evaluate_merge(
+        self, iteration: int, same: list[Combination], evaluate: Callable[[str], Any]
+    ) -> None:
+        """One merge, under the names of all combinations that it is the merge of."""
+        several = len(self._wsm.combinations) > 1
+        curves = [f"wsm {one.name}" if several else "wsm" for one in same]
+        tag = f"wsm {' = '.join(one.name for one in same)} " if several else "wsm "
+        with (
+            self._merged("evaluation", same[0]) as merge,
+            self._trainer.evaluating_merge(curves),
+        ):
+            if merge is not None:
+                with self._balance_written(iteration, tag):
+                    evaluate(tag)
 
     def _distinct(self) -> list[list[Combination]]:
         """The combinations that there is a merge of, those beside each other whose merge is one and

@@ -65,7 +65,8 @@ def replay(recorded: Any) -> Any:
 
 
 class _Tagged:
-    """A TensorBoard or W&B writer that writes everything once under each of several names."""
+    """A writer of TensorBoard, W&B, MLflow or Comet that writes everything once under each of
+    several names."""
 
     def __init__(self, writer: Any, names: Sequence[str]) -> None:
         self._writer, self._names = writer, names
@@ -75,8 +76,13 @@ class _Tagged:
             self._writer.add_scalar(f"{name} {tag}", *args, **kwargs)
 
     def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        named = {f"{name} {k}": v for name in self._names for k, v in values.items()}
-        self._writer.log(named, *args, **kwargs)
+        self._writer.log(self._named(values), *args, **kwargs)
+
+    def log_metrics(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log_metrics(self._named(values), *args, **kwargs)
+
+    def _named(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{name} {k}": v for name in self._names for k, v in values.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
