@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,31 @@ def _more(root: Path) -> dict[str, Any]:
     report["dry run"] = {
         store: _dry_run(root / "b", config, store=store) for store in ("memory", "disk")
     }
-    return report
+    return report | {"unreadable": _unreadable(root / "c" / "run", config)}
+
+
+def _unreadable(root: Path, config: GPTConfig) -> Any:
+    """The snapshot of iteration 4 cannot be read on one rank."""
+    from tests.mcore.bed import build, differences, snapshot, train
+
+    run = Several(root, config, **OPTIONS)
+    run.attach()
+    store: Any = run.driver._wsm._store
+    if dist.get_rank() == 1:
+        store.get = partial(_get, store.get)
+    with _warnings() as warned:
+        run.train()
+    run.driver.close()
+    plain = build(config)
+    train(plain, 8)
+    return list(run.loads), warned, differences(snapshot(run.training), snapshot(plain))
+
+
+def _get(get: Any, iteration: int, index: int) -> torch.Tensor:
+    if iteration == 4:
+        raise OSError("Input/output error")
+    found: torch.Tensor = get(iteration, index)
+    return found
 
 
 def _dry_run(root: Path, config: GPTConfig, **options: Any) -> Any:
@@ -296,6 +321,17 @@ def test_one_that_is_emitted_needs_no_folder_of_its_own(
     said = json.loads((root / "iter_0000008" / "wsm_merge.json").read_text())
     assert [one["iteration"] for one in said["sources"]] == [4, 6, 8]
     assert said["options"]["decay"] == "mean"
+
+
+def test_a_merge_that_fails_leaves_the_others(
+    more: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    for evaluated, warned, after in (report["unreadable"] for report in more[1]):
+        assert evaluated == ["4", "8", "wsm 1-sqrt-last2 8", "wsm mean-last2 8"]
+        assert sum("no evaluation, the merge failed" in text for text in warned) == 4
+        assert all("Input/output error" in text for text in warned)
+        assert after == []
+    assert [p.name for p in (more[0] / "c" / "run" / "wsm").glob("iter_*")] == ["iter_0000008"]
 
 
 def test_a_restart_refills_the_longest_window(more: tuple[Path, list[dict[str, Any]]]) -> None:
