@@ -183,7 +183,7 @@ class Option:
 
     Attributes:
         default_text: what happens without it, where the default's value does not say it.
-        group: heading in help. least: smallest value.
+        group: heading in help. least: smallest value, of each where there are several.
         old_name: understood too, for one release, with a notice.
     """
 
@@ -233,8 +233,10 @@ class Option:
         if value is None and self.default is None:
             return None
         value = self.kind.take(value)
-        if self.least is not None and value < self.least:
-            raise UsageError(f"must be at least {self.least}, not {value}")
+        if self.least is not None:
+            for one in value if isinstance(value, tuple) else (value,):
+                if one < self.least:
+                    raise UsageError(f"must be at least {self.least}, not {one}")
         return value
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wsm_megatron.config import MergeConfig
+from wsm_megatron.schedule.decay import DECAYS
+from wsm_megatron.schedule.order import SCRAMBLED, SEQUENTIAL
 from wsm_megatron.schedule.window import Window
 
 Chosen = TypeVar("Chosen")
@@ -77,3 +79,18 @@ def _root(config: MergeConfig, one: MergeConfig) -> Path:
         for length, unit in ((one.window_iterations, "iterations"), (one.window_tokens, "tokens")):
             names += [f"{n}-{unit}" for n in length or ()]
     return config.save / "-".join(names) if names else config.save
+
+
+def merge_name(one: MergeConfig) -> str:
+    """What a merge is called in a sweep and inside a run, its folder too: decay, floor, order and
+    window. The end point is the name of the checkpoint in that folder."""
+    parts = [Path(one.decay).stem if one.decay not in DECAYS else one.decay]
+    if one.min_decay:
+        parts.append(f"floor{one.min_decay:g}")
+    if one.order != SEQUENTIAL:
+        parts.append(one.order + (str(one.order_seed) if one.order == SCRAMBLED else ""))
+    if one.last is not None:
+        parts.append(f"last{one.last}")
+    for length, unit in ((one.window_iterations, "iterations"), (one.window_tokens, "tokens")):
+        parts += [f"{n}-{unit}" for n in length or ()]
+    return "-".join(parts)

@@ -19,6 +19,7 @@ from wsm_megatron.options import (
     option,
     read_yaml,
 )
+from wsm_megatron.plugin.combination import ITERS, NUM, TOKENS, Combination
 from wsm_megatron.plugin.config import WSMConfig
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,16 @@ def merged_root(args: Any, config: WSMConfig) -> Path | None:
     if config.save is not None:
         return config.save
     return local_path(args.save, "without --wsm-merge-save, --save") / "wsm" if args.save else None
+
+
+def merged_roots(args: Any, config: WSMConfig) -> dict[Combination, Path]:
+    """The root of merged checkpoints of each merge that is emitted: the folder of all of them, or
+    where several are, a folder in it for each. Empty where the run saves nowhere."""
+    root = merged_root(args, config)
+    if root is None:
+        return {}
+    several = len(config.emitted) > 1
+    return {one: root / one.name if several else root for one in config.emitted}
 
 
 def shards_dir(args: Any, config: WSMConfig) -> Path | None:
@@ -160,16 +171,49 @@ def _check_intervals(args: Any, config: WSMConfig) -> None:
             f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
             f"{every}: a merged checkpoint ends in a snapshot"
         )
-    if config.window_iters is not None and config.window_iters < every:
-        raise UsageError(
-            f"--wsm-merge-window-iters {config.window_iters} holds fewer than two checkpoints: "
-            f"one is kept every {every} iterations"
-        )
+    for one in config.reaches:
+        if one.unit == ITERS and one.length < every:
+            raise UsageError(
+                f"{one.flag} {one.length} holds fewer than two checkpoints: one is kept every "
+                f"{every} iterations"
+            )
     if args.train_iters is not None and config.start_iter >= args.train_iters:
         raise UsageError(
             f"--wsm-merge-start-iter {config.start_iter} is not before the end of training, "
             f"iteration {args.train_iters}"
         )
+    _check_tokens(args, config, every)
+    _check_several(args, config, every)
+
+
+def tokens_per_iteration(args: Any) -> int | None:
+    """Once the global batch size is ramped up; None where the run does not say."""
+    samples, length = getattr(args, "global_batch_size", None), getattr(args, "seq_length", None)
+    return samples * length if samples and length else None
+
+
+def _check_tokens(args: Any, config: WSMConfig, every: int) -> None:
+    tokens = tokens_per_iteration(args)
+    for one in config.reaches:
+        if one.unit == TOKENS and tokens is not None and one.length < every * tokens:
+            raise UsageError(
+                f"{one.flag} {one.length} holds fewer than two checkpoints: one is kept every "
+                f"{every} iterations, {every * tokens} tokens"
+            )
+
+
+def _check_several(args: Any, config: WSMConfig, every: int) -> None:
+    """Of several windows each must fill within the run, or its curve would be another's."""
+    if args.train_iters is None or len(config.reaches) < 2:
+        return
+    taken = args.train_iters // every - (max(config.start_iter, 1) - 1) // every
+    taken += bool(args.train_iters % every)  # the last one, at the end of training
+    for one in config.reaches:
+        if one.unit == NUM and one.length > taken:
+            raise UsageError(
+                f"{one.flag} {one.length} is never reached: with one every {every} iterations, "
+                f"this run takes {taken} snapshots up to iteration {args.train_iters}"
+            )
 
 
 def _check_results(args: Any, config: WSMConfig) -> None:
@@ -184,6 +228,11 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             f"--wsm-merge-optimizer-state {config.optimizer_state} has no effect: no merged "
             "checkpoint is saved, as there is neither --save nor --wsm-merge-save"
         )
+    if root is None and config.emit is not None:
+        raise UsageError(
+            "--wsm-merge-emit has no effect: no merged checkpoint is saved, as there is neither "
+            "--save nor --wsm-merge-save"
+        )
     if config.eval and not args.eval_iters:
         logger.warning("--wsm-merge-eval has no effect: --eval-iters is 0")
     if args.no_save_optim and config.optimizer_state != "drop":
@@ -196,18 +245,20 @@ def _check_results(args: Any, config: WSMConfig) -> None:
 
 def _check_folders(args: Any, config: WSMConfig) -> None:
     """Nothing of the plugin's is written among checkpoints of the run, however the path is put."""
-    taken = {flag: Path(folder).resolve() for flag, folder in _folders_of_run(args).items()}
+    taken = [(flag, Path(folder).resolve()) for flag, folder in _folders_of_run(args).items()]
     root, shards = merged_root(args, config), shards_dir(args, config)
+    roots = {folder for folder in (root, *merged_roots(args, config).values()) if folder}
+    merges = "merged checkpoints need a folder and a tracker of their own"
     for flag, folder, what in (
-        ("--wsm-merge-save", root, "merged checkpoints need a folder and a tracker of their own"),
+        *(("--wsm-merge-save", folder, merges) for folder in sorted(roots)),
         ("--wsm-merge-dir", shards, "snapshots need a folder of their own"),
     ):
         if folder is None:
             continue
-        for other, path in taken.items():
+        for other, path in taken:
             if folder.resolve() == path:
                 raise UsageError(f"{flag} {folder} is the run's own {other}: {what}; give another")
-        taken[flag] = folder.resolve()
+        taken.append((flag, folder.resolve()))
 
 
 def _folders_of_run(args: Any) -> dict[str, str]:

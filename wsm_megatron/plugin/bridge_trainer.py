@@ -22,7 +22,7 @@ from wsm_megatron.config import MergeConfig
 from wsm_megatron.optimizer.precision import PRECISION_ARGS
 from wsm_megatron.planning.launch_flags import describe_resume
 from wsm_megatron.plugin.collectives import broadcast, is_first_rank
-from wsm_megatron.plugin.evaluate import tagged
+from wsm_megatron.plugin.evaluate import tagged, write_scalars
 from wsm_megatron.plugin.loader import Loaded, Loader
 from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.trainer import Progress
@@ -101,15 +101,26 @@ class BridgeTrainer:
         timers("interval-time", log_level=0).start(barrier=True)
 
     @contextmanager
-    def evaluating_merge(self) -> Iterator[None]:
+    def evaluating_merge(self, names: Sequence[str]) -> Iterator[None]:
         state = self._state
         samples = state.train_state.consumed_valid_samples
-        writers = {f"_{name}": tagged(getattr(state, name)) for name in _WRITERS}
+        writers = {f"_{name}": tagged(writer, names) for name, writer in self._writers().items()}
         with (
             patched_attrs(state, **writers),
             patched_attrs(state.train_state, consumed_valid_samples=samples),
         ):
             yield
+
+    def write_scalars(self, scalars: Mapping[str, float], iteration: int) -> None:
+        tensorboard, wandb, *others = self._writers().values()
+        write_scalars(tensorboard, wandb, scalars, iteration)
+        for writer in filter(None, others):
+            writer.log_metrics(dict(scalars), step=iteration)
+
+    def _writers(self) -> dict[str, Any]:
+        """By name, those that this version knows; None on ranks without."""
+        known = [name for name in _WRITERS if hasattr(self._state, f"_{name}")]
+        return {name: getattr(self._state, name) for name in known}
 
     def save_below(
         self,
@@ -150,7 +161,7 @@ class BridgeTrainer:
         return describe_resume({"iteration": iteration}, config)
 
 
-_WRITERS = ("tensorboard_logger", "wandb_logger")
+_WRITERS = ("tensorboard_logger", "wandb_logger", "mlflow_logger", "comet_logger")
 
 
 class BridgeLoader(Loader):

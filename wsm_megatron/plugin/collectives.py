@@ -24,10 +24,24 @@ def on_all_ranks(value: bool) -> bool:
     """Whether ``value`` is true on every rank. Collective over all ranks."""
     if not dist.is_initialized():
         return value
-    device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
-    flag = torch.tensor([int(value)], dtype=torch.int32, device=device)
+    flag = torch.tensor([int(value)], dtype=torch.int32, device=_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return flag.item() == 1
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's tensor, of one shape everywhere; on the CPU. Collective over all
+    ranks."""
+    if not dist.is_initialized():
+        return values.cpu()
+    summed = values.to(_device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.cpu()
+
+
+def _device() -> torch.device:
+    """Of tensors that the ranks exchange."""
+    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
 
 
 def on_any_rank(value: bool) -> bool:

@@ -4,38 +4,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from wsm_megatron.errors import UsageError
-from wsm_megatron.options import COUNT, NUMBER, PATH, SWITCH, TEXT, Options, one_of, option
+from wsm_megatron.options import (
+    COUNT,
+    NUMBER,
+    PATH,
+    SWITCH,
+    TEXT,
+    Options,
+    count,
+    list_of,
+    one_of,
+    option,
+)
+from wsm_megatron.plugin.combination import ITERS, NUM, TOKENS, Combination, Reach
 from wsm_megatron.schedule.decay import DECAYS, coefficients
 
+T = TypeVar("T")
+
 STORES = ("memory", "disk")
+ALL = "all"
+"""Of ``--wsm-merge-emit``: every merge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WSMConfig(Options):
     """What is kept, how it is merged, and what is done with the merge.
 
-    One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches.
+    One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches. Every
+    decay over every length is one merge, all of them of the snapshots that the longest one keeps.
+    Of options that take several values one may stand alone; they are kept as tuples.
     Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
 
     prefix: ClassVar[str] = "--wsm-merge-"
 
-    num: int | None = option("merge the last N snapshots", COUNT, None, least=1)
-    window_iters: int | None = option(
-        "merge the snapshots of the last I iterations, both ends included",
-        COUNT,
+    num: int | tuple[int, ...] | None = option(
+        "merge the last N snapshots; several make several merges", list_of(COUNT), None, least=1
+    )
+    window_iters: int | tuple[int, ...] | None = option(
+        "merge the snapshots of the last I iterations, both ends included; several make several "
+        "merges",
+        list_of(COUNT),
         None,
-        metavar="I",
+        metavar="I,...",
         least=1,
     )
-    window_tokens: int | None = option(
-        "merge the snapshots of the last T tokens, both ends included: 500M, 2B",
-        COUNT,
+    window_tokens: int | tuple[int, ...] | None = option(
+        "merge the snapshots of the last T tokens, both ends included: 500M, 2B; several make "
+        "several merges",
+        list_of(COUNT),
         None,
-        metavar="T",
+        metavar="T,...",
         least=1,
     )
     interval: int | None = option(
@@ -54,11 +76,13 @@ class WSMConfig(Options):
         metavar="I",
         least=0,
     )
-    decay: str = option(
-        f"decay shape: one of {', '.join(DECAYS)}, or a CSV file of t,s points",
-        TEXT,
-        "linear",
-        metavar="SHAPE",
+    decay: str | tuple[str, ...] = option(
+        f"decay shape: {', '.join(DECAYS)}, or a CSV file of t,s points; several make several "
+        "merges",
+        list_of(TEXT),
+        ("linear",),
+        default_text="linear",
+        metavar="SHAPE,...",
     )
     min_decay: float = option(
         "floor of the decay: the minimum LR as a fraction of the maximum", NUMBER, 0.0, metavar="M"
@@ -86,8 +110,17 @@ class WSMConfig(Options):
         default_text="SAVE/wsm",
         metavar="DIR",
     )
+    emit: str | tuple[str, ...] | None = option(
+        "which of several merges are emitted: each by its decay and length, 1-sqrt:8, or all; of "
+        "several each gets a root below --wsm-merge-save, named as wsm sweep names the merge",
+        list_of(TEXT),
+        None,
+        default_text="the first",
+        metavar="SHAPE:LENGTH,...",
+    )
     eval: bool = option(
-        "evaluate the merged weights whenever Megatron evaluates, on the same batches",
+        "evaluate the merged weights, of every merge, whenever Megatron evaluates, on the same "
+        "batches",
         SWITCH,
         False,
     )
@@ -102,19 +135,120 @@ class WSMConfig(Options):
         SWITCH,
         False,
     )
+    dry_run: bool = option(
+        "say which windows fit, what they cover and what they cost, and end before training",
+        SWITCH,
+        False,
+    )
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """How far back the merges reach."""
+        lengths = {NUM: self.num, ITERS: self.window_iters, TOKENS: self.window_tokens}
+        return tuple(Reach(unit, one) for unit, some in lengths.items() for one in _each(some))
+
+    @property
+    def reach(self) -> Reach:
+        """The longest of them: what is kept."""
+        return max(self.reaches, key=lambda one: one.length)
+
+    @property
+    def combinations(self) -> tuple[Combination, ...]:
+        """Every merge: each decay over each length."""
+        return tuple(
+            Combination(decay, self.min_decay, reach)
+            for reach in self.reaches
+            for decay in _each(self.decay)
+        )
+
+    @property
+    def emitted(self) -> tuple[Combination, ...]:
+        """Those of the merges that become checkpoints."""
+        if self.emit is None:
+            return self.combinations[:1]
+        if _each(self.emit) == (ALL,):
+            return self.combinations
+        return tuple(self._named(text) for text in _each(self.emit))
 
     def check(self) -> None:
+        self._check_lists()
+        self._check_lengths()
+        if self.dir is not None and self.store != "disk":
+            raise UsageError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
+        for decay in _each(self.decay):
+            _check_decay(decay, self.min_decay)
+        self._check_combinations()
+
+    def _check_lists(self) -> None:
+        for one in self.options():
+            values = getattr(self, one.name)
+            if values == ():
+                raise UsageError(f"{one.flag} has no value: give one, or leave it out")
+            if isinstance(values, tuple) and len(set(values)) < len(values):
+                listed = ", ".join(map(str, values))
+                raise UsageError(f"{one.flag} names a value twice: {listed}")
+
+    def _check_lengths(self) -> None:
         lengths = (self.num, self.window_iters, self.window_tokens)
         if (given := sum(length is not None for length in lengths)) != 1:
             window = "--wsm-merge-num, --wsm-merge-window-iters and --wsm-merge-window-tokens"
             raise UsageError(f"give exactly one of {window}, not {given}")
-        if self.num == 1:
-            raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
-        if self.interval is not None and (self.window_iters or self.interval) < self.interval:
+        for one in self.reaches:
+            if one == Reach(NUM, 1):
+                raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
+            if one.unit == ITERS and one.length < (self.interval or 0):
+                raise UsageError(
+                    f"{one.flag} {one.length} is shorter than --wsm-merge-interval "
+                    f"{self.interval}: a merge needs at least two checkpoints"
+                )
+
+    def _check_combinations(self) -> None:
+        names = [one.name for one in self.combinations]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(
-                f"--wsm-merge-window-iters {self.window_iters} is shorter than "
-                f"--wsm-merge-interval {self.interval}: a merge needs at least two checkpoints"
+                f"--wsm-merge-decay: two merges would have one name, {twice[0]}: rename a curve"
             )
-        if self.dir is not None and self.store != "disk":
-            raise UsageError("--wsm-merge-dir has no effect without --wsm-merge-store disk")
-        coefficients((0, 1), self.decay, self.min_decay)  # refuses unknown shapes and bad floors
+        if len(set(self.emitted)) < len(self.emitted):
+            raise UsageError(f"--wsm-merge-emit names a merge twice: {', '.join(_each(self.emit))}")
+        idle = [] if self.eval else [one for one in self.combinations if one not in self.emitted]
+        if idle and not self.dry_run:
+            raise UsageError(
+                f"{', '.join(map(_written, idle))} would be neither evaluated nor emitted: give "
+                "--wsm-merge-eval, name them in --wsm-merge-emit, or leave them out"
+            )
+
+    def _named(self, text: str) -> Combination:
+        """The merge that ``--wsm-merge-emit`` names."""
+        decay, _, length = text.rpartition(":")
+        for one in self.combinations:
+            if one.decay == decay and length and one.reach.length == _length(length):
+                return one
+        known = ", ".join(map(_written, self.combinations))
+        raise UsageError(f"--wsm-merge-emit {text}: the merges of this run are {known}; or {ALL}")
+
+
+def _each(value: T | tuple[T, ...] | None) -> tuple[T, ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _written(one: Combination) -> str:
+    """As ``--wsm-merge-emit`` names it."""
+    return f"{one.decay}:{one.reach.length}"
+
+
+def _length(text: str) -> int:
+    try:
+        return count(text)
+    except UsageError as error:
+        raise UsageError(f"--wsm-merge-emit: {error}") from None
+
+
+def _check_decay(decay: str, min_decay: float) -> None:
+    """Raise ``UsageError`` for unknown shapes and bad floors."""
+    for flag, shape, floor in (("decay", decay, 0.0), ("min-decay", "linear", min_decay)):
+        try:
+            coefficients((0, 1), shape, floor)
+        except UsageError as error:
+            raise UsageError(f"--wsm-merge-{flag}: {error}") from None

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from wsm_megatron.checkpoint.layout import is_complete
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import is_internal, is_told
-from wsm_megatron.plugin import arguments
-from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_any_rank
+from wsm_megatron.plugin import arguments, dry_run
+from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks, on_any_rank
+from wsm_megatron.plugin.combination import Combination
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.emit import emit, recover
 from wsm_megatron.plugin.evaluate import preserved_rng, record, replay
+from wsm_megatron.plugin.load_balance import ExpertLoads
 from wsm_megatron.plugin.padding import checked_slices
 from wsm_megatron.plugin.room import reserve_room
-from wsm_megatron.plugin.snapshots import window_size
 from wsm_megatron.plugin.trainer import Progress, Trainer
 from wsm_megatron.plugin.wsm import WSM
 from wsm_megatron.schedule.coefficients import MergeCoefficients
@@ -44,30 +46,49 @@ class Driver:
         args = trainer.args
         arguments.check_run(args, config)
         self._trainer, self._args, self._config = trainer, args, config
-        self._root = arguments.merged_root(args, config)
+        self._roots = arguments.merged_roots(args, config)
         self._folder = arguments.shards_dir(args, config)
         self._every = arguments.keep_interval(args, config)
         self._requested = self._finished = self._save_is_checked = False
         self._saving: int | None = None
-        self._emitted = -1
+        self._emitted: dict[Combination, int] = {}
 
     def attach(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Model and optimizer are built and loaded: take up the window.
 
-        Raises ``UsageError`` where memory or disk are too small, or the optimizer is unsupported.
+        Raises ``UsageError`` where memory or disk are too small, or the optimizer is unsupported;
+        ``SystemExit(0)``, on every rank, at the end of a dry run.
         """
         args = self._args
         self._model, self._optimizer = model, optimizer
+        if self._config.dry_run:
+            self._rehearse()
         self._wsm = WSM(model, optimizer, self._config, self._folder)
-        number = window_size(self._config, self._every, args.global_batch_size * args.seq_length)
+        tokens = args.global_batch_size * args.seq_length
+        number = self._config.reach.size(self._every, tokens)
         assert number is not None, "the interval between snapshots is known here"
         reserve_room(self._wsm, number, self._folder)
         signal.signal(signal.SIGUSR2, self._request)
-        if self._root is not None:
-            recover(self._root, args.iteration)
+        for root in self._roots.values():
+            recover(root, args.iteration)
+        self._loads = ExpertLoads(model) if self._config.eval else None
         self._trainer.checkpoints.attach(model, optimizer, scheduler)
         self._take_up()
         _say("window begins with iterations %s", [c.iteration for c in self._wsm.kept])
+
+    def _rehearse(self) -> None:
+        """Say what the window would cost, and end: nothing is kept or written."""
+        config = replace(self._config, store="memory", dir=None)
+        wsm = WSM(self._model, self._optimizer, config)
+        device = next(p.device for chunk in self._model for p in chunk.parameters())
+        assert self._every is not None, "check_run refuses runs without snapshots"
+        try:
+            dry_run.report(wsm, self._config, self._args, self._every, self._folder, device)
+        finally:
+            wsm.close()
+        _say("the dry run ends here, before training")
+        on_all_ranks(True)  # nobody leaves while another still waits for what it has to say
+        raise SystemExit(0)
 
     def _take_up(self) -> None:
         args, checkpoints = self._args, self._trainer.checkpoints
@@ -93,13 +114,61 @@ class Driver:
         if not self._config.eval:
             return evaluate("", data, True)
         recorded = record(data)
-        result = evaluate("", recorded, True)
+        with self._balance_written(iteration, ""):
+            result = evaluate("", recorded, True)
         if self.is_due(iteration):
             self._snapshot(iteration)
-        with self._merged("evaluation") as merge, self._trainer.evaluating_merge():
-            if merge is not None:
-                evaluate("wsm ", replay(recorded), False)
+        for same in self._distinct():
+            self._evaluate_merge(
+                iteration, same, lambda tag: evaluate(tag, replay(recorded), False)
+            )
         return result
+
+    def _evaluate_merge(
+        self, iteration: int, same: list[Combination], evaluate: Callable[[str], Any]
+    ) -> None:
+        """One merge, under the names of all combinations that it is the merge of."""
+        several = len(self._wsm.combinations) > 1
+        curves = [f"wsm {one.name}" if several else "wsm" for one in same]
+        tag = f"wsm {' = '.join(one.name for one in same)} " if several else "wsm "
+        with (
+            self._merged("evaluation", same[0]) as merge,
+            self._trainer.evaluating_merge(curves),
+        ):
+            if merge is not None:
+                with self._balance_written(iteration, tag):
+                    evaluate(tag)
+
+    def _distinct(self) -> list[list[Combination]]:
+        """The combinations that there is a merge of, those beside each other whose merge is one and
+        the same: before a window is full, it is that of a shorter one. Collective."""
+        found: dict[Any, list[Combination]] = {}
+        for one in self._wsm.combinations:
+            merge = self._wsm.coefficients(one)
+            if merge is not None:
+                found.setdefault((merge.iterations, merge.coefficients), []).append(one)
+        if not found:
+            _say("no evaluation yet: %d snapshots kept", len(self._wsm.kept))
+        return list(found.values())
+
+    @contextmanager
+    def _balance_written(self, iteration: int, tag: str) -> Iterator[None]:
+        """Around an evaluation: how evenly a mixture of experts spread its tokens. Collective."""
+        assert self._loads is not None, "there are evaluations of merges"
+        with self._loads.counting():
+            yield
+        if (balance := self._loads.balance()) is None:
+            return
+        scalars = {
+            "max violation validation": balance.max_violation,
+            "min violation validation": balance.min_violation,
+        }
+        self._trainer.write_scalars(scalars, iteration)
+        _say(
+            "load of experts at %siteration %d: max violation %.6f (worst layer %.6f), min "
+            "violation %.6f",
+            *(tag, iteration, balance.max_violation, balance.worst, balance.min_violation),
+        )
 
     @contextmanager
     def saving(self, progress: Progress) -> Iterator[None]:
@@ -169,8 +238,8 @@ class Driver:
     def _wants_merge(self, iteration: int) -> bool:
         """Whether a merged checkpoint is due at an iteration of which there is a snapshot."""
         every = self._config.save_interval
-        if self._root is None or (every is not None and iteration % every == 0):
-            return self._root is not None
+        if not self._roots or (every is not None and iteration % every == 0):
+            return bool(self._roots)
         return on_any_rank(self._requested)
 
     def _request(self, *_: Any) -> None:
@@ -187,48 +256,60 @@ class Driver:
         _say("snapshot of iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
 
     @contextmanager
-    def _merged(self, purpose: str) -> Iterator[MergeCoefficients | None]:
-        """The merged weights in place, or None where they cannot be. Collective."""
+    def _merged(self, purpose: str, combination: Combination) -> Iterator[MergeCoefficients | None]:
+        """Merged weights in place, or None where they cannot be. Collective."""
         with ExitStack() as stack:
             merge = None
-            if self._wsm.coefficients() is None:
+            if self._wsm.coefficients(combination) is None:
                 _say("no %s yet: %d snapshots kept", purpose, len(self._wsm.kept))
             else:
                 stack.enter_context(preserved_rng())
                 try:
-                    merge = stack.enter_context(self._wsm.merged())
+                    merge = stack.enter_context(self._wsm.merged(combination))
                 except Exception as error:  # on every rank, and weights are restored
                     _warn(f"no {purpose}, the merge failed", error)
             yield merge
 
     def _emit_last(self, progress: Progress) -> None:
-        if self._emitted != progress.iteration >= max(self._config.start_iter, 1):
+        if not self._is_emitted(progress.iteration) and progress.iteration >= max(
+            self._config.start_iter, 1
+        ):
             self._snapshot(progress.iteration)
             self._emit(progress)
 
+    def _is_emitted(self, iteration: int) -> bool:
+        """Whether all merged checkpoints of an iteration are there."""
+        ends = [self._emitted.get(one) for one in self._roots]
+        return bool(ends) and all(end == iteration for end in ends)
+
     def _emit(self, progress: Progress) -> None:
-        """Save a merged checkpoint that ends in the newest snapshot."""
-        if self._root is None:
+        """Save the merged checkpoints that end in the newest snapshot."""
+        if not self._roots:
             return
         self._trainer.finish_saves()
-        if on_any_rank(checkpoint_path(self._root, progress.iteration).exists()):
+        for combination, root in self._roots.items():
+            if self._emitted.get(combination) != progress.iteration:
+                self._emit_one(progress, combination, root)
+
+    def _emit_one(self, progress: Progress, combination: Combination, root: Path) -> None:
+        if on_any_rank(checkpoint_path(root, progress.iteration).exists()):
             self._requested = False
-            self._say_taken(checkpoint_path(self._root, progress.iteration))
+            self._say_taken(checkpoint_path(root, progress.iteration))
             return
         began = time.perf_counter()
         try:
-            with self._merged("merged checkpoint") as merge:
+            with self._merged("merged checkpoint", combination) as merge:
                 if merge is None:
                     return  # a request stays open until there is something to merge
                 self._requested = False
                 if merge.iterations[-1] != progress.iteration:
                     _say("no merged checkpoint: iteration %d is not kept", progress.iteration)
                     return
-                target = self._save(progress, merge, self._root)
+                target = self._save(progress, merge, root)
         except Exception as error:  # on every rank, and weights are restored
             _warn(f"no merged checkpoint at {progress.iteration}", error)
             return
-        self._emitted = progress.iteration
+        self._emitted[combination] = progress.iteration
         seconds = time.perf_counter() - began
         _say("merged %s into %s in %.2f s", list(merge.iterations), target, seconds)
         _say(
@@ -250,6 +331,7 @@ class Driver:
 
     def _save(self, progress: Progress, merge: MergeCoefficients, root: Path) -> Path:
         drop = self._config.optimizer_state == "drop"
+        assert merge.decay is not None, "merges inside a run are decays"
 
         def save_below(staging: Path, provenance: dict[str, Any]) -> None:
             with checked_slices(self._optimizer, put_right=True):
@@ -262,7 +344,7 @@ class Driver:
             load=run or root,
             save=root,
             iterations=merge.iterations,
-            decay=self._config.decay,
+            decay=merge.decay,
             min_decay=self._config.min_decay,
             optimizer_state=self._config.optimizer_state,
         )

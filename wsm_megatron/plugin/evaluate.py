@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,24 +65,43 @@ def replay(recorded: Any) -> Any:
 
 
 class _Tagged:
-    """A TensorBoard or W&B writer under whose every name ``wsm`` is put first."""
+    """A writer of TensorBoard, W&B, MLflow or Comet that writes everything once under each of
+    several names."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    def __init__(self, writer: Any, names: Sequence[str]) -> None:
+        self._writer, self._names = writer, names
 
     def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
-        self._writer.add_scalar(f"wsm {tag}", *args, **kwargs)
+        for name in self._names:
+            self._writer.add_scalar(f"{name} {tag}", *args, **kwargs)
 
     def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self._writer.log({f"wsm {k}": v for k, v in values.items()}, *args, **kwargs)
+        self._writer.log(self._named(values), *args, **kwargs)
+
+    def log_metrics(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log_metrics(self._named(values), *args, **kwargs)
+
+    def _named(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{name} {k}": v for name in self._names for k, v in values.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
 
-def tagged(writer: Any) -> Any:
-    """The writer, or none, that puts ``wsm`` before every name."""
-    return _Tagged(writer) if writer else writer
+def tagged(writer: Any, names: Sequence[str]) -> Any:
+    """The writer, or none, that writes what it is given under each name: the name comes first."""
+    return _Tagged(writer, names) if writer else writer
+
+
+def write_scalars(
+    tensorboard: Any, wandb: Any, scalars: Mapping[str, float], iteration: int
+) -> None:
+    """To the writers that there are on this rank."""
+    if tensorboard:
+        for name, value in scalars.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(dict(scalars), iteration)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.planning.launch_flags import describe_resume
-from wsm_megatron.plugin.evaluate import tagged
+from wsm_megatron.plugin.evaluate import tagged, write_scalars
 from wsm_megatron.plugin.megatron_loader import MegatronLoader
 from wsm_megatron.plugin.patched_attrs import patched_attrs
 from wsm_megatron.plugin.trainer import Progress
@@ -64,15 +64,18 @@ class MegatronTrainer:
         timers("interval-time", log_level=0).start(barrier=True)
 
     @contextmanager
-    def evaluating_merge(self) -> Iterator[None]:
+    def evaluating_merge(self, names: Sequence[str]) -> Iterator[None]:
         samples = self.args.consumed_valid_samples
-        names = ("get_tensorboard_writer", "get_wandb_writer")
-        writers = {name: _tagging(getattr(self._training, name)) for name in names}
+        writers = {name: _tagging(getattr(self._training, name), names) for name in _WRITERS}
         with (
             patched_attrs(self._training, **writers),
             patched_attrs(self.args, consumed_valid_samples=samples),
         ):
             yield
+
+    def write_scalars(self, scalars: Mapping[str, float], iteration: int) -> None:
+        tensorboard, wandb = (getattr(self._training, name)() for name in _WRITERS)
+        write_scalars(tensorboard, wandb, scalars, iteration)
 
     def save_below(
         self,
@@ -118,8 +121,11 @@ class MegatronTrainer:
         return describe_resume(state, config)
 
 
-def _tagging(original: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: tagged(original())
+_WRITERS = ("get_tensorboard_writer", "get_wandb_writer")
+
+
+def _tagging(original: Callable[[], Any], names: Sequence[str]) -> Callable[[], Any]:
+    return lambda: tagged(original(), names)
 
 
 def _generator(original: Callable[..., dict[str, Any]], provenance: Any, args: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from wsm_megatron.plugin.collectives import failures, is_first_rank
+from wsm_megatron.plugin.combination import Combination
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.store import Store
 from wsm_megatron.schedule.coefficients import MergeCoefficients
@@ -65,11 +66,10 @@ class Snapshots:
         """Those that form the window, oldest first."""
         return count_tokens([one.checkpoint for one in self._in(State.KEPT)])
 
-    def coefficients(self) -> MergeCoefficients | None:
-        """The merge of what is kept; None for fewer than two."""
-        if len(kept := self.kept) < 2:
-            return None
-        return MergeCoefficients.over(kept, self._config.decay, self._config.min_decay)
+    def coefficients(self, combination: Combination | None = None) -> MergeCoefficients | None:
+        """The merge of what is kept, of the first combination where none is named; None for fewer
+        than two snapshots of it."""
+        return (combination or self._config.combinations[0]).over(self.kept)
 
     def take(self, checkpoint: Consumed, *, durable: bool = True) -> None:
         """Start copying the live shards.
@@ -111,14 +111,8 @@ class Snapshots:
     def may_hold(self, iteration: int) -> bool:
         """Whether a checkpoint that is not kept may belong to the window that ends at the newest
         kept one: how many tokens lie between them is known only once it is kept."""
-        kept, config = self.kept, self._config
-        if iteration < config.start_iter:
-            return False
-        if config.num is not None:
-            return sum(c.iteration > iteration for c in kept) < config.num
-        if kept and config.window_iters is not None:
-            return iteration >= kept[-1].iteration - config.window_iters
-        return True
+        config = self._config
+        return iteration >= config.start_iter and config.reach.may_hold(iteration, self.kept)
 
     def _in(self, state: State) -> list[_Snapshot]:
         """Oldest first, on every rank."""
@@ -145,36 +139,9 @@ class Snapshots:
         return gone
 
     def _is_inside(self, checkpoint: Checkpoint, kept: tuple[Checkpoint, ...]) -> bool:
-        if not self.may_hold(checkpoint.iteration):
-            return False
-        if self._config.window_tokens is None or checkpoint is kept[-1]:
-            return True
-        newest, own = kept[-1].tokens, checkpoint.tokens
-        if newest is None or own is None:  # how far back it lies cannot be known
-            return False
-        return own >= newest - self._config.window_tokens
+        config = self._config
+        return checkpoint.iteration >= config.start_iter and config.reach.holds(checkpoint, kept)
 
     def _drop(self, iteration: int) -> None:
         del self._snapshots[iteration]
         self._store.drop(iteration)
-
-
-def window_size(
-    config: WSMConfig, every: int | None, tokens_per_iteration: int | None
-) -> int | None:
-    """How many snapshots the full window holds, or None where that cannot be known beforehand.
-
-    Args:
-        every: iterations between snapshots, where regular.
-        tokens_per_iteration: global batch size x sequence length, where constant.
-    """
-    if config.num is not None:
-        return config.num
-    if every is None:
-        return None
-    if config.window_iters is not None:
-        return config.window_iters // every + 1
-    if not tokens_per_iteration:
-        return None
-    assert config.window_tokens is not None
-    return config.window_tokens // (every * tokens_per_iteration) + 1

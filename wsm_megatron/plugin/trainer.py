@@ -68,9 +68,12 @@ class Trainer(Protocol):
     def untimed(self) -> AbstractContextManager[None]:
         """Around work that is not to count as time of an iteration. Collective."""
 
-    def evaluating_merge(self) -> AbstractContextManager[None]:
-        """Around an evaluation of merged weights: its results go to TensorBoard and W&B under names
-        of their own, and its samples are not counted."""
+    def evaluating_merge(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """Around an evaluation of merged weights: its results go to TensorBoard and W&B once under
+        each of ``names``, and its samples are not counted."""
+
+    def write_scalars(self, scalars: Mapping[str, float], iteration: int) -> None:
+        """Write to TensorBoard and W&B, on the rank that has them."""
 
     def save_below(
         self,

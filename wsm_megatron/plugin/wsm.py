@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wsm_megatron.errors import MergeError, UsageError
+from wsm_megatron.plugin.combination import Combination
 from wsm_megatron.plugin.config import WSMConfig
 from wsm_megatron.plugin.optimizers import parts
 from wsm_megatron.plugin.refill import Load, Refill
@@ -108,6 +109,11 @@ class WSM:
         """The snapshots that count, oldest first; the same on every rank."""
         return self._snapshots.kept
 
+    @property
+    def combinations(self) -> tuple[Combination, ...]:
+        """The merges that the window is kept for: each decay over each length."""
+        return self.config.combinations
+
     def __contains__(self, iteration: int) -> bool:
         return iteration in self._snapshots
 
@@ -154,21 +160,24 @@ class WSM:
         """
         return self._snapshots.settle()
 
-    def coefficients(self) -> MergeCoefficients | None:
+    def coefficients(self, combination: Combination | None = None) -> MergeCoefficients | None:
         """The merge that :meth:`merged` would make now, or None for fewer than two snapshots.
         Collective."""
         self.settle()
-        return self._snapshots.coefficients()
+        return self._snapshots.coefficients(combination)
 
     @contextmanager
-    def merged(self) -> Iterator[MergeCoefficients]:
+    def merged(self, combination: Combination | None = None) -> Iterator[MergeCoefficients]:
         """Merged weights in place: main params, buffers and model weights. Collective.
 
         On exit, also after an exception, everything is as it was, bit for bit; moments are
         touched only with ``optimizer_state="merge"``. Raises ``MergeError`` where fewer than two
         snapshots are kept, and on every rank where one rank fails.
+
+        Args:
+            combination: one of :attr:`combinations`; the first where none is named.
         """
-        merge = self.coefficients()
+        merge = self.coefficients(combination)
         if merge is None:
             raise MergeError(
                 f"a merge needs at least two snapshots, {len(self.kept)} are kept: take them more "

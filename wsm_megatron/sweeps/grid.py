@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import UsageError
 from wsm_megatron.options import COUNT, NUMBER, TEXT, Options, list_of, one_of, option
-from wsm_megatron.planning.merge_set import MergeSet
+from wsm_megatron.planning.merge_set import MergeSet, merge_name
 from wsm_megatron.schedule.decay import DECAYS
 from wsm_megatron.schedule.order import ORDERS, SCRAMBLED, SEQUENTIAL
 
@@ -151,21 +150,6 @@ class Sweep:
     def _merge(self, **options: Any) -> MergeConfig:
         one = replace(self.base, **options)
         return replace(one, save=self.base.save / merge_name(one))
-
-
-def merge_name(one: MergeConfig) -> str:
-    """The folder of a merge in a sweep, by which one knows what it is: decay, floor, order and
-    window. The end point is the name of the checkpoint in it."""
-    parts = [Path(one.decay).stem if one.decay not in DECAYS else one.decay]
-    if one.min_decay:
-        parts.append(f"floor{one.min_decay:g}")
-    if one.order != SEQUENTIAL:
-        parts.append(one.order + (str(one.order_seed) if one.order == SCRAMBLED else ""))
-    if one.last is not None:
-        parts.append(f"last{one.last}")
-    for length, unit in ((one.window_iterations, "iterations"), (one.window_tokens, "tokens")):
-        parts += [f"{n}-{unit}" for n in length or ()]
-    return "-".join(parts)
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -89,7 +89,7 @@ def test_yaml_sets_what_flags_leave_open(tmp_path: Path) -> None:
         ("number: 4", "there is no option number; did you mean num"),
         ("num: four", "num: 'four' is not a whole number"),
         ("num: 0", "num: must be at least 1, not 0"),
-        ("num: [4, 8]", "num: must be a whole number, not a list"),
+        ("interval: [4, 8]", "interval: must be a whole number, not a list"),
         ("{num: 4, eval: 1}", "eval: '1' is neither true nor false"),
         ("{num: 4, save: s3://b/m}", "save: s3://b/m is an address"),
         ("{num: 4, min_decay: low}", "min_decay: 'low' is not a number"),

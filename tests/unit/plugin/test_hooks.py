@@ -64,7 +64,7 @@ def test_install_twice_and_uninstall_twice(megatron: dict[str, Any]) -> None:
 def test_flags_are_added_to_megatrons_own(megatron: dict[str, Any]) -> None:
     hooks.install()
     parser = megatron["arguments"].add_megatron_arguments(argparse.ArgumentParser())
-    assert parser.parse_args(["--wsm-merge", "--wsm-merge-num", "4"]).wsm_merge_num == 4
+    assert parser.parse_args(["--wsm-merge", "--wsm-merge-num", "4"]).wsm_merge_num == (4,)
 
 
 def test_without_the_flag_calls_pass_through(megatron: dict[str, Any]) -> None:

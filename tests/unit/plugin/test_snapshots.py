@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from wsm_megatron.plugin.config import WSMConfig
-from wsm_megatron.plugin.snapshots import Snapshots, State, window_size
+from wsm_megatron.plugin.snapshots import Snapshots, State
 from wsm_megatron.schedule.decay import coefficients
 from wsm_megatron.schedule.window import Consumed
 
@@ -166,10 +166,10 @@ def test_one_snapshot_is_no_merge() -> None:
 
 
 def test_the_size_of_a_full_window() -> None:
-    assert window_size(WSMConfig(num=5), 10, None) == 5
-    assert window_size(WSMConfig(window_iters=40), 10, None) == 5
-    assert window_size(WSMConfig(window_tokens=4000), 10, 100) == 5
-    assert window_size(WSMConfig(window_tokens=4000), None, 100) is None
+    assert WSMConfig(num=5).reach.size(10, None) == 5
+    assert WSMConfig(window_iters=40).reach.size(10, None) == 5
+    assert WSMConfig(window_tokens=4000).reach.size(10, 100) == 5
+    assert WSMConfig(window_tokens=4000).reach.size(None, 100) is None
 
 
 class AnyOrder(RuleBasedStateMachine):
