@@ -22,7 +22,7 @@ FLOORS = (
     {"checkpoint"},
     {"comm", "storage", "safe_pickle"},
     {"config"},
-    {"window_options", "named_source"},
+    {"window_options", "named_source", "trajectory"},
     {"process", "schedule", "kernels", "options"},
     {"errors", "version"},
 )

@@ -24,6 +24,7 @@ from wsm_megatron.sweeps.estimate import SweepEstimate
 from wsm_megatron.sweeps.evaluate import EVALUATION, EvaluationOptions
 from wsm_megatron.sweeps.grid import Sweep
 from wsm_megatron.sweeps.manifest import SweepManifest, SweptMerge
+from wsm_megatron.trajectory.record import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class SweepReport:
         merges: those of its grid. manifest: where they are listed, with those of earlier sweeps of
             the same folder.
         estimate: made before. seconds: that merging took.
+        trajectory: of the sources, where it was wanted and something was read.
     """
 
     merges: tuple[SweptMerge, ...]
@@ -70,6 +72,7 @@ class SweepReport:
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    trajectory: Trajectory | None = None
 
 
 def sweep(
@@ -117,6 +120,12 @@ class _Run:
         self._paths: list[str] = []
         self._estimate: SweepEstimate | None = None
         self._read, self._written, self._seconds = 0, 0, 0.0
+        self._trajectory: Trajectory | None = None
+        if execution.trajectory and options.batch is not None:
+            raise UsageError(
+                "--trajectory is of one read of all sources, and --batch reads some at a time: "
+                "wsm inspect RUN --trajectory shows it"
+            )
 
     def do(self) -> SweepReport | None:
         options, everything = self._options, range(len(self._set.merges))
@@ -168,6 +177,7 @@ class _Run:
         self._read += done.bytes_read
         self._written += done.bytes_written
         self._seconds += done.seconds
+        self._trajectory = done.trajectory
         self._ranks.broadcast(lambda: self._note(numbers), "writing the manifest")
 
     def _note(self, numbers: Sequence[int]) -> None:
@@ -233,6 +243,7 @@ class _Run:
             self._read,
             self._written,
             self._seconds,
+            self._trajectory,
         )
 
 
