@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": "make every merge of a grid of windows, decays and orders, of one read",
     "select": "rank merges and checkpoints by their scores",
     "search": "search the coefficients of a window that score best",
+    "rescue": "merge the checkpoints before a spike, and say how to resume from there",
     "coefficients": "coefficients of a decay",
     "export": "write a checkpoint's weights for others",
     "inspect": "what is in a checkpoint or a run",

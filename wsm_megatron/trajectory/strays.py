@@ -3,15 +3,15 @@
 Four rules, each with a threshold far from what training at any learning rate does. They compare
 distances within the window, so they hold for any model and need no scale:
 
-- **same**: two checkpoints are nearer to each other than :data:`SAME` times the window's usual step.
+- **same**: two checkpoints are nearer to each other than :data:`SAME` of the window's usual step.
 - **detour**: a checkpoint's neighbours are nearer to each other than :data:`DETOUR` times the
   distance of either to it. On a straight path that ratio is 2, in a random walk √2, and 1 for
   checkpoints that are noise around one point: it is below 1 only where the path goes somewhere and
   comes back.
 - **order**: it lies on the path between two others, not where its number says. Putting a point c
-  between a and b makes the path's squared length longer by |ac|² + |cb|² − |ab|²; another place that
-  is cheaper by more than :data:`ORDER` squared usual steps is where it belongs. At the right place
-  this is least for a straight path and for a random walk, and the same everywhere for noise.
+  between a and b makes the path's squared length longer by |ac|² + |cb|² − |ab|²; another place
+  that is cheaper by more than :data:`ORDER` squared usual steps is where it belongs. At the right
+  place this is least for a straight path and for a random walk, and the same everywhere for noise.
 - **jump**: a step is :data:`JUMP` times as long as any other, where neither a longer interval nor a
   higher learning rate explains it. At an end of the window it is that checkpoint which is off; in
   between, the window is of two paths. With one other step alone the square of that is asked for;
