@@ -71,8 +71,8 @@ they are merged, but for the coefficients.
 RESCUE = """\
 ## `wsm rescue`
 
-Merges the checkpoints before a spike ([diagnostics.md](diagnostics.md)). Beside this it takes options of
-`wsm merge`, with other defaults: `--last 3 --decay mean --optimizer-state last`.
+Merges the checkpoints before a spike ([diagnostics.md](diagnostics.md)). Beside this it takes
+options of `wsm merge`, with other defaults: `--last 3 --decay mean --optimizer-state last`.
 """
 
 TRAIN = """\

@@ -13,6 +13,7 @@ ROOT = Path(wsm_megatron.__file__).parent
 FLOORS = (
     {"__main__", "launch"},
     {"cli", "__init__"},
+    {"pictures"},
     {"sweeps"},
     {"api", "plugin"},
     {"access", "inspection", "export"},

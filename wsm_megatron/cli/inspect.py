@@ -13,6 +13,7 @@ from wsm_megatron.cli.command import Answer, LocalLaunch, add
 from wsm_megatron.cli.figures import known_tokens, size
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.cli.ranks import on_ranks
+from wsm_megatron.cli.reporting import add_report_flag
 from wsm_megatron.cli.trajectory_text import trajectory_lines
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import JOB, ExecutionOptions, MergeConfig
@@ -26,6 +27,7 @@ from wsm_megatron.inspection.inspect import (
 )
 from wsm_megatron.inspection.trajectory import write_trajectory
 from wsm_megatron.options import Given, add_flags, given_flags, local_path, typed
+from wsm_megatron.pictures.report import Report
 from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.window_options import WHICH, WindowOptions
 
@@ -41,6 +43,7 @@ def add_inspect(commands: Any, help: str) -> None:
     command = add(commands, "inspect", _inspect, help)
     command.add_argument("directory", type=typed(local_path))
     command.add_argument("--entries", action="store_true", help="list every entry")
+    add_report_flag(command)
     group = command.add_argument_group("the path of a run (reads all of its weights)")
     group.add_argument(
         "--trajectory",
@@ -66,10 +69,14 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
     if given.values or arguments.main_params or arguments.out:
         raise UsageError("options of a window and of how it is read go with --trajectory")
     if is_checkpoint(path):
+        if arguments.report is not None:
+            raise UsageError(f"{path} is one checkpoint; --report is of a run directory")
         contents = inspect_checkpoint(path)
         lines = _checkpoint(contents, arguments.entries)
         return Answer(lines, lambda: _checkpoint_data(contents), shown=True)
     run = inspect_run(path)
+    if arguments.report is not None:
+        Report(title=path.name, run=run).write(arguments.report)
     return Answer(_run(run), lambda: _run_data(run), shown=True)
 
 
@@ -95,6 +102,9 @@ def _trajectory(arguments: argparse.Namespace, given: Given) -> Answer:
             return Answer()
         if out is not None:
             write_trajectory(out, found)
+        if arguments.report is not None:
+            page = Report(title=run.name, run=inspect_run(run), trajectory=found)
+            page.write(arguments.report)
         lines = trajectory_lines(found, verbose=arguments.verbose)
         return Answer(lines, found.as_data, shown=True)
 

@@ -12,6 +12,7 @@ from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
 from wsm_megatron.cli.figures import size
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.cli.ranks import on_ranks
+from wsm_megatron.cli.reporting import own_selection, report_of_sweep
 from wsm_megatron.cli.trajectory_text import observed
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import RUN, ExecutionOptions, MergeConfig
@@ -53,6 +54,10 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
         dry = options.dry_run
         path = observed(execution, done.trajectory, wanted.base.save, verbose=arguments.verbose)
         lines = chain(swept(done, options), () if dry else path)
+        if options.report is not None and not dry:
+            selection = own_selection(done.manifest, options.metric if options.eval else None)
+            report_of_sweep(done.manifest, selection, None, None).write(options.report)
+            lines = chain(lines, [f"report: {options.report}"])
         return Answer(lines, lambda: swept_data(done), shown=dry)
 
     return on_ranks(arguments, LocalLaunch(**given.of(LocalLaunch)), on_rank)

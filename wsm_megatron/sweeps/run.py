@@ -15,7 +15,7 @@ from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.execution.rank import ProgressFactory
-from wsm_megatron.options import COUNT, SWITCH, option
+from wsm_megatron.options import COUNT, PATH, SWITCH, option
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.storage.durable import fsync_path
@@ -43,6 +43,13 @@ class SweepOptions(EvaluationOptions):
         least=1,
     )
     keep: int = option("how many of the best --batch keeps", COUNT, 1, group=EVALUATION, least=1)
+    report: Path | None = option(
+        "also write one page for people: scores, coefficients, the run, its path",
+        PATH,
+        None,
+        group=EVALUATION,
+        metavar="FILE.html",
+    )
     dry_run: bool = option(
         "say bytes, seconds and free space; write nothing", SWITCH, False, group=EVALUATION
     )
