@@ -21,6 +21,7 @@ from wsm_megatron.cli.launches import launch_lines
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.cli.ranks import on_ranks
 from wsm_megatron.cli.trajectory_text import observed, trajectory_lines
+from wsm_megatron.cli.windows_text import window_lines
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.result import MergeReport
@@ -32,6 +33,7 @@ from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.tasks import Recipe
 from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.sweeps.windows import affordable
 
 _RANKS_SHOWN = 16
 
@@ -112,12 +114,17 @@ def _plan(arguments: argparse.Namespace) -> Answer:
         return Answer()
     found, moved = planned
     exports = plan_exports(found, job.export, job.config.save)
+    windows = None
+    if job.config.load is not None and not job.execution.node_local:
+        windows = affordable(found)
     lines = chain(
         would_do(found, moved, verbose=arguments.verbose),
         *starmap(would_export, exports),
+        () if windows is None else window_lines(windows),
         () if path is None else trajectory_lines(path, verbose=arguments.verbose),
     )
-    more = {} if path is None else {"trajectory": path.as_data()}
+    more = {} if windows is None else {"windows": windows.as_data()}
+    more |= {} if path is None else {"trajectory": path.as_data()}
     return Answer(lines, lambda: plan_data(found, moved) | more, shown=True)
 
 
