@@ -76,7 +76,7 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
         return Answer(lines, lambda: _checkpoint_data(contents), shown=True)
     run = inspect_run(path)
     if arguments.report is not None:
-        Report(title=path.name, run=run).write(arguments.report)
+        Report(title=str(path), run=run).write(arguments.report)
     return Answer(_run(run), lambda: _run_data(run), shown=True)
 
 
@@ -103,7 +103,7 @@ def _trajectory(arguments: argparse.Namespace, given: Given) -> Answer:
         if out is not None:
             write_trajectory(out, found)
         if arguments.report is not None:
-            page = Report(title=run.name, run=inspect_run(run), trajectory=found)
+            page = Report(title=str(run), run=inspect_run(run), trajectory=found)
             page.write(arguments.report)
         lines = trajectory_lines(found, verbose=arguments.verbose)
         return Answer(lines, found.as_data, shown=True)

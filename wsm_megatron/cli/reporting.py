@@ -41,7 +41,7 @@ def report_of_sweep(
     best = _best(selection)
     found = run or common_run(manifest)
     return Report(
-        title=f"Merges of {found.name if found is not None else manifest.parent.name}",
+        title=f"Merges of {found or manifest.parent}",
         merges=merges,
         selection=selection,
         command=None if best is None else merge_command(best),

@@ -86,8 +86,9 @@ def _by_axis(
         points = sorted((_place(one, ends), scores[one.path]) for one in chosen)
         (*at, _), _ = scaled([place for place, _ in points] + [largest], unit)
         values = [value for _, value in points]
-        if n < _SERIES:
-            axes.plot(at, values, marker=MARKERS[n], color=COLOURS[n], label=short(name, 26))
+        if n < _SERIES or len(series) <= len(COLOURS):
+            look = {"marker": MARKERS[n], "color": COLOURS[n], "label": short(name, 26)}
+            axes.plot(at, values, zorder=3 - n / len(COLOURS), **look)  # the best on top
         else:
             more = f"{len(series) - _SERIES} more" if n == _SERIES else None
             axes.plot(at, values, marker=".", color=GREY, linewidth=0.8, zorder=1, label=more)
