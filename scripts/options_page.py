@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from wsm_megatron.cli.export import EXPORT_OPTIONS
 from wsm_megatron.cli.export import JOB_OPTIONS as EXPORT_JOB
 from wsm_megatron.cli.merge import JOB_OPTIONS
+from wsm_megatron.cli.rescue import RESCUE_OPTIONS
 from wsm_megatron.cli.search import SEARCH_OPTIONS
 from wsm_megatron.cli.sweep import SWEEP_OPTIONS
 from wsm_megatron.options import Option
@@ -65,6 +66,13 @@ SEARCH = """\
 
 Beside these it takes the options of `wsm merge` that choose checkpoints, and those that say how
 they are merged, but for the coefficients.
+"""
+
+RESCUE = """\
+## `wsm rescue`
+
+Merges the checkpoints before a spike ([diagnostics.md](diagnostics.md)). Beside this it takes
+options of `wsm merge`, with other defaults: `--last 3 --decay mean --optimizer-state last`.
 """
 
 TRAIN = """\
@@ -130,6 +138,8 @@ def main() -> None:
         sections.append(f"### {title[0].upper()}{title[1:]}\n\n{described(options)}")
     for head, options in ((SWEEP, SWEEP_OPTIONS), (SEARCH, SEARCH_OPTIONS)):
         sections += [head, described([one for one in options if one not in JOB_OPTIONS])]
+    known = {one.name for one in JOB_OPTIONS}
+    sections += [RESCUE, described([one for one in RESCUE_OPTIONS if one.name not in known])]
     old = [one for one in (*JOB_OPTIONS, *TRAINING) if one.old_flag is not None]
     sections += [EXPORT, described((*EXPORT_OPTIONS, *EXPORT_JOB))]
     sections += [TRAIN, described(TRAINING)]

@@ -21,12 +21,14 @@ from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.errors import MergeError, PassingError, UsageError
-from wsm_megatron.execution.rank import ProgressFactory
+from wsm_megatron.execution.observer import trajectory_of
+from wsm_megatron.execution.rank import ProgressFactory, RankResult, observe_rank
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.export.job import ExportReport, export
 from wsm_megatron.export.options import MergeExport
 from wsm_megatron.export.plan import ExportPlan, make_plan
+from wsm_megatron.inspection.trajectory import write_trajectory
 from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
 from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.provenance import write_provenance
@@ -35,6 +37,7 @@ from wsm_megatron.planning.targets import Claims
 from wsm_megatron.process.signals import ending_later
 from wsm_megatron.storage.retry import check_storage
 from wsm_megatron.storage.visibility import wait_for_files
+from wsm_megatron.trajectory.record import Trajectory
 from wsm_megatron.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -87,14 +90,18 @@ def merge_together(
                 with ranks.together("planning"):
                     if ranks.rank == 0:
                         planned(job, access.estimate(job))
-            reports = _merge_missing(job, access, ranks, progress, phases, events)
+            reports, trajectory = _merge_missing(job, access, ranks, progress, phases, events)
             report = MergeReport(
                 merged=tuple(_merged(job, output) for output in job.outputs),
                 bytes_read=sum(one.bytes_read for one in reports),
                 bytes_written=sum(one.bytes_written for one in reports),
                 seconds=time.monotonic() - started,
                 ranks=tuple(reports),
+                trajectory=trajectory,
             )
+            with ranks.together("writing the trajectory"):
+                if trajectory is not None:
+                    write_trajectory(merges.save, trajectory)
             events.exchange()
             events.tell("finished", **report.as_data())
     return report
@@ -166,6 +173,28 @@ def plan_together(
         return (job, access.estimate(job)) if ranks.rank == 0 else None
 
 
+def trajectory(
+    merges: MergeSet,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+) -> Trajectory | None:
+    """Read the sources of merges for their trajectory alone; writes nothing. Collective.
+
+    Returns:
+        what was found, on rank 0; elsewhere None.
+
+    Raises as :func:`merge` does.
+    """
+    execution = replace(execution, trajectory=True)
+    with job_ranks() as ranks, ranks.watching(check_storage):
+        access, phases = Shared(merges, execution, ranks), Phases()
+        work = access.distribute(access.prepare())
+        with access.watching(work.job), ranks.together("reading"):
+            result = observe_rank(work.job, ranks, work.rank_plan, progress, phases)
+        access.verify(work.job, result)
+        return _observed(work.job, ranks, result)
+
+
 def _access(merges: MergeSet, execution: ExecutionOptions, ranks: Ranks) -> Access:
     return (NodeLocal if execution.node_local else Shared)(merges, execution, ranks)
 
@@ -177,15 +206,18 @@ def _merge_missing(
     progress: ProgressFactory | None,
     phases: Phases,
     events: Events,
-) -> list[RankReport]:
+) -> tuple[list[RankReport], Trajectory | None]:
     """Make the outputs that are not there yet, nor by the time that their targets are free.
     Collective.
+
+    Returns:
+        what each rank did; on rank 0 the trajectory of the sources, where it is wanted.
     """
     with Claims() as claims, ranks.watching(claims.check):
         with phases("waiting"):
             missing = ranks.broadcast(lambda: claims.take(job, ranks.check), "preparing the target")
         if not missing:
-            return []
+            return [], None
         left = access.only(job, missing)
         return _merge_products(left, access, ranks, claims, progress, phases, events)
 
@@ -198,7 +230,7 @@ def _merge_products(
     progress: ProgressFactory | None,
     phases: Phases,
     events: Events,
-) -> list[RankReport]:
+) -> tuple[list[RankReport], Trajectory | None]:
     staging: list[StagingDirectory] = []
     try:
         with phases("planning" if ranks.rank == 0 else "waiting"):
@@ -216,6 +248,7 @@ def _merge_products(
             reports = ranks.all_gather(result.report)
             files = ranks.gather(result.files)
         access.verify(job, result)
+        trajectory = _observed(job, ranks, result)
         with ranks.together("publishing"), phases("publishing"):
             if ranks.rank == 0:
                 _publish(job, ranks, work.rank_plans, staging, files, events)
@@ -227,7 +260,21 @@ def _merge_products(
         for one in staging:
             one.discard() if in_vain else one.keep()
         raise
-    return _reports(reports, phases)
+    return _reports(reports, phases), trajectory
+
+
+def _observed(job: Job, ranks: Ranks, result: RankResult) -> Trajectory | None:
+    """The trajectory of a job's sources, where it is wanted, on rank 0; it warns of what is off the
+    path. Collective."""
+    if not job.execution.trajectory:
+        return None
+    of_ranks, found = ranks.gather(result.grams), None
+    with ranks.together("comparing the sources"):
+        if ranks.rank == 0:
+            found = trajectory_of(job, of_ranks)
+            for warning in () if found is None else found.warnings():
+                logger.warning("%s", warning)
+    return found
 
 
 def _plan_data(job: Job, estimate: Estimate, rank_plans: Sequence[RankPlan]) -> dict[str, Any]:

@@ -339,6 +339,14 @@ class ExecutionOptions(Options):
         group=JOB,
         old_name="source_parallel",
     )
+    trajectory: bool = option(
+        "also take inner products of all sources, from the same read: norms, distances, what a "
+        "decay averages away, and a warning of sources that are off the path; "
+        "written to trajectory.json in --save",
+        SWITCH,
+        False,
+        group=JOB,
+    )
     retries: int = option(
         "how often a read that failed is tried again", COUNT, 3, group=JOB, least=0
     )
@@ -349,3 +357,10 @@ class ExecutionOptions(Options):
         group=JOB,
         metavar="FILE",
     )
+
+    def check(self) -> None:
+        if self.trajectory and self.node_local:
+            raise UsageError(
+                "--trajectory compares all sources on one rank, and with --node-local none sees "
+                "all: leave one of the two out"
+            )

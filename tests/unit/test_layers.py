@@ -13,6 +13,7 @@ ROOT = Path(wsm_megatron.__file__).parent
 FLOORS = (
     {"__main__", "launch"},
     {"cli", "__init__"},
+    {"pictures"},
     {"sweeps"},
     {"api", "plugin"},
     {"access", "inspection", "export"},
@@ -22,7 +23,7 @@ FLOORS = (
     {"checkpoint"},
     {"comm", "storage", "safe_pickle"},
     {"config"},
-    {"window_options", "named_source"},
+    {"window_options", "named_source", "trajectory"},
     {"process", "schedule", "kernels", "options"},
     {"errors", "version"},
 )

@@ -33,7 +33,11 @@ _COEFFICIENTS = [one for one in MergeConfig.options() if one.name in _WEIGHING]
 
 def add_coefficients(commands: Any, help: str) -> None:
     """Add the command."""
-    command = add(commands, "coefficients", _coefficients, help)
+    add_choice(add(commands, "coefficients", _coefficients, help))
+
+
+def add_choice(command: argparse.ArgumentParser) -> None:
+    """Flags that say of which checkpoints, and how they are weighed."""
     where = command.add_mutually_exclusive_group(required=True)
     where.add_argument("--num", type=_count, help="N checkpoints, evenly spaced")
     where.add_argument("--positions", type=_counts, help="positions: 1000,2000,4000")
@@ -43,7 +47,7 @@ def add_coefficients(commands: Any, help: str) -> None:
 
 
 def _coefficients(arguments: argparse.Namespace) -> Answer:
-    decays = _decays(arguments)
+    decays = chosen_decays(arguments)
     if len(decays) == 1:
         (decay,) = decays
         lines, data = decay_table(decay), decay_data(decay)
@@ -56,8 +60,8 @@ def _coefficients(arguments: argparse.Namespace) -> Answer:
     return Answer(chain(lines, [unit_line(decays[0])]), lambda: {**data, **of_run}, shown=True)
 
 
-def _decays(arguments: argparse.Namespace) -> list[MergeCoefficients]:
-    """One for each decay, of the same checkpoints."""
+def chosen_decays(arguments: argparse.Namespace) -> list[MergeCoefficients]:
+    """One for each decay that the flags name, of the same checkpoints."""
     root = arguments.load or Path("run")
     given = given_flags(arguments, [*_WINDOW, *_COEFFICIENTS]).values
     config = MergeConfig(load=root, save=root / "wsm", **given)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron.cli.examples import EXAMPLES
+from wsm_megatron.cli.examples import epilog
 from wsm_megatron.config import JOB
 from wsm_megatron.errors import EXIT_FAILED, UsageError, exit_code, is_internal, is_told
 from wsm_megatron.options import (
@@ -97,12 +97,13 @@ def run_command(arguments: argparse.Namespace, run: Command) -> int:
     return answer.status or (EXIT_FAILED if failure is not None and answer.shown else 0)
 
 
-def add(commands: Any, name: str, run: Command, help: str) -> argparse.ArgumentParser:
+def add(commands: Any, name: str, run: Command, help: str, of: str = "") -> argparse.ArgumentParser:
+    """Add a command, or a kind ``of`` a command."""
     command = commands.add_parser(
         name,
         help=help,
         description=help,
-        epilog=f"example:\n  {EXAMPLES[name]}",
+        epilog=epilog(f"{of} {name}".strip()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--json", action="store_true", help="last line of output: a JSON object")

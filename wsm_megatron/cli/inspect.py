@@ -10,6 +10,13 @@ from typing import Any
 from wsm_megatron.checkpoint.common_state import CommonSummary
 from wsm_megatron.cli.command import Answer, add
 from wsm_megatron.cli.figures import known_tokens, size
+from wsm_megatron.cli.reporting import add_report_flag
+from wsm_megatron.cli.trajectory import (
+    add_trajectory_flags,
+    inspect_trajectory,
+    refuse_trajectory_flags,
+)
+from wsm_megatron.errors import UsageError
 from wsm_megatron.inspection.inspect import (
     CheckpointContents,
     RunContents,
@@ -18,6 +25,7 @@ from wsm_megatron.inspection.inspect import (
 )
 from wsm_megatron.inspection.lookup import is_checkpoint, is_tracker, roots_at, tracked_checkpoint
 from wsm_megatron.options import local_path, typed
+from wsm_megatron.pictures.report import Report
 
 
 def add_inspect(commands: Any, help: str) -> None:
@@ -29,18 +37,29 @@ def add_inspect(commands: Any, help: str) -> None:
         help="a checkpoint, a tracker, a root of checkpoints or a folder of roots",
     )
     command.add_argument("--entries", action="store_true", help="list every entry")
+    add_report_flag(command)
+    add_trajectory_flags(command)
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
     path = arguments.directory
+    if arguments.trajectory:
+        return inspect_trajectory(arguments)
+    refuse_trajectory_flags(arguments)
     if is_tracker(path):
         path = tracked_checkpoint(path)
     if is_checkpoint(path):
+        if arguments.report is not None:
+            raise UsageError(f"{path} is one checkpoint; --report is of a run directory")
         contents = inspect_checkpoint(path)
         lines = _checkpoint(contents, arguments.entries)
         return Answer(lines, lambda: _checkpoint_data(contents), shown=True)
     roots = roots_at(path)
     found = [inspect_run(root) for root in roots]
+    if arguments.report is not None:
+        if roots != [path]:
+            raise UsageError(f"{path} holds {len(roots)} roots; --report is of one")
+        Report(title=str(path), run=found[0]).write(arguments.report)
     lines = chain.from_iterable(map(_run, found))
     if roots == [path]:
         return Answer(lines, lambda: _run_data(found[0]), shown=True)

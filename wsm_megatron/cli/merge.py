@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, starmap
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from wsm_megatron.access.protocol import Estimate
-from wsm_megatron.api import merge_and_export, plan, plan_exports
+from wsm_megatron.api import merge_and_export, plan, plan_exports, trajectory
 from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
 from wsm_megatron.cli.decay_table import decay_data, source_table, unit_data
 from wsm_megatron.cli.export import exported
@@ -19,6 +20,8 @@ from wsm_megatron.cli.figures import size
 from wsm_megatron.cli.launches import launch_lines
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.cli.ranks import on_ranks
+from wsm_megatron.cli.trajectory_text import observed, trajectory_lines
+from wsm_megatron.cli.windows_text import window_lines
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.result import MergeReport
@@ -27,8 +30,10 @@ from wsm_megatron.export.options import MergeExport
 from wsm_megatron.export.plan import ExportPlan
 from wsm_megatron.options import Given
 from wsm_megatron.planning.job import Job
+from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.planning.tasks import Recipe
 from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.sweeps.windows import affordable
 
 _RANKS_SHOWN = 16
 
@@ -83,8 +88,13 @@ def _merge(arguments: argparse.Namespace) -> Answer:
         done, exports = merge_and_export(job.config, job.export, job.execution, progress_bar)
         if ranks.rank != 0:
             return Answer()
+        lines = chain(
+            merged(done, verbose=arguments.verbose),
+            observed(job.execution, done.trajectory, job.config.save, verbose=arguments.verbose),
+            *map(exported, exports),
+        )
         return Answer(
-            chain(merged(done, verbose=arguments.verbose), *map(exported, exports)),
+            lines,
             lambda: done.as_data() | {"exports": [one.as_data() for one in exports]},
         )
 
@@ -96,15 +106,26 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     with job_ranks() as ranks:
         if ranks.rank == 0:
             job.given.tell_renamed()
-        planned = plan(job.config, job.execution)
+        planned, path = plan(job.config, job.execution), None
+        if job.execution.trajectory:
+            reading = partial(progress_bar, doing="reading")
+            path = trajectory(MergeSet.of(job.config), job.execution, reading)
     if planned is None:
         return Answer()
     found, moved = planned
     exports = plan_exports(found, job.export, job.config.save)
+    windows = None
+    if job.config.load is not None and not job.execution.node_local:
+        windows = affordable(found)
     lines = chain(
-        would_do(found, moved, verbose=arguments.verbose), *starmap(would_export, exports)
+        would_do(found, moved, verbose=arguments.verbose),
+        *starmap(would_export, exports),
+        () if windows is None else window_lines(windows),
+        () if path is None else trajectory_lines(path, verbose=arguments.verbose),
     )
-    return Answer(lines, lambda: plan_data(found, moved), shown=True)
+    more = {} if windows is None else {"windows": windows.as_data()}
+    more |= {} if path is None else {"trajectory": path.as_data()}
+    return Answer(lines, lambda: plan_data(found, moved) | more, shown=True)
 
 
 def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:

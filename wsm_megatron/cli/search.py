@@ -34,7 +34,7 @@ SEARCH_OPTIONS = (
     *(one for one in _MERGE if one.group == RUN),
     *SearchOptions.options(),
     *(one for one in _MERGE if one.group != RUN),
-    *ExecutionOptions.options(),
+    *(one for one in ExecutionOptions.options() if one.name != "trajectory"),
     *LocalLaunch.options(),
 )
 """What ``--config`` may set."""

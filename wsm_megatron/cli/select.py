@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 from wsm_megatron.cli.command import Answer, add
+from wsm_megatron.cli.merge_command import merge_command
+from wsm_megatron.cli.reporting import add_report_flag, report_of_sweep
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.options import count, local_path, typed
-from wsm_megatron.schedule.order import SCRAMBLED, SEQUENTIAL
-from wsm_megatron.sweeps.manifest import SweptMerge
 from wsm_megatron.sweeps.metric import LOSS_ALONE, Metric, metrics_of
 from wsm_megatron.sweeps.selection import Scored, Selection, select_merges
 
@@ -55,6 +54,7 @@ def add_select(commands: Any, help: str) -> None:
         metavar="N",
         help="how many of the best checkpoints make a list of sources (default: 32)",
     )
+    add_report_flag(command)
 
 
 def _select(arguments: argparse.Namespace) -> Answer:
@@ -67,7 +67,13 @@ def _select(arguments: argparse.Namespace) -> Answer:
         arguments.load,
         arguments.top,
     )
-    return Answer(selected(found), lambda: selected_data(found), shown=True)
+    lines, page = selected(found), arguments.report
+    if page is not None:
+        if arguments.manifest is None:
+            raise UsageError("--report is of a sweep: give --manifest OUT/sweep.json")
+        report_of_sweep(arguments.manifest, found, arguments.load, None).write(page)
+        lines = chain(lines, [f"report: {page}"])
+    return Answer(lines, lambda: selected_data(found), shown=True)
 
 
 def selected(found: Selection) -> Iterator[str]:
@@ -106,28 +112,6 @@ def selected_data(found: Selection) -> dict[str, Any]:
         "missing": list(found.missing),
         "note": LOSS_ALONE if _loss_alone(found) else None,
     }
-
-
-def merge_command(one: SweptMerge) -> str:
-    """The command that makes a merge of a sweep alone."""
-    sources = [Path(path) for path in one.sources]
-    words = ["wsm", "merge"]
-    if {path.parent for path in sources} == {sources[0].parent}:
-        iterations = ",".join(map(str, one.iterations))
-        words += ["--load", str(sources[0].parent), "--iterations", iterations]
-    else:
-        words += [word for path in sources for word in ("--source", str(path))]
-    words += ["--save", "OUT"]
-    if one.decay is None:
-        return shlex.join([*words, "--weights", ",".join(map(repr, one.coefficients))])
-    words += ["--decay", one.decay]
-    if one.min_decay:
-        words += ["--min-decay", repr(one.min_decay)]
-    if one.order != SEQUENTIAL:
-        words += ["--order", one.order]
-    if one.order == SCRAMBLED and one.order_seed:
-        words += ["--order-seed", str(one.order_seed)]
-    return shlex.join(words)
 
 
 def _loss_alone(found: Selection) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
 from wsm_megatron.cli.figures import size
 from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.cli.ranks import on_ranks
+from wsm_megatron.cli.reporting import own_selection, report_of_sweep
+from wsm_megatron.cli.trajectory_text import observed
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import RUN, ExecutionOptions, MergeConfig
 from wsm_megatron.process.streams import say
@@ -49,7 +52,13 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
         if done is None:
             return Answer()
         dry = options.dry_run
-        return Answer(swept(done, options), lambda: swept_data(done), shown=dry)
+        path = observed(execution, done.trajectory, wanted.base.save, verbose=arguments.verbose)
+        lines = chain(swept(done, options), () if dry else path)
+        if options.report is not None and not dry:
+            selection = own_selection(done.manifest, options.metric if options.eval else None)
+            report_of_sweep(done.manifest, selection, None, None).write(options.report)
+            lines = chain(lines, [f"report: {options.report}"])
+        return Answer(lines, lambda: swept_data(done), shown=dry)
 
     return on_ranks(arguments, LocalLaunch(**given.of(LocalLaunch)), on_rank)
 
@@ -101,6 +110,7 @@ def swept_data(done: SweepReport) -> dict[str, Any]:
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "seconds": done.seconds,
+        **({} if done.trajectory is None else {"trajectory": done.trajectory.as_data()}),
     }
 
 

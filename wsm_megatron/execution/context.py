@@ -9,6 +9,7 @@ from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.region_reader import RegionReader
 from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
+from wsm_megatron.execution.observer import Observer
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.tasks import Merge, Output, Task
 
@@ -45,6 +46,7 @@ class Context:
     Attributes:
         readers: of all sources. merges: what is made of them. targets: where each merge goes.
         progress: is told of what was done. phases: and of the time that it took.
+        observer: is shown every tile, where the trajectory is wanted.
     """
 
     readers: Sequence[CheckpointReader]
@@ -53,6 +55,7 @@ class Context:
     allow_nonfinite: bool
     progress: Progress
     phases: Phases
+    observer: Observer | None = None
 
     def for_workers(self, threads: int) -> Context:
         """The same for worker threads, of whose seconds the mean counts."""

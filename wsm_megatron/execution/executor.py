@@ -92,7 +92,8 @@ class Executor:
     def _is_finished(self, stage: Stage) -> bool:
         targets = self._context.targets
         with self._phases("resuming"):
-            return all(targets[k].has(stage.task) for k in stage.scope.ending)
+            ending = stage.scope.ending
+            return bool(ending) and all(targets[k].has(stage.task) for k in ending)
 
     def _exchange_and_sum(self, stage: Stage, workspace: Workspace, sums: Sums) -> None:
         scope = stage.scope
@@ -116,12 +117,14 @@ class Executor:
             ]
         writers = [context.targets[k].chunks(task) for k in scope.ending]
         cost = scope.bytes_read(recipe) + scope.bytes_written(recipe)
-        started: deque[tuple[Tile, slice]] = deque()
+        started: deque[tuple[Tile, slice, Region]] = deque()
 
         def write_oldest() -> None:
-            tile, part = started.popleft()
+            tile, part, region = started.popleft()
             with self._phases("reducing"):
                 self._check(stage, tile, tile.finish())
+                if context.observer is not None:
+                    context.observer.take(stage, tile, region)
             with self._phases("writing"):
                 _write(writers, tile)
             for k, buffer in zip(scope.leaving, tile.leaving, strict=True):
@@ -141,7 +144,7 @@ class Executor:
                 for k, buffer in zip(scope.arriving, tile.arrived, strict=True):
                     buffer.elements.copy_(sums[k][part])
                 tile.start()
-            started.append((tile, part))
+            started.append((tile, part, region))
             if len(started) == workspace.depth:
                 write_oldest()
             done += region.numel

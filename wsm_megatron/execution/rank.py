@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
@@ -24,15 +24,17 @@ from wsm_megatron.execution.context import Context, Progress, Target
 from wsm_megatron.execution.device import Device, choose_device, host_device
 from wsm_megatron.execution.executor import Executor, Peers
 from wsm_megatron.execution.memory_budget import Budget, default_memory, make_budget
+from wsm_megatron.execution.observer import Observer, is_observed
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.kernels import backend
 from wsm_megatron.planning.job import Job, RankPlan, places
-from wsm_megatron.planning.tasks import Rule, Stage, Task, bytes_read, whole_stages
+from wsm_megatron.planning.tasks import Rule, Scope, Stage, Task, bytes_read, whole_stages
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.descriptors import check_room
 from wsm_megatron.storage.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.storage.retry import check_storage
 from wsm_megatron.storage.visibility import wait_for_directory
+from wsm_megatron.trajectory.gram import Gram, Group
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,16 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class RankResult:
-    """What a rank hands to rank 0: its files for each output, and its unfinished checksums."""
+    """What a rank hands to rank 0: its files for each output, and its unfinished checksums.
+
+    Attributes:
+        grams: of the sources, where the trajectory is wanted.
+    """
 
     files: list[Files]
     ledgers: list[Ledger]
     report: RankReport
+    grams: dict[Group, Gram] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,37 @@ def run_rank(
         ],
         ledgers=[reader.ledger for reader in work.context.readers],
         report=_report(work, time.perf_counter() - started),
+        grams=_grams(work.context),
     )
+
+
+def observe_rank(
+    job: Job,
+    ranks: Ranks,
+    rank_plan: RankPlan,
+    progress: ProgressFactory | None,
+    phases: Phases,
+) -> RankResult:
+    """Read this rank's part of all sources, for their inner products alone. Writes nothing."""
+    started, options = time.perf_counter(), job.execution
+    scope = Scope(tuple(range(len(job.sources))), ())
+    stages = [Stage(task, scope) for task in rank_plan.tasks if is_observed(task)]
+    memory, threads = options.memory or default_memory(), options.threads or default_threads()
+    device = host_device("inner products are taken on the CPU")
+    budget = make_budget(memory, threads, len(job.sources), 0, job.plan.recipes)
+    rank_plan = replace(rank_plan, nbytes=sum(stage.nbytes for stage in stages))
+    with ExitStack() as stack:
+        readers = _open_readers(job, budget, stack)
+        moved = stack.enter_context(_counting(ranks, rank_plan, progress))
+        context = Context(readers, (), (), True, moved, phases, Observer(len(readers)))
+        work = RankWork(ranks, context, device, budget, memory)
+        work.execute(stages)
+        report = _report(work, time.perf_counter() - started)
+    return RankResult([], [reader.ledger for reader in readers], report, _grams(context))
+
+
+def _grams(context: Context) -> dict[Group, Gram]:
+    return {} if context.observer is None else context.observer.sums()
 
 
 def _open(
@@ -150,7 +187,8 @@ def _open(
     readers = _open_readers(job, budget, stack)
     moved = stack.enter_context(_counting(ranks, rank_plan, progress))
     targets = _open_targets(job, ranks, rank_plan, directories, phases)
-    context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases)
+    observer = Observer(len(readers)) if options.trajectory else None
+    context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases, observer)
     return RankWork(ranks, context, device, budget, memory)
 
 

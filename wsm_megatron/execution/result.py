@@ -8,6 +8,7 @@ from typing import Any
 
 from wsm_megatron.execution.timing import RankReport
 from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.trajectory.record import Trajectory
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class MergeReport:
     Attributes:
         ranks: each rank's part; empty where everything was published before. How long rank 0
             published is known on rank 0.
+        trajectory: of the sources, on rank 0, where it was wanted and something was read.
     """
 
     merged: tuple[MergedCheckpoint, ...]
@@ -60,6 +62,7 @@ class MergeReport:
     bytes_written: int
     seconds: float
     ranks: tuple[RankReport, ...] = ()
+    trajectory: Trajectory | None = None
 
     @property
     def output(self) -> Path:
@@ -92,4 +95,5 @@ class MergeReport:
             "seconds": self.seconds,
             "merged": checkpoints,
             "ranks": [one.as_data() for one in self.ranks],
+            **({} if self.trajectory is None else {"trajectory": self.trajectory.as_data()}),
         }

@@ -49,7 +49,7 @@ def check_finite(task: Task, layout: Layout, key: str, data: torch.Tensor) -> No
     """Raise ``MergeError`` where copied values of an input are not finite, padding apart."""
     if not data.is_floating_point() or torch.isfinite(data).all():
         return
-    if not _writes_padding(task, key):
+    if not writes_padding(task, key):
         raise MergeError(_nonfinite_message(layout, key, data))
 
 
@@ -64,7 +64,7 @@ def explain_nonfinite(
     Raises:
         MergeError: unless it is padding.
     """
-    if _writes_padding(task, task.recipe.inputs[0]):
+    if writes_padding(task, task.recipe.inputs[0]):
         return
     for layout, buffers in read:
         for key, buffer in zip(task.recipe.inputs, buffers, strict=False):
@@ -85,7 +85,7 @@ def check_variance(task: Task, merged: torch.Tensor) -> None:
         )
 
 
-def _writes_padding(task: Task, key: str) -> bool:
+def writes_padding(task: Task, key: str) -> bool:
     """Whether a task of a flat bucket may be padding; a main param that was found there is not."""
     return task.flat is None and _is_padding(key, task.region)
 

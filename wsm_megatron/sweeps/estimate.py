@@ -76,18 +76,23 @@ class SweepEstimate:
             written=moved.written,
             stored=stored,
             free=free,
-            read_rate=_read_rate(job, min(_MOST_READ, moved.read // _SHARE), threads),
+            read_rate=read_rate(job, moved.read, threads),
             write_rate=_write_rate(place, min(_MOST_WRITTEN, moved.written // _SHARE)),
         )
 
 
-def _read_rate(job: Job, nbytes: int, threads: int) -> float | None:
+def read_rate(job: Job, work: int, threads: int) -> float | None:
+    """Bytes a second at which this rank reads the sources now, measured; None for little work.
+
+    Args:
+        work: bytes that the job reads, of which a part is read for this.
+    """
     files = [source.path / name for source in job.sources for name in source.layout.files]
     seen = [file for file in files if file.is_file()]  # of another node's, this rank sees none
     places = [
         (file, start) for file in seen for start in range(0, file.stat().st_size, 16 * _PIECE)
     ]
-    count = nbytes // _PIECE
+    count = min(_MOST_READ, work // _SHARE) // _PIECE
     if count < 1 or not places:
         return None
     read = 0

@@ -15,7 +15,7 @@ from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.execution.rank import ProgressFactory
-from wsm_megatron.options import COUNT, SWITCH, option
+from wsm_megatron.options import COUNT, PATH, SWITCH, option
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.merge_set import MergeSet
 from wsm_megatron.storage.durable import fsync_path
@@ -24,6 +24,7 @@ from wsm_megatron.sweeps.estimate import SweepEstimate
 from wsm_megatron.sweeps.evaluate import EVALUATION, EvaluationOptions
 from wsm_megatron.sweeps.grid import Sweep
 from wsm_megatron.sweeps.manifest import SweepManifest, SweptMerge
+from wsm_megatron.trajectory.record import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,13 @@ class SweepOptions(EvaluationOptions):
         least=1,
     )
     keep: int = option("how many of the best --batch keeps", COUNT, 1, group=EVALUATION, least=1)
+    report: Path | None = option(
+        "also write one page for people: scores, coefficients, the run, its path",
+        PATH,
+        None,
+        group=EVALUATION,
+        metavar="FILE.html",
+    )
     dry_run: bool = option(
         "say bytes, seconds and free space; write nothing", SWITCH, False, group=EVALUATION
     )
@@ -62,6 +70,7 @@ class SweepReport:
         merges: those of its grid. manifest: where they are listed, with those of earlier sweeps of
             the same folder.
         estimate: made before. seconds: that merging took.
+        trajectory: of the sources, where it was wanted and something was read.
     """
 
     merges: tuple[SweptMerge, ...]
@@ -70,6 +79,7 @@ class SweepReport:
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    trajectory: Trajectory | None = None
 
 
 def sweep(
@@ -117,6 +127,12 @@ class _Run:
         self._paths: list[str] = []
         self._estimate: SweepEstimate | None = None
         self._read, self._written, self._seconds = 0, 0, 0.0
+        self._trajectory: Trajectory | None = None
+        if execution.trajectory and options.batch is not None:
+            raise UsageError(
+                "--trajectory is of one read of all sources, and --batch reads some at a time: "
+                "wsm inspect RUN --trajectory shows it"
+            )
 
     def do(self) -> SweepReport | None:
         options, everything = self._options, range(len(self._set.merges))
@@ -168,6 +184,7 @@ class _Run:
         self._read += done.bytes_read
         self._written += done.bytes_written
         self._seconds += done.seconds
+        self._trajectory = done.trajectory
         self._ranks.broadcast(lambda: self._note(numbers), "writing the manifest")
 
     def _note(self, numbers: Sequence[int]) -> None:
@@ -233,6 +250,7 @@ class _Run:
             self._read,
             self._written,
             self._seconds,
+            self._trajectory,
         )
 
 
