@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from wsm_megatron.access.protocol import Estimate
-from wsm_megatron.api import merge_and_export, plan, plan_exports
+from wsm_megatron.api import merge_and_export, plan
 from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
 from wsm_megatron.cli.decay_table import decay_data, source_table, unit_data
 from wsm_megatron.cli.export import exported
@@ -23,6 +23,7 @@ from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.result import MergeReport
 from wsm_megatron.execution.timing import PHASES, RankReport
+from wsm_megatron.export.merged import MergedExports
 from wsm_megatron.export.options import MergeExport
 from wsm_megatron.export.plan import ExportPlan
 from wsm_megatron.options import Given
@@ -83,8 +84,12 @@ def _merge(arguments: argparse.Namespace) -> Answer:
         done, exports = merge_and_export(job.config, job.export, job.execution, progress_bar)
         if ranks.rank != 0:
             return Answer()
+        published = not job.export.export_only
         return Answer(
-            chain(merged(done, verbose=arguments.verbose), *map(exported, exports)),
+            chain(
+                merged(done, verbose=arguments.verbose, published=published),
+                *map(exported, exports),
+            ),
             lambda: done.as_data() | {"exports": [one.as_data() for one in exports]},
         )
 
@@ -96,22 +101,24 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     with job_ranks() as ranks:
         if ranks.rank == 0:
             job.given.tell_renamed()
-        planned = plan(job.config, job.execution)
+        exports = MergedExports(job.export, job.config.save)
+        planned = plan(job.config, job.execution, exports)
     if planned is None:
         return Answer()
     found, moved = planned
-    exports = plan_exports(found, job.export, job.config.save)
     lines = chain(
-        would_do(found, moved, verbose=arguments.verbose), *starmap(would_export, exports)
+        would_do(found, moved, verbose=arguments.verbose),
+        *starmap(would_export, exports.planned()),
     )
     return Answer(lines, lambda: plan_data(found, moved), shown=True)
 
 
-def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:
+def merged(done: MergeReport, *, verbose: bool = True, published: bool = True) -> Iterator[str]:
     """One line for each of several merges; of a single one, what each checkpoint weighs.
 
     Args:
         verbose: tables for all of them, and where the time of each rank went.
+        published: as checkpoints, not only as exports.
     """
     moved = done.bytes_read + done.bytes_written
     for one in done.merged:
@@ -123,6 +130,8 @@ def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:
     )
     if verbose:
         yield from _rank_lines(done.ranks)
+    if not published:
+        return
     for one in done.merged:
         yield f"merged checkpoint: {one.output} ({_sources(one.iterations, one.decay)})"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
