@@ -119,14 +119,13 @@ def merge_and_export(
         UsageError: as for :func:`merge` and :func:`.export`; then nothing was done.
         MergeError: as for these.
     """
-    return merge_and_export_together(
-        MergeSet.of(config), exports, execution, progress, asdict(config)
-    )
+    made = MergedExports(exports, config.save)
+    return merge_and_export_together(MergeSet.of(config), made, execution, progress, asdict(config))
 
 
 def merge_and_export_together(
     merges: MergeSet,
-    options: MergeExport,
+    exports: MergedExports,
     execution: ExecutionOptions = ExecutionOptions(),
     progress: ProgressFactory | None = None,
     told: Mapping[str, Any] | None = None,
@@ -140,9 +139,8 @@ def merge_and_export_together(
         told, planned: as for :func:`merge_together`.
     """
     with job_ranks() as ranks:
-        exports = MergedExports(options, merges.save)
         report = merge_together(merges, execution, progress, told, planned, exports)
-        if options.export is None:
+        if not exports.wanted:
             return report, []
         found = ranks.broadcast(lambda: exports.reports(report.seconds), "reporting")
         return report, [

@@ -80,6 +80,10 @@ class MergedExports:
         self._exports: dict[Path, _Export] = {}
 
     @property
+    def wanted(self) -> bool:
+        return self._options.export is not None
+
+    @property
     def only(self) -> bool:
         """No checkpoint is published."""
         return self._options.export_only
@@ -115,7 +119,7 @@ class MergedExports:
         Raises:
             UsageError: as :func:`.plan_of`; or something else is where an export would be.
         """
-        if self._options.export is None:
+        if not self.wanted:
             return job
         planned: dict[int, tuple[ExportPlan, dict[str, list[Place]]]] = {}
         for output in job.outputs:
@@ -139,7 +143,7 @@ class MergedExports:
         return job.of_weights({key for one in self._exports.values() for key in one.places})
 
     def planned(self) -> list[tuple[Path, ExportPlan]]:
-        """Where exports go, and what they hold."""
+        """Where exports go, and what they hold; in the order of the merges."""
         return [(one.config.save, one.plan) for one in self._exports.values()]
 
     def take(self, job: Job, missing: Sequence[int], check: Callable[[], None]) -> list[int]:
