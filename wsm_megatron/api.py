@@ -24,10 +24,12 @@ from wsm_megatron.errors import MergeError, PassingError, UsageError
 from wsm_megatron.execution.observer import trajectory_of
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, observe_rank
 from wsm_megatron.execution.result import MergedCheckpoint, MergeReport
+from wsm_megatron.execution.targets import CheckpointDirectory, Destination
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.export.job import ExportReport, export
-from wsm_megatron.export.options import MergeExport
-from wsm_megatron.export.plan import ExportPlan, make_plan
+from wsm_megatron.export.merged import MergedExports
+from wsm_megatron.export.options import ExportConfig, MergeExport
+from wsm_megatron.export.turn import turn
 from wsm_megatron.inspection.trajectory import write_trajectory
 from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
 from wsm_megatron.planning.merge_set import MergeSet
@@ -72,25 +74,32 @@ def merge_together(
     progress: ProgressFactory | None = None,
     told: Mapping[str, Any] | None = None,
     planned: Callable[[Job, Estimate], None] = lambda job, estimate: None,
+    exports: MergedExports | None = None,
 ) -> MergeReport:
     """:func:`merge` of merges that are made of one read. Collective.
 
     Args:
         told: the options that were given, for the event log.
         planned: called on rank 0 before anything is written; what it raises is raised on all.
+        exports: made in the same pass, or instead.
     """
     started, phases = time.monotonic(), Phases()
+    exports = exports or MergedExports(MergeExport(), merges.save)
     with job_ranks() as ranks, ranks.watching(check_storage):
         access = _access(merges, execution, ranks)
         access.check_options()
+        exports.check_options(execution)
         options = {**(told or {}), **asdict(execution)}
         with job_events(execution.log_json, ranks, __version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
                 job = access.prepare()
                 with ranks.together("planning"):
                     if ranks.rank == 0:
+                        job = exports.plan(job)
                         planned(job, access.estimate(job))
-            reports, trajectory = _merge_missing(job, access, ranks, progress, phases, events)
+            reports, trajectory = _merge_missing(
+                job, access, ranks, exports, progress, phases, events
+            )
             report = MergeReport(
                 merged=tuple(_merged(job, output) for output in job.outputs),
                 bytes_read=sum(one.bytes_read for one in reports),
@@ -113,64 +122,74 @@ def merge_and_export(
     execution: ExecutionOptions = ExecutionOptions(),
     progress: ProgressFactory | None = None,
 ) -> tuple[MergeReport, list[ExportReport]]:
-    """:func:`merge`, and an export of each merge, by the same ranks. Collective.
-
-    Before anything is merged it is known that the newest source could be exported so, where rank 0
-    sees all of it. An export of a merge that was published before is made up for.
+    """:func:`merge`, and an export of each merge in the same pass. Collective.
 
     Raises:
-        UsageError: as for :func:`merge` and :func:`.export`.
-        MergeError: as for these. Merges that are published stay.
+        UsageError: as for :func:`merge` and :func:`.export`; then nothing was done.
+        MergeError: as for these.
     """
-    if exports.export is None:
-        return merge(config, execution, progress), []
-
-    def planned(job: Job, estimate: Estimate) -> None:
-        if not execution.node_local:
-            plan_exports(job, exports, config.save)
-
-    with job_ranks():
-        merges = MergeSet.of(config)
-        report = merge_together(merges, execution, progress, asdict(config), planned)
-        configs = [exports.of(one.output, config.save) for one in report.merged]
-        return report, [export(one, execution, progress) for one in configs]
+    made = MergedExports(exports, config.save)
+    return merge_and_export_together(MergeSet.of(config), made, execution, progress, asdict(config))
 
 
-def plan_exports(job: Job, exports: MergeExport, root: Path) -> list[tuple[Path, ExportPlan]]:
-    """Where the exports of a job's merges below ``root`` go, and what they will hold, told by its
-    sources.
+def merge_and_export_together(
+    merges: MergeSet,
+    exports: MergedExports,
+    execution: ExecutionOptions = ExecutionOptions(),
+    progress: ProgressFactory | None = None,
+    told: Mapping[str, Any] | None = None,
+    planned: Callable[[Job, Estimate], None] = lambda job, estimate: None,
+) -> tuple[MergeReport, list[ExportReport]]:
+    """:func:`merge_and_export` of merges that are made of one read. Collective.
 
-    Raises as :func:`.make_plan` does.
+    An export of a merge that was published before is made from there.
+
+    Args:
+        told, planned: as for :func:`merge_together`.
     """
-    if exports.export is None:
-        return []
-    found = []
-    for output in job.outputs:
-        config = exports.of(output.path, root)
-        found.append((config.save, make_plan(replace(config, load=job.newest(output).path))))
-    return found
+    with job_ranks() as ranks:
+        report = merge_together(merges, execution, progress, told, planned, exports)
+        if not exports.wanted:
+            return report, []
+        found = ranks.broadcast(lambda: exports.reports(report.seconds), "reporting")
+        return report, [
+            export(one, execution, progress) if isinstance(one, ExportConfig) else one
+            for one in (found[merged.output] for merged in report.merged)
+        ]
 
 
 def plan(
-    config: MergeConfig, execution: ExecutionOptions = ExecutionOptions()
+    config: MergeConfig,
+    execution: ExecutionOptions = ExecutionOptions(),
+    exports: MergedExports | None = None,
 ) -> tuple[Job, Estimate] | None:
     """What :func:`merge` would do: on rank 0 the job, and what it moves; elsewhere None. Writes
     nothing.
 
     Collective. Raises as :func:`merge` does.
+
+    Args:
+        exports: are planned with it.
     """
-    return plan_together(MergeSet.of(config), execution)
+    return plan_together(MergeSet.of(config), execution, exports)
 
 
 def plan_together(
-    merges: MergeSet, execution: ExecutionOptions = ExecutionOptions()
+    merges: MergeSet,
+    execution: ExecutionOptions = ExecutionOptions(),
+    exports: MergedExports | None = None,
 ) -> tuple[Job, Estimate] | None:
     """:func:`plan` of what :func:`merge_together` would do. Collective."""
+    exports = exports or MergedExports(MergeExport(), merges.save)
     with job_ranks() as ranks:
         access = _access(merges, execution, ranks)
         access.check_options()
+        exports.check_options(execution)
         job = access.prepare()
-        return (job, access.estimate(job)) if ranks.rank == 0 else None
+        if ranks.rank != 0:
+            return None
+        job = exports.plan(job)
+        return job, access.estimate(job)
 
 
 def trajectory(
@@ -203,6 +222,7 @@ def _merge_missing(
     job: Job,
     access: Access,
     ranks: Ranks,
+    exports: MergedExports,
     progress: ProgressFactory | None,
     phases: Phases,
     events: Events,
@@ -213,13 +233,19 @@ def _merge_missing(
     Returns:
         what each rank did; on rank 0 the trajectory of the sources, where it is wanted.
     """
-    with Claims() as claims, ranks.watching(claims.check):
+
+    def take() -> list[int]:
+        every = list(range(len(job.outputs)))
+        wanted = every if exports.only else claims.take(job, ranks.check)
+        return exports.take(job, wanted, ranks.check)
+
+    with Claims() as claims, exports, ranks.watching(claims.check), ranks.watching(exports.check):
         with phases("waiting"):
-            missing = ranks.broadcast(lambda: claims.take(job, ranks.check), "preparing the target")
+            missing = ranks.broadcast(take, "preparing the target")
         if not missing:
             return [], None
         left = access.only(job, missing)
-        return _merge_products(left, access, ranks, claims, progress, phases, events)
+        return _merge_products(left, access, ranks, claims, exports, progress, phases, events)
 
 
 def _merge_products(
@@ -227,6 +253,7 @@ def _merge_products(
     access: Access,
     ranks: Ranks,
     claims: Claims,
+    exports: MergedExports,
     progress: ProgressFactory | None,
     phases: Phases,
     events: Events,
@@ -236,22 +263,29 @@ def _merge_products(
         with phases("planning" if ranks.rank == 0 else "waiting"):
             work = access.distribute(job)
         if ranks.rank == 0:
-            staging = _staging(job, work.rank_plans, claims)
+            staging = [] if exports.only else _staging(job, work.rank_plans, claims)
             events.tell("planned", **_plan_data(job, access.estimate(job), work.rank_plans))
-        directories = ranks.broadcast(
-            lambda: [one.create() for one in staging], "preparing the target"
+        ranks.broadcast(lambda: [one.create() for one in staging], "preparing the target")
+        destinations = ranks.scatter(
+            lambda rank: _destinations(job, work.rank_plans[rank], staging, exports),
+            "preparing the target",
         )
         cost = sum(rank_plan.nbytes for rank_plan in work.rank_plans)
         with access.watching(job), events.progress(cost):
-            result = access.run(work, directories, progress, phases)
+            result = access.run(work, destinations, progress, phases)
             events.exchange()
             reports = ranks.all_gather(result.report)
-            files = ranks.gather(result.files)
+            results = ranks.gather((result.files, result.shared))
+            _turn(job, ranks, exports)
         access.verify(job, result)
         trajectory = _observed(job, ranks, result)
         with ranks.together("publishing"), phases("publishing"):
             if ranks.rank == 0:
-                _publish(job, ranks, work.rank_plans, staging, files, events)
+                for _, shared in results:
+                    for output, written in zip(job.outputs, shared, strict=True):
+                        exports.add(output, written)
+                files = [of_rank for of_rank, _ in results]
+                _publish(job, ranks, work.rank_plans, staging, exports, files, events)
     except BaseException as error:
         access.abandon()
         in_vain = isinstance(error, (UsageError, MergeError)) and not isinstance(
@@ -275,6 +309,26 @@ def _observed(job: Job, ranks: Ranks, result: RankResult) -> Trajectory | None:
             for warning in () if found is None else found.warnings():
                 logger.warning("%s", warning)
     return found
+
+
+def _destinations(
+    job: Job, rank_plan: RankPlan, staging: Sequence[StagingDirectory], exports: MergedExports
+) -> list[Destination]:
+    """Where a rank puts each output."""
+    checkpoints: list[CheckpointDirectory | None] = [None] * len(job.outputs)
+    if not exports.only:
+        checkpoints = [CheckpointDirectory(one.path) for one in staging]
+    every = zip(job.outputs, checkpoints, rank_plan.written, strict=True)
+    return [exports.destination(*one) for one in every]
+
+
+def _turn(job: Job, ranks: Ranks, exports: MergedExports) -> None:
+    """The last step of exports that have transposed matrices. Collective."""
+    own = ranks.scatter(lambda rank: exports.to_turn(rank, ranks.size), "exporting")
+    with ranks.together("exporting"):
+        written = turn(own, job.execution, ranks.check)
+    for of_rank in ranks.gather(written):
+        exports.add_turned(of_rank)
 
 
 def _plan_data(job: Job, estimate: Estimate, rank_plans: Sequence[RankPlan]) -> dict[str, Any]:
@@ -320,15 +374,16 @@ def _publish(
     ranks: Ranks,
     rank_plans: Sequence[RankPlan],
     staging: list[StagingDirectory],
+    exports: MergedExports,
     of_ranks: list[list[Files]],
     events: Events,
 ) -> None:
-    """Complete every output's directory, then give them their names. On rank 0.
+    """Complete every output's directories, then give them their names. On rank 0.
 
     Args:
         of_ranks: ``[rank][output]``: the files that each rank has written.
     """
-    seconds = []
+    seconds, metadata = [], dict[int, int]()
     for k, stage in enumerate(staging):
         started = time.monotonic()
         files: Files = {}
@@ -337,7 +392,10 @@ def _publish(
         sizes = {name: size for name, (size, _) in files.items()}
         wait_for_files(stage.path, sizes, ranks.check)
         _complete(job, k, rank_plans, stage.path, files)
+        metadata[k] = files[METADATA_FILE][1]
         seconds.append(time.monotonic() - started)
+    for k, output in enumerate(job.outputs):
+        exports.complete(output, metadata.get(k), ranks.check)
     with ending_later():  # all is done and checked: a signal shall not divide what belongs together
         for stage, before in zip(staging, seconds, strict=True):
             started = time.monotonic()
@@ -345,6 +403,9 @@ def _publish(
             logger.info("published %s", path)
             took = before + time.monotonic() - started
             events.tell("published", path=str(path), publishing_seconds=took)
+        for output in job.outputs:
+            if (folder := exports.commit(output)) is not None:
+                events.tell("published", path=str(folder))
 
 
 def _complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import runs
 from tests.export.models import MODELS, VOCABULARY, family
 from tests.mcore import run_ranks
 from tests.reference import load_tensors
+from wsm_megatron.cli.main import main
 from wsm_megatron.export.job import export
 from wsm_megatron.export.options import ExportConfig
 
@@ -177,6 +180,42 @@ def test_an_export_does_not_depend_on_how_ranks_shared_the_model(
         cut = exported(tmp_path / "runs" / name, tmp_path / "cut" / name, family=of)
         whole = exported(saved.run(of), tmp_path / "whole" / name, family=of)
         assert (cut / ONE_FILE).read_bytes() == (whole / ONE_FILE).read_bytes(), name
+    _assert_same_in_the_pass_that_merges(tmp_path, saved, "gpt_oss/ep2", "2")
+    _assert_same_in_the_pass_that_merges(tmp_path, saved, "llama/tp2", "2")
+
+
+def _assert_same_in_the_pass_that_merges(
+    tmp_path: Path, saved: Saved, name: str, ranks: str
+) -> None:
+    """Of a merge of a checkpoint that ranks have shared out with one that they have not."""
+    of = name.partition("/")[0]
+    cut = tmp_path / "runs" / name / "iter_0000001"
+    older = shutil.copytree(saved.run(of) / cut.name, tmp_path / "older" / name / "iter_0000000")
+    runs.rewrite(older, lambda key, tensor: tensor * 0.5)
+    runs.restate(older, lambda state: state.update(iteration=0))
+    flags = ["--source", str(older), "--source", str(cut), "--decay", "mean", "--export", "hf"]
+    flags += ["--family", of, "--export-dtype", "fp32", "--local-ranks", ranks]
+    for more in ([], ["--export-only"]):
+        root = tmp_path / "merged" / name / ("only" if more else "both")
+        assert main(["merge", *flags, "--save", str(root), *more]) == 0
+    both, only = (tmp_path / "merged" / name / one for one in ("both", "only"))
+    config = ExportConfig(
+        load=both / cut.name, save=tmp_path / "again" / name, family=of, export_dtype="fp32"
+    )
+    expected = (export(config).path / ONE_FILE).read_bytes()
+    for root in (both, only):
+        assert (root / "hf" / cut.name / ONE_FILE).read_bytes() == expected, name
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_the_pass_that_merges_turns_and_copies_as_an_export_does(
+    name: str, ranks: str, saved: Saved, tmp_path: Path
+) -> None:
+    """Transposed experts, cut into several tasks; embedding and head, which MTP has again."""
+    shutil.copytree(saved.run(name), tmp_path / "runs" / name)
+    runs.rewrite(tmp_path / "runs" / name / "iter_0000001", grid=runs.split_axis(3, 2))
+    _assert_same_in_the_pass_that_merges(tmp_path, saved, name, ranks)
 
 
 def _reshard(root: Path, again: Path, models: dict[str, dict[str, Any]]) -> None:

@@ -127,7 +127,7 @@ def test_nothing_finished_leaves_nothing(
         raise STOPPED
 
     monkeypatch.setattr(ChunkWriter, "append", stop)
-    monkeypatch.setattr("wsm_megatron.execution.rank.CheckpointFile.write_bytes", stop)
+    monkeypatch.setattr("wsm_megatron.checkpoint.writer.CheckpointFile.write_bytes", stop)
     with pytest.raises(StoppedError):
         merge(config, ALONE)
     assert list(config.save.iterdir()) == []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from wsm_megatron.execution.rank import ProgressFactory, RankResult
+from wsm_megatron.execution.targets import Destination
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.job import Job, RankPlan
 
@@ -74,7 +74,7 @@ class Access(Protocol):
     def run(
         self,
         work: Distribution,
-        directories: list[Path],
+        destinations: Sequence[Destination],
         progress: ProgressFactory | None,
         phases: Phases,
     ) -> RankResult:

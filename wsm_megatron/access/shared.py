@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from wsm_megatron.access.protocol import Distribution, Estimate
 from wsm_megatron.access.source_check import check_source
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, run_rank
+from wsm_megatron.execution.targets import Destination
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.merge_set import MergeSet
@@ -71,12 +71,12 @@ class Shared:
     def run(
         self,
         work: Distribution,
-        directories: list[Path],
+        destinations: Sequence[Destination],
         progress: ProgressFactory | None,
         phases: Phases,
     ) -> RankResult:
         with self._ranks.together("merging"):
-            return run_rank(work.job, self._ranks, work.rank_plan, directories, progress, phases)
+            return run_rank(work.job, self._ranks, work.rank_plan, destinations, progress, phases)
 
     def verify(self, job: Job, result: RankResult) -> None:
         of_ranks = self._ranks.gather(result.ledgers)

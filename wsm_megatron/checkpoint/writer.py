@@ -26,7 +26,7 @@ from wsm_megatron.errors import MergeError, StorageError
 from wsm_megatron.storage.buffer import Buffer
 from wsm_megatron.storage.journal import Journal, JournalEntry
 from wsm_megatron.storage.positioned import whole_of, write_at
-from wsm_megatron.storage.retry import watched
+from wsm_megatron.storage.retry import watched, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,19 @@ class CheckpointFile:
         item = placed.item
         assert item.dtype is not None and item.region is not None
         return ChunkWriter(self, placed, frame(item.dtype, item.region.sizes))
+
+    def read(self, placed: Placed, first: int, out: Buffer) -> None:
+        """Read elements of a finished chunk back, from number ``first`` of it on."""
+        item = placed.item
+        assert item.dtype is not None and item.region is not None
+        offset = placed.offset + frame(item.dtype, item.region.sizes).prefix_bytes
+        offset += first * item.dtype.itemsize
+        count = with_retries(
+            lambda: os.preadv(self._descriptor, [out.data], offset),
+            lambda: f"{self.path}: reading at byte {offset}",
+        )
+        if count != len(out.data):
+            raise MergeError(f"{self.path} is shorter than it was written")
 
     def close(self) -> tuple[int, int]:
         """Make the file durable; its size in bytes and its CRC-32."""

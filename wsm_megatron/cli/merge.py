@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from wsm_megatron.access.protocol import Estimate
-from wsm_megatron.api import merge_and_export, plan, plan_exports, trajectory
+from wsm_megatron.api import merge_and_export, plan, trajectory
 from wsm_megatron.cli.command import Answer, LocalLaunch, add_job, given_options
 from wsm_megatron.cli.decay_table import decay_data, source_table, unit_data
 from wsm_megatron.cli.export import exported
@@ -26,6 +26,7 @@ from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.execution.result import MergeReport
 from wsm_megatron.execution.timing import PHASES, RankReport
+from wsm_megatron.export.merged import MergedExports
 from wsm_megatron.export.options import MergeExport
 from wsm_megatron.export.plan import ExportPlan
 from wsm_megatron.options import Given
@@ -88,8 +89,9 @@ def _merge(arguments: argparse.Namespace) -> Answer:
         done, exports = merge_and_export(job.config, job.export, job.execution, progress_bar)
         if ranks.rank != 0:
             return Answer()
+        published = not job.export.export_only
         lines = chain(
-            merged(done, verbose=arguments.verbose),
+            merged(done, verbose=arguments.verbose, published=published),
             observed(job.execution, done.trajectory, job.config.save, verbose=arguments.verbose),
             *map(exported, exports),
         )
@@ -106,20 +108,20 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     with job_ranks() as ranks:
         if ranks.rank == 0:
             job.given.tell_renamed()
-        planned, path = plan(job.config, job.execution), None
+        exports = MergedExports(job.export, job.config.save)
+        planned, path = plan(job.config, job.execution, exports), None
         if job.execution.trajectory:
             reading = partial(progress_bar, doing="reading")
             path = trajectory(MergeSet.of(job.config), job.execution, reading)
     if planned is None:
         return Answer()
     found, moved = planned
-    exports = plan_exports(found, job.export, job.config.save)
     windows = None
     if job.config.load is not None and not job.execution.node_local:
         windows = affordable(found)
     lines = chain(
         would_do(found, moved, verbose=arguments.verbose),
-        *starmap(would_export, exports),
+        *starmap(would_export, exports.planned()),
         () if windows is None else window_lines(windows),
         () if path is None else trajectory_lines(path, verbose=arguments.verbose),
     )
@@ -128,11 +130,12 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     return Answer(lines, lambda: plan_data(found, moved) | more, shown=True)
 
 
-def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:
+def merged(done: MergeReport, *, verbose: bool = True, published: bool = True) -> Iterator[str]:
     """One line for each of several merges; of a single one, what each checkpoint weighs.
 
     Args:
         verbose: tables for all of them, and where the time of each rank went.
+        published: as checkpoints, not only as exports.
     """
     if not done.ranks and not verbose:
         yield _nothing_to_do([one.output for one in done.merged])
@@ -147,6 +150,8 @@ def merged(done: MergeReport, *, verbose: bool = True) -> Iterator[str]:
     )
     if verbose:
         yield from _rank_lines(done.ranks)
+    if not published:
+        return
     for one in done.merged:
         yield f"merged checkpoint: {one.output} ({_sources(one.iterations, one.decay)})"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"

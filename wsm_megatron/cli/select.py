@@ -85,6 +85,8 @@ def selected(found: Selection) -> Iterator[str]:
         best = found.merges[0].candidate.merge
         assert best is not None
         yield f"best merge: {best.path}{'' if best.exists else ' (not on disk)'}"
+        if best.export is not None:
+            yield f"  exported: {best.export}"
         yield f"  {merge_command(best)}"
     if found.front:
         yield f"Pareto front of {' and '.join(metric.name for metric in found.metrics)}:"
@@ -145,6 +147,7 @@ def _data(one: Scored) -> dict[str, Any]:
             "decay": merge.decay,
             "order": merge.order,
             "exists": merge.exists,
+            "export": merge.export,
             "command": merge_command(merge),
         }
     return data

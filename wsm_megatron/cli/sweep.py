@@ -16,6 +16,7 @@ from wsm_megatron.cli.reporting import own_selection, report_of_sweep
 from wsm_megatron.cli.trajectory_text import observed
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.config import RUN, ExecutionOptions, MergeConfig
+from wsm_megatron.export.options import MergeExport
 from wsm_megatron.process.streams import say
 from wsm_megatron.sweeps.estimate import SweepEstimate
 from wsm_megatron.sweeps.grid import SHARED, Sweep, SweepGrid
@@ -27,6 +28,7 @@ SWEEP_OPTIONS = (
     *SweepGrid.options(),
     *SweepOptions.options(),
     *(one for one in SHARED if one.group != RUN),
+    *MergeExport.options(),
     *ExecutionOptions.options(),
     *LocalLaunch.options(),
 )
@@ -44,11 +46,12 @@ def _sweep(arguments: argparse.Namespace) -> Answer:
     wanted = Sweep(MergeConfig(**shared), SweepGrid(**given.of(SweepGrid)))
     execution = ExecutionOptions(**given.of(ExecutionOptions))
     options = SweepOptions(**given.of(SweepOptions))
+    exports = MergeExport(**given.of(MergeExport))
 
     def on_rank(ranks: Ranks) -> Answer:
         if ranks.rank == 0:
             given.tell_renamed()
-        done = sweep(wanted, execution, options, progress_bar, _tell)
+        done = sweep(wanted, execution, options, progress_bar, _tell, exports)
         if done is None:
             return Answer()
         dry = options.dry_run
@@ -96,7 +99,7 @@ def swept(done: SweepReport, options: SweepOptions) -> Iterator[str]:
         return
     yield (
         f"read {size(done.bytes_read)}, wrote {size(done.bytes_written)} in {done.seconds:.2f} s; "
-        f"{sum(one.exists for one in done.merges)} of {len(done.merges)} merges are on disk"
+        f"{sum(one.on_disk for one in done.merges)} of {len(done.merges)} merges are on disk"
     )
     yield f"manifest: {done.manifest}"
 
@@ -123,7 +126,7 @@ def _table(merges: Sequence[SweptMerge]) -> Iterator[str]:
         scores = "".join(f"{_number((one.scores or {}).get(name)):>12}" for name in metrics)
         where = f"{one.iterations[0]}-{one.iterations[-1]}"
         line = f"{one.name:{width}}  {len(one.iterations):>7}  {where:>19}"
-        there = "" if one.exists else "  (not on disk)"
+        there = "" if one.on_disk else "  (not on disk)"
         yield f"{line}  {one.coefficients[-1]:>13.6f}{scores}{there}"
 
 

@@ -6,37 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.region_reader import RegionReader
-from wsm_megatron.checkpoint.writer import CheckpointFile, ChunkWriter, Placed
 from wsm_megatron.execution.observer import Observer
+from wsm_megatron.execution.targets import ChunkSink, Target
 from wsm_megatron.execution.timing import Phases
-from wsm_megatron.planning.tasks import Merge, Output, Task
+from wsm_megatron.planning.tasks import Merge, Stage, Task
 
 Progress = Callable[[int], None]
 """Called from worker threads with the bytes read and written since the last call."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where one merge's share goes: this rank's file, and the places in it, of objects too."""
-
-    file: CheckpointFile
-    places: dict[tuple[str, Region | None], Placed]
-
-    def write_object(self, key: str, data: bytes) -> None:
-        self.file.write_bytes(self.places[key, None], data)
-
-    def chunks(self, task: Task) -> list[ChunkWriter]:
-        """A writer for every output of a task."""
-        return [self.file.chunk(self._place(task, output)) for output in task.recipe.outputs]
-
-    def has(self, task: Task) -> bool:
-        """Whether an earlier merge, which died, has written all that a task writes here."""
-        return all(self.file.has(self._place(task, output)) for output in task.recipe.outputs)
-
-    def _place(self, task: Task, output: Output) -> Placed:
-        return self.places[output.key, task.part(output.key, task.region)]
 
 
 @dataclass(frozen=True)
@@ -75,8 +52,15 @@ class Context:
             ):
                 region_reader.leave_out(task.part(key, task.region))
 
+    def pass_over(self, stage: Stage) -> None:
+        """A stage of which an earlier merge has written all."""
+        self.leave_out(stage.task, stage.scope.sources)
+        for k in stage.scope.ending:
+            self.targets[k].take_over(stage.task)
+        self.progress(stage.nbytes)
 
-def finish(region_readers: Iterable[RegionReader], writers: Iterable[ChunkWriter]) -> None:
+
+def finish(region_readers: Iterable[RegionReader], writers: Iterable[ChunkSink]) -> None:
     """Hand in the checksums of what was read, then complete the chunks that were written."""
     for region_reader in region_readers:
         region_reader.finish()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from itertools import chain
 
-from wsm_megatron.execution.context import Context, Target, finish
+from wsm_megatron.execution.context import Context, finish
+from wsm_megatron.execution.targets import Target
 from wsm_megatron.execution.tiles import Memory
 from wsm_megatron.execution.value_checks import check_finite, wrong_main
 from wsm_megatron.planning.tasks import Recipe, Task
@@ -33,6 +34,8 @@ class Copier:
             finished = all(target.has(task) for target in targets)
         if finished:
             context.leave_out(task, [j])
+            for target in targets:
+                target.take_over(task)
             context.progress(task.region.numel * task.recipe.cost(1, len(targets)))
             return
         with phases("reading"):
@@ -56,7 +59,7 @@ class Copier:
             with phases("writing"):
                 for row in writers:
                     for writer, buffer in zip(row, outputs, strict=True):
-                        writer.append(buffer)
+                        writer.append(buffer, part)
             context.progress(part.numel * task.recipe.cost(1, len(targets)))
         with phases("writing"):
             finish(region_readers, chain.from_iterable(writers))

@@ -17,11 +17,11 @@ import torch
 
 from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.region_reader import RegionReader, read_together
-from wsm_megatron.checkpoint.writer import ChunkWriter
 from wsm_megatron.execution.context import Context, finish
 from wsm_megatron.execution.copier import Copier
 from wsm_megatron.execution.device import Device
 from wsm_megatron.execution.memory_budget import Budget
+from wsm_megatron.execution.targets import ChunkSink
 from wsm_megatron.execution.tiles import Memory, Tile, TileResult, Workspace
 from wsm_megatron.execution.value_checks import check_variance, explain_nonfinite, wrong_main
 from wsm_megatron.planning.tasks import Rule, Scope, Stage, Task
@@ -84,8 +84,7 @@ class Executor:
             for j in scope.sources:
                 self._copier.copy(task, j, workspace, elements)
         elif scope.alone and self._is_finished(stage):
-            self._context.leave_out(task, scope.sources)
-            self._context.progress(stage.nbytes)
+            self._context.pass_over(stage)
         else:
             self._exchange_and_sum(stage, workspace, _rows(stage, sums))
 
@@ -117,16 +116,16 @@ class Executor:
             ]
         writers = [context.targets[k].chunks(task) for k in scope.ending]
         cost = scope.bytes_read(recipe) + scope.bytes_written(recipe)
-        started: deque[tuple[Tile, slice, Region]] = deque()
+        started: deque[tuple[Tile, Region, slice]] = deque()
 
         def write_oldest() -> None:
-            tile, part, region = started.popleft()
+            tile, region, part = started.popleft()
             with self._phases("reducing"):
                 self._check(stage, tile, tile.finish())
                 if context.observer is not None:
                     context.observer.take(stage, tile, region)
             with self._phases("writing"):
-                _write(writers, tile)
+                _write(writers, tile, region)
             for k, buffer in zip(scope.leaving, tile.leaving, strict=True):
                 sums[k][part].copy_(buffer.elements)
 
@@ -144,7 +143,7 @@ class Executor:
                 for k, buffer in zip(scope.arriving, tile.arrived, strict=True):
                     buffer.elements.copy_(sums[k][part])
                 tile.start()
-            started.append((tile, part, region))
+            started.append((tile, region, part))
             if len(started) == workspace.depth:
                 write_oldest()
             done += region.numel
@@ -193,7 +192,7 @@ def _read(task: Task, region_readers: list[list[RegionReader]], region: Region, 
     )
 
 
-def _write(writers: list[list[ChunkWriter]], tile: Tile) -> None:
+def _write(writers: Sequence[Sequence[ChunkSink]], tile: Tile, region: Region) -> None:
     for outputs, buffers in zip(writers, tile.outputs, strict=True):
         for writer, buffer in zip(outputs, buffers, strict=True):
-            writer.append(buffer)
+            writer.append(buffer, region)

@@ -10,30 +10,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
 from wsm_megatron.checkpoint.side_files import Files
-from wsm_megatron.checkpoint.staging_dir import journals
-from wsm_megatron.checkpoint.writer import CheckpointFile, file_name
 from wsm_megatron.comm.communicator import Ranks
 from wsm_megatron.comm.launcher import local_rank
 from wsm_megatron.errors import StorageError
 from wsm_megatron.execution.byte_entries import copy_objects, write_common
-from wsm_megatron.execution.context import Context, Progress, Target
+from wsm_megatron.execution.context import Context, Progress
 from wsm_megatron.execution.device import Device, choose_device, host_device
 from wsm_megatron.execution.executor import Executor, Peers
 from wsm_megatron.execution.memory_budget import Budget, default_memory, make_budget
 from wsm_megatron.execution.observer import Observer, is_observed
+from wsm_megatron.execution.targets import Closed, Destination, Target
 from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.kernels import backend
-from wsm_megatron.planning.job import Job, RankPlan, places
+from wsm_megatron.planning.job import Job, RankPlan
 from wsm_megatron.planning.tasks import Rule, Scope, Stage, Task, bytes_read, whole_stages
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.descriptors import check_room
-from wsm_megatron.storage.journal import SUFFIX as JOURNAL_SUFFIX
 from wsm_megatron.storage.retry import check_storage
-from wsm_megatron.storage.visibility import wait_for_directory
 from wsm_megatron.trajectory.gram import Gram, Group
 
 logger = logging.getLogger(__name__)
@@ -46,13 +42,16 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class RankResult:
-    """What a rank hands to rank 0: its files for each output, and its unfinished checksums.
+    """What a rank hands to rank 0, and its unfinished checksums.
 
     Attributes:
+        files: its own, for each output. shared: for each, its part of those that all ranks write,
+            as of :class:`.Closed`.
         grams: of the sources, where the trajectory is wanted.
     """
 
     files: list[Files]
+    shared: list[Files]
     ledgers: list[Ledger]
     report: RankReport
     grams: dict[Group, Gram] = field(default_factory=dict)
@@ -92,7 +91,7 @@ def run_rank(
     job: Job,
     ranks: Ranks,
     rank_plan: RankPlan,
-    directories: list[Path],
+    destinations: Sequence[Destination],
     progress: ProgressFactory | None,
     phases: Phases,
     before: Callable[[RankWork], None] = lambda _: None,
@@ -100,32 +99,30 @@ def run_rank(
     """Do this rank's part for every output; its files are on disk when it returns.
 
     Args:
-        directories: of the outputs, not yet published.
+        destinations: of the outputs.
         progress: as for :func:`.merge`.
         before: what it does with other ranks, before what it does by itself.
     """
-    check_room(2 * len(directories))  # a file and its journal for each
+    check_room(sum(one.files for one in destinations))
     started = time.perf_counter()
     with ExitStack() as stack:
-        work = _open(job, ranks, rank_plan, directories, progress, phases, stack)
-        files = [target.file for target in work.context.targets]
+        work = _open(job, ranks, rank_plan, destinations, progress, phases, stack)
+        targets = work.context.targets
         try:
             copy_objects(job, rank_plan, work.context)
             if ranks.rank == 0:
                 write_common(job, work.context)
             before(work)
             work.execute(whole_stages(rank_plan.tasks, job.merges))
-            beside = _copy_beside(job, rank_plan, directories)
+            beside = _copy_beside(job, rank_plan, destinations)
         except BaseException:
-            _abandon(files)
+            _abandon(targets)
             raise
         with phases("syncing"):
-            closed = _close(files, ranks.check)
+            closed = _close(targets, ranks.check)
     return RankResult(
-        files=[
-            {file.path.name: closed[file], **copied}
-            for file, copied in zip(files, beside, strict=True)
-        ],
+        files=[{**one.files, **copied} for one, copied in zip(closed, beside, strict=True)],
+        shared=[one.shared for one in closed],
         ledgers=[reader.ledger for reader in work.context.readers],
         report=_report(work, time.perf_counter() - started),
         grams=_grams(work.context),
@@ -154,7 +151,8 @@ def observe_rank(
         work = RankWork(ranks, context, device, budget, memory)
         work.execute(stages)
         report = _report(work, time.perf_counter() - started)
-    return RankResult([], [reader.ledger for reader in readers], report, _grams(context))
+    ledgers = [reader.ledger for reader in readers]
+    return RankResult([], [], ledgers, report, _grams(context))
 
 
 def _grams(context: Context) -> dict[Group, Gram]:
@@ -165,7 +163,7 @@ def _open(
     job: Job,
     ranks: Ranks,
     rank_plan: RankPlan,
-    directories: list[Path],
+    destinations: Sequence[Destination],
     progress: ProgressFactory | None,
     phases: Phases,
     stack: ExitStack,
@@ -186,7 +184,7 @@ def _open(
     )
     readers = _open_readers(job, budget, stack)
     moved = stack.enter_context(_counting(ranks, rank_plan, progress))
-    targets = _open_targets(job, ranks, rank_plan, directories, phases)
+    targets = _open_targets(job, ranks, rank_plan, destinations, phases)
     observer = Observer(len(readers)) if options.trajectory else None
     context = Context(readers, job.merges, targets, config.allow_nonfinite, moved, phases, observer)
     return RankWork(ranks, context, device, budget, memory)
@@ -237,25 +235,27 @@ def _counting(
 
 
 def _open_targets(
-    job: Job, ranks: Ranks, rank_plan: RankPlan, directories: list[Path], phases: Phases
+    job: Job,
+    ranks: Ranks,
+    rank_plan: RankPlan,
+    destinations: Sequence[Destination],
+    phases: Phases,
 ) -> list[Target]:
     targets = []
-    for k, directory in enumerate(directories):
+    for k, destination in enumerate(destinations):
+        placed = job.placed(k, ranks.rank, rank_plan)
         with phases("waiting"):
-            wait_for_directory(journals(directory), ranks.check)
-            wait_for_directory(directory, ranks.check)
-        name, placed = file_name(ranks.rank), job.placed(k, ranks.rank, rank_plan)
-        journal = journals(directory) / (name + JOURNAL_SUFFIX)
-        file = CheckpointFile(directory / name, journal, placed[-1].end if placed else 0)
-        targets.append(Target(file, places(placed)))
+            targets.append(destination.open(ranks.rank, placed, ranks.check))
     return targets
 
 
-def _copy_beside(job: Job, rank_plan: RankPlan, directories: list[Path]) -> list[Files]:
+def _copy_beside(job: Job, rank_plan: RankPlan, destinations: Sequence[Destination]) -> list[Files]:
     """Copy the side files of the outputs that this rank does it for; the copies, by output."""
     return [
-        job.copy_beside(output, directory) if k in rank_plan.side_files else {}
-        for k, (output, directory) in enumerate(zip(job.outputs, directories, strict=True))
+        job.copy_beside(output, destination.directory)
+        if destination.takes_side_files and k in rank_plan.side_files
+        else {}
+        for k, (output, destination) in enumerate(zip(job.outputs, destinations, strict=True))
     ]
 
 
@@ -267,29 +267,28 @@ def _report(work: RankWork, seconds: float) -> RankReport:
         device=str(work.device.torch_device),
         threads=work.budget.threads,
         bytes_read=sum(reader.bytes_read for reader in context.readers),
-        bytes_written=sum(target.file.bytes_written for target in context.targets),
+        bytes_written=sum(target.bytes_written for target in context.targets),
         seconds=seconds,
         phases=context.phases.seconds(),
     )
 
 
-def _close(
-    files: list[CheckpointFile], check: Callable[[], None]
-) -> dict[CheckpointFile, tuple[int, int]]:
-    """Make files durable, several at a time; the size and CRC-32 of each."""
-    closed: dict[CheckpointFile, tuple[int, int]] = {}
+def _close(targets: Sequence[Target], check: Callable[[], None]) -> list[Closed]:
+    """Make all targets durable, several at a time."""
+    closed: dict[int, Closed] = {}
 
-    def close(file: CheckpointFile) -> None:
-        closed[file] = file.close()
+    def close(k: int) -> None:
+        closed[k] = targets[k].close()
 
-    run_workers(files, close, min(len(files), MAX_THREADS), threading.Event(), check)
-    return closed
+    threads = min(len(targets), MAX_THREADS)
+    run_workers(range(len(targets)), close, threads, threading.Event(), check)
+    return [closed[k] for k in range(len(targets))]
 
 
-def _abandon(files: list[CheckpointFile]) -> None:
-    """Close files after a failure. Storage that hangs is not waited for."""
+def _abandon(targets: Sequence[Target]) -> None:
+    """Close targets after a failure. Storage that hangs is not waited for."""
     try:
-        run_workers(files, CheckpointFile.abandon, 1, threading.Event(), check_storage)
+        run_workers(targets, lambda target: target.abandon(), 1, threading.Event(), check_storage)
     except StorageError as error:
         logger.warning("%s; what is not synced is made again", error)
 

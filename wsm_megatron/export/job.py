@@ -15,7 +15,7 @@ from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.execution.rank import ProgressFactory
 from wsm_megatron.export.options import ExportConfig
-from wsm_megatron.export.plan import ExportPlan, make_plan
+from wsm_megatron.export.plan import CheckpointExport, ExportPlan, make_plan
 from wsm_megatron.export.rank import Written, check_read, run_rank
 from wsm_megatron.export.side_files import write_beside
 from wsm_megatron.export.target import Target
@@ -73,7 +73,7 @@ def export(
         Target(config.save) as target,
         ranks.watching(target.check),
     ):
-        plans: list[ExportPlan] = []
+        plans: list[CheckpointExport] = []
 
         def begin() -> Path | None:
             plans.append(make_plan(config))
@@ -82,7 +82,7 @@ def export(
         directory = ranks.broadcast(begin, "planning")
         if directory is not None:
             _write(plans, directory, target, ranks, execution, progress)
-        facts = ranks.broadcast(lambda: _facts(plans[0]), "reporting")
+        facts = ranks.broadcast(lambda: facts_of(plans[0]), "reporting")
         return ExportReport(
             path=config.save,
             **facts,
@@ -91,16 +91,17 @@ def export(
         )
 
 
-def _facts(plan: ExportPlan) -> dict[str, Any]:
+def facts_of(plan: ExportPlan) -> dict[str, Any]:
+    """What a report says of the export itself."""
     return {
         "family": plan.record["family"],
-        "tensors": sum(len(shard.tensors) for shard in plan.shards),
+        "tensors": plan.tensors,
         "nbytes": plan.nbytes,
     }
 
 
 def _write(
-    plans: list[ExportPlan],
+    plans: list[CheckpointExport],
     directory: Path,
     target: Target,
     ranks: Ranks,
@@ -121,7 +122,7 @@ def _write(
 
 
 def _publish(
-    plan: ExportPlan, directory: Path, target: Target, of_ranks: list[Written], ranks: Ranks
+    plan: CheckpointExport, directory: Path, target: Target, of_ranks: list[Written], ranks: Ranks
 ) -> None:
     files: Files = {}
     for one in of_ranks:
@@ -129,9 +130,13 @@ def _publish(
     wait_for_files(directory, {name: size for name, (size, _) in files.items()}, ranks.check)
     check_read(plan.layout, [one.ledger for one in of_ranks])
     check_unchanged(plan.layout.path, plan.before)
-    for name, data in plan.index().items():
-        files[name] = write_file(directory / name, data)
-    files |= write_beside(directory, plan.config, plan.tokenizer)
+    files |= write_rest(plan, directory)
     with ending_later():
         target.commit(plan.record, files)
     logger.info("published %s", target.path)
+
+
+def write_rest(plan: ExportPlan, directory: Path) -> Files:
+    """Write what an export has beside its tensors, durably."""
+    files = {name: write_file(directory / name, data) for name, data in plan.index().items()}
+    return files | write_beside(directory, plan.config, plan.tokenizer)

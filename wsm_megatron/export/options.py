@@ -9,7 +9,7 @@ import torch
 
 from wsm_megatron.errors import UsageError
 from wsm_megatron.export.families import FAMILIES
-from wsm_megatron.options import PATH, SIZE, TEXT, Options, one_of, option, repeated
+from wsm_megatron.options import PATH, SIZE, SWITCH, TEXT, Options, one_of, option, repeated
 
 FORMATS = ("hf", "safetensors")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "same": None}
@@ -84,7 +84,7 @@ class ExportConfig(ExportOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeExport(ExportOptions):
-    """What is exported of each merge, once it is published."""
+    """What is exported of each merge, in the pass that makes it."""
 
     export: str | None = option(
         "also write each merge's weights for others: hf, a Hugging Face model; safetensors, "
@@ -100,6 +100,12 @@ class MergeExport(ExportOptions):
         default_text="a folder hf or safetensors beside the merges",
         group=EXPORT,
         metavar="DIR",
+    )
+    export_only: bool = option(
+        "publish the exports alone, no Megatron checkpoints: nothing but the weights is read",
+        SWITCH,
+        False,
+        group=EXPORT,
     )
 
     def check(self) -> None:

@@ -1,9 +1,12 @@
-"""What an export will hold, from a checkpoint's metadata and args; no tensor is read."""
+"""What an export will hold, from a model's metadata and args; no tensor is read.
+
+The model is a checkpoint's, or the one that a merge will make.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
-from wsm_megatron.checkpoint.common_state import load_common, read_common
+from wsm_megatron.checkpoint.common_state import load_common, load_stored, read_common
 from wsm_megatron.checkpoint.keys import MERGEABLE, OPTIMIZER_ROLES, Role
 from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, TensorEntry, read_layout
 from wsm_megatron.checkpoint.reader import read_file
@@ -25,12 +28,37 @@ from wsm_megatron.export.recorded_args import recorded_args
 from wsm_megatron.export.shards import INDEX_FILE, Shard, index_of, make_shards, shares
 from wsm_megatron.export.side_files import Tokenizer, model_config
 from wsm_megatron.export.table import Family, Piece, Tensor, tensors_of
+from wsm_megatron.planning.job import Job, OutputCheckpoint
 from wsm_megatron.planning.provenance import described, read_provenance
 from wsm_megatron.storage.fingerprint import Fingerprint, fingerprint
 from wsm_megatron.version import __version__
 
 FORMAT = 1
+METADATA_CRC = "metadata_crc32"
+"""In the record: which checkpoint it was, beside its path. An export in the same pass as its merge
+is told it once that is written; one without a checkpoint has none."""
 _NOT_WEIGHTS = OPTIMIZER_ROLES | {Role.RNG, Role.COMMON, Role.EXTRA}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is exported.
+
+    Attributes:
+        where: the checkpoint that it is of, or a merge's newest source, for messages; Bridge's run
+            config lies there.
+        tensors: all that it has, as they are stored. format: how. state: the common state.
+        source: of a published checkpoint its path.
+        metadata_crc: of its ``.metadata``, where that is written. merge: how it was merged, if so.
+    """
+
+    where: Path
+    tensors: Mapping[str, TensorEntry]
+    format: str
+    state: Mapping[str, Any]
+    source: Path | None
+    metadata_crc: int | None
+    merge: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -38,13 +66,10 @@ class ExportPlan:
     """An export, before a byte of it is written.
 
     Attributes:
-        before: the checkpoint's files when it was opened.
         config: ``config.json``; None where the names are Megatron's.
         record: ``wsm_export.json``, but for its files.
     """
 
-    layout: Layout
-    before: Fingerprint
     shards: tuple[Shard, ...]
     config: dict[str, Any] | None
     tokenizer: Tokenizer | None
@@ -54,6 +79,26 @@ class ExportPlan:
     def nbytes(self) -> int:
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def tensors(self) -> int:
+        return sum(len(shard.tensors) for shard in self.shards)
+
+    def index(self) -> dict[str, bytes]:
+        """The index of several files, by its name; nothing for a single one."""
+        return {INDEX_FILE: index_of(self.shards)} if len(self.shards) > 1 else {}
+
+
+@dataclass(frozen=True)
+class CheckpointExport(ExportPlan):
+    """An export that a checkpoint is read for.
+
+    Attributes:
+        before: the checkpoint's files when it was opened.
+    """
+
+    layout: Layout
+    before: Fingerprint
+
     def share(self, rank: int, ranks: int) -> tuple[Layout, list[Shard]]:
         """A rank's files, and as much of the layout as it reads."""
         mine = shares(self.shards, ranks)[rank]
@@ -61,12 +106,8 @@ class ExportPlan:
         tensors = {key: self.layout.tensors[key] for key in keys}
         return replace(self.layout, tensors=tensors, objects={}), mine
 
-    def index(self) -> dict[str, bytes]:
-        """The index of several files, by its name; nothing for a single one."""
-        return {INDEX_FILE: index_of(self.shards)} if len(self.shards) > 1 else {}
 
-
-def make_plan(config: ExportConfig) -> ExportPlan:
+def make_plan(config: ExportConfig) -> CheckpointExport:
     """Open a checkpoint and plan its export.
 
     Raises:
@@ -76,15 +117,55 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     path = config.load
     before = fingerprint(path) if path.is_dir() else ()
     layout = read_layout(path)
-    metadata_crc = crc32(read_file(path / METADATA_FILE))
+    model = Model(
+        where=path,
+        tensors=layout.tensors,
+        format=layout.format.name,
+        state=load_common(*read_common(path, layout)),
+        source=path.resolve(),
+        metadata_crc=crc32(read_file(path / METADATA_FILE)),
+        merge=_merge(path),
+    )
+    plan = plan_of(model, config)
+    return CheckpointExport(plan.shards, plan.config, plan.tokenizer, plan.record, layout, before)
+
+
+def merged_model(job: Job, output: OutputCheckpoint, *, published: bool) -> Model:
+    """What a merge will make.
+
+    Args:
+        published: it becomes a checkpoint too.
+    """
+    newest, path = job.newest(output), output.path
+    return Model(
+        where=newest.path,
+        tensors={
+            made.key: replace(newest.tensors[made.key], dtype=made.dtype)
+            for recipe in job.plan.recipes
+            for made in recipe.outputs
+        },
+        format=output.format.name,
+        state=load_stored(output.common, str(newest.path)),
+        source=path.resolve() if published else None,
+        metadata_crc=None,
+        merge=output.provenance,
+    )
+
+
+def plan_of(model: Model, config: ExportConfig) -> ExportPlan:
+    """Plan the export of a model.
+
+    Raises:
+        UsageError: it is of no family here, args lack something, or a tensor has no place.
+    """
     tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer)
-    state = load_common(*read_common(path, layout))
-    entries, dtype = _weights(layout, config), DTYPES[config.export_dtype]
+    entries, dtype = _weights(model, config), DTYPES[config.export_dtype]
     family, contents = None, None
     if config.format == "hf":
         size = None if tokenizer is None else tokenizer.size()
-        args = model_args(recorded_args(path, state), config.arg, str(path), size)
-        family = _family(layout, args, config)
+        recorded = recorded_args(model.where, model.state)
+        args = model_args(recorded, config.arg, str(model.where), size)
+        family = _family(model, args, config)
         tensors = tensors_of(family, args, entries, dtype)
         special = {} if tokenizer is None else tokenizer.special_ids()
         contents = model_config(family, args, _dtype(tensors), special)
@@ -92,47 +173,46 @@ def make_plan(config: ExportConfig) -> ExportPlan:
         tensors = [_as_it_is(entry, dtype) for entry in entries.values()]
     record = {
         "format": FORMAT,
-        "source": str(path.resolve()),
-        "iteration": state.get("iteration"),
-        "metadata_crc32": f"{metadata_crc:08x}",
+        "source": None if model.source is None else str(model.source),
+        "iteration": model.state.get("iteration"),
+        METADATA_CRC: None if model.metadata_crc is None else f"{model.metadata_crc:08x}",
         "family": None if family is None else family.name,
         "options": _recorded(config),
         "versions": {"wsm_megatron": __version__, "python": platform.python_version()},
-        "merge": _merge(path),
+        "merge": model.merge,
     }
-    shards = tuple(make_shards(tensors, config.shard_size))
-    return ExportPlan(layout, before, shards, contents, tokenizer, record)
+    return ExportPlan(tuple(make_shards(tensors, config.shard_size)), contents, tokenizer, record)
 
 
-def _family(layout: Layout, args: ModelArgs, config: ExportConfig) -> Family:
-    if layout.format.name != "torch_dist":
+def _family(model: Model, args: ModelArgs, config: ExportConfig) -> Family:
+    if model.format != "torch_dist":
         raise UsageError(
-            f"{layout.path} is of {layout.format.name}, whose names --format hf does not know: "
+            f"{model.where} is of {model.format}, whose names --format hf does not know: "
             "load it in Megatron and save it with --ckpt-format torch_dist, or use --format "
             "safetensors"
         )
     return choose(args, config.family)
 
 
-def _weights(layout: Layout, config: ExportConfig) -> dict[str, TensorEntry]:
+def _weights(model: Model, config: ExportConfig) -> dict[str, TensorEntry]:
     """The tensors that are to be exported. Raises ``UsageError`` where one is no weights."""
-    model = {k: e for k, e in layout.tensors.items() if e.role not in _NOT_WEIGHTS}
+    weights = {k: e for k, e in model.tensors.items() if e.role not in _NOT_WEIGHTS}
     for pattern in config.leave_out:
-        if not any(fnmatchcase(key, pattern) for key in model):
-            raise UsageError(f"--leave-out {pattern!r} matches no model tensor of {layout.path}")
+        if not any(fnmatchcase(key, pattern) for key in weights):
+            raise UsageError(f"--leave-out {pattern!r} matches no model tensor of {model.where}")
     kept = {
         key: entry
-        for key, entry in model.items()
+        for key, entry in weights.items()
         if not any(fnmatchcase(key, pattern) for pattern in config.leave_out)
     }
     strange = [f"{key} ({e.dtype})" for key, e in kept.items() if e.dtype not in MERGEABLE]
     if strange:
         raise UsageError(
-            f"{layout.path}: {some(strange)}: no floating weights; --leave-out PATTERN leaves them "
+            f"{model.where}: {some(strange)}: no floating weights; --leave-out PATTERN leaves them "
             "out"
         )
     if not kept:
-        raise UsageError(f"{layout.path}: no model tensors to export")
+        raise UsageError(f"{model.where}: no model tensors to export")
     return kept
 
 

@@ -98,7 +98,9 @@ def run_rank(
 def _close(shards: Sequence[Shard], files: list[ShardFile]) -> Files:
     closed: Files = {}
     for shard in shards:
-        closed[shard.name] = files.pop(0).close()  # what fails abandons those that are still open
+        written, crc = files.pop(0).close()  # what fails abandons those that are still open
+        assert written == shard.size, f"{written} of {shard.size} bytes of {shard.name}"
+        closed[shard.name] = written, crc
     return closed
 
 

@@ -15,6 +15,7 @@ from wsm_megatron.checkpoint.side_files import Files
 from wsm_megatron.checkpoint.staging_dir import leftovers, lock_path, publish, remove
 from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.errors import MergeError, UsageError
+from wsm_megatron.export.plan import METADATA_CRC
 from wsm_megatron.planning.provenance import holds_files, listed, seal
 from wsm_megatron.storage.durable import fsync_path
 from wsm_megatron.storage.json_file import parse_json
@@ -66,7 +67,7 @@ class Target:
             UsageError: something else is there.
             MergeError: there is no space, or the folder cannot be made.
         """
-        if self._is_there(record):
+        if self.holds(record):
             return None
         check_space({self.path: nbytes}, {self.path: sum(map(allocated, leftovers(self.path)))})
         self._lock = Lock(lock_path(self.path), _text(record))
@@ -74,7 +75,7 @@ class Target:
             with watched(lambda: f"{self.path.parent}: creating"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(check)
-            if self._is_there(record):
+            if self.holds(record):
                 return None
             remove(leftovers(self.path))
             self._staging = self.path.with_name(f".{self.path.name}.wsm-export")
@@ -94,7 +95,8 @@ class Target:
         except OSError as error:
             raise MergeError(f"{self.path}: cannot publish: {error.strerror}") from error
 
-    def _is_there(self, record: dict[str, Any]) -> bool:
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether the very same export is there. Raises ``UsageError`` where something else is."""
         if not os.path.lexists(self.path):
             return False
         if not holds_export(self.path, record):
@@ -125,12 +127,18 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def holds_export(directory: Path, record: dict[str, Any]) -> bool:
-    """Whether a folder holds an export of this record, whole by the sizes of its files."""
+    """Whether a folder holds an export of this record, whole by the sizes of its files.
+
+    Args:
+        record: may leave open which bytes its checkpoint's metadata has.
+    """
     found = read_record(directory)
     if found is None:
         return False
-    files = found.pop("files")
-    return found == json.loads(_text(record)) and holds_files(directory, files)
+    files, wanted = found.pop("files"), json.loads(_text(record))
+    if wanted[METADATA_CRC] is None and wanted["source"] is not None:
+        wanted[METADATA_CRC] = found.get(METADATA_CRC)
+    return found == wanted and holds_files(directory, files)
 
 
 def _text(record: dict[str, Any]) -> str:

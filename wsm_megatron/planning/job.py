@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from wsm_megatron.checkpoint.formats import CheckpointFormat, KeyPath, StoredCom
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.checkpoint.run_directory import checkpoint_path
-from wsm_megatron.checkpoint.side_files import Files, copy_side_files
+from wsm_megatron.checkpoint.side_files import Files, SideFiles, copy_side_files
 from wsm_megatron.checkpoint.writer import Item, Placed, place
 from wsm_megatron.config import ExecutionOptions, MergeConfig
 from wsm_megatron.planning.plan import MergePlan
@@ -109,6 +109,16 @@ class Job:
                 replace(p, source_indices=tuple(place[j] for j in p.source_indices)) for p in kept
             ),
             scattered_for=self.scattered_for or tuple(self.merges),
+        )
+
+    def of_weights(self, keys: Collection[str]) -> Job:
+        """The same merges of some model tensors: nothing else is read, and nothing copied."""
+        nothing = StoredCommon(None)
+        return replace(
+            self,
+            sources=tuple(replace(source, beside=SideFiles()) for source in self.sources),
+            outputs=tuple(replace(one, objects=(), common=nothing) for one in self.outputs),
+            plan=self.plan.of_weights(keys),
         )
 
     def used_by(self, outputs: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,19 @@ class MergePlan:
     left_out: tuple[str, ...]
     rebuilds_main_params: bool = False
     """Main params are the merged model's, not merged themselves."""
+
+    def of_weights(self, keys: Collection[str]) -> MergePlan:
+        """As far as it makes some model tensors. Main params are summed where they would be, and
+        not written."""
+        recipes = {
+            one: replace(one, outputs=one.outputs[-1:]) for one in self.recipes if one.key in keys
+        }
+        tasks = tuple(
+            Task(recipes[task.recipe], task.region, task.flat)
+            for task in self.tasks
+            if task.recipe in recipes
+        )
+        return replace(self, recipes=tuple(recipes.values()), tasks=tasks)
 
     def bytes_to_write(self) -> int:
         """Bytes of the tensors of one merged checkpoint."""

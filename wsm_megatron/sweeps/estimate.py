@@ -13,6 +13,7 @@ from pathlib import Path
 
 from wsm_megatron.access.protocol import Estimate
 from wsm_megatron.execution.rank import default_threads
+from wsm_megatron.export.merged import MergedExports
 from wsm_megatron.planning.job import Job
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.retry import check_storage, watched
@@ -53,15 +54,26 @@ class SweepEstimate:
 
     @classmethod
     def of(
-        cls, job: Job, moved: Estimate, save: Path, batch: int | None = None, keep: int = 0
+        cls,
+        job: Job,
+        moved: Estimate,
+        save: Path,
+        batch: int | None = None,
+        keep: int = 0,
+        exports: MergedExports | None = None,
     ) -> SweepEstimate:
         """Measures rates by reading and writing some MiB; nothing that is written stays.
 
         Args:
             batch: merges that are made at a time; ``keep``: the best, which lie beside them.
+            exports: that are made too, or instead.
         """
         count = len(job.outputs)
-        stored, batches = sum(job.stored_bytes()), 1
+        written, stored, batches = moved.written, sum(job.stored_bytes()), 1
+        if exports is not None:
+            exported = sum(plan.nbytes for _, plan in exports.planned())
+            written, stored = (0, 0) if exports.only else (written, stored)
+            written, stored = written + exported, stored + exported
         if batch is not None:
             batches = -(-count // batch)
             stored = stored * min(count, batch + keep) // count
@@ -73,11 +85,11 @@ class SweepEstimate:
             merges=count,
             sources=len(job.sources),
             read=moved.read * batches,
-            written=moved.written,
+            written=written,
             stored=stored,
             free=free,
             read_rate=read_rate(job, moved.read, threads),
-            write_rate=_write_rate(place, min(_MOST_WRITTEN, moved.written // _SHARE)),
+            write_rate=_write_rate(place, min(_MOST_WRITTEN, written // _SHARE)),
         )
 
 

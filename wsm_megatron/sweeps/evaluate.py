@@ -1,9 +1,9 @@
 """An evaluation command: it is told a checkpoint, and prints metrics.
 
 The command is a line for the shell. ``{path}``, ``{root}`` and ``{iteration}`` in it stand for the
-checkpoint, quoted; ``WSM_PATH``, ``WSM_ROOT`` and ``WSM_ITERATION`` in its environment say the
-same. The last line that it prints on standard output is a JSON object of metrics,
-``{"loss": 1.25}``, or one number, which is the value of ``--metric``.
+checkpoint, quoted, and ``{export}`` for its export; ``WSM_PATH``, ``WSM_ROOT``, ``WSM_ITERATION``
+and ``WSM_EXPORT`` in its environment say the same. The last line that it prints on standard output
+is a JSON object of metrics, ``{"loss": 1.25}``, or one number, which is the value of ``--metric``.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ class EvaluationCommand:
     metric: str
     timeout: float | None = None
 
-    def score(self, path: Path) -> dict[str, float]:
+    def score(self, path: Path, export: Path | None = None) -> dict[str, float]:
         """Metrics of a checkpoint. On the rank that calls it; what the command starts ends with it.
+
+        Args:
+            export: its export, where it has one; the checkpoint itself may be missing then.
 
         Raises:
             EvaluationError: it fails, takes too long, or prints something else.
         """
         root, iteration = path.parent, path.name.removeprefix("iter_").lstrip("0") or "0"
         places = {"path": str(path), "root": str(root), "iteration": iteration}
+        places |= {} if export is None else {"export": str(export)}
         line = self.line
         for name, value in places.items():
             line = line.replace("{" + name + "}", shlex.quote(value))
@@ -127,7 +131,8 @@ class EvaluationOptions(Options):
     """How merges are scored."""
 
     eval: str | None = option(
-        "shell command that scores a checkpoint: {path}, {root} and {iteration} stand for it, its "
+        "shell command that scores a checkpoint: {path}, {root} and {iteration} stand for it, "
+        "{export} for its export; its "
         'last line is a JSON object such as {"loss": 1.25}, or a number',
         TEXT,
         None,

@@ -41,7 +41,7 @@ class SweptMerge:
             ``sources`` (paths) are in that order, ``effective_lr`` one shorter.
         decay: None for explicit coefficients.
         window: the options that chose the sources, as far as they were given.
-        exists: it is on disk.
+        exists: it is on disk. export: where its export is, if it has one.
         digest: of what is merged and how: another one is another merge.
         scores: by metric; None before it was evaluated.
     """
@@ -62,7 +62,13 @@ class SweptMerge:
     sources: tuple[str, ...]
     digest: str
     exists: bool = False
+    export: str | None = None
     scores: dict[str, float] | None = None
+
+    @property
+    def on_disk(self) -> bool:
+        """As a checkpoint or an export."""
+        return self.exists or self.export is not None
 
     @classmethod
     def of(cls, job: Job, output: OutputCheckpoint, config: MergeConfig, save: Path) -> SweptMerge:
@@ -127,7 +133,13 @@ class SweepManifest:
         for one in planned:
             before = known.get(one.path)
             if before is not None and before.digest == one.digest:
-                one = replace(one, exists=Path(one.path).is_dir(), scores=before.scores)
+                there = before.export is not None and Path(before.export).is_dir()
+                one = replace(
+                    one,
+                    exists=Path(one.path).is_dir(),
+                    export=before.export if there else None,
+                    scores=before.scores,
+                )
             known[one.path] = one
         return replace(self, merges=tuple(known.values()))
 
@@ -164,6 +176,7 @@ def _window(config: MergeConfig, end: int) -> dict[str, Any]:
 
 
 def _merge_of(data: Mapping[str, Any]) -> SweptMerge:
+    data = {"export": None, **data}  # which an earlier version did not know
     values = {name: data[name] for name in SweptMerge.__dataclass_fields__}
     for name in ("iterations", "coefficients", "positions", "sources"):
         values[name] = tuple(values[name])
@@ -174,6 +187,7 @@ def _merge_of(data: Mapping[str, Any]) -> SweptMerge:
         raise ValueError("as many coefficients as iterations are wanted")
     if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise ValueError("a coefficient or score is no finite number")
+    texts += [] if values["export"] is None else [values["export"]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a path is no text")
     return SweptMerge(**values)

@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wsm_megatron.access.protocol import Estimate
-from wsm_megatron.api import merge_together, plan_together
+from wsm_megatron.api import merge_and_export_together, plan_together
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, list_checkpoints
 from wsm_megatron.checkpoint.staging_dir import advance_tracker, remove
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.execution.rank import ProgressFactory
+from wsm_megatron.export.job import ExportReport
+from wsm_megatron.export.merged import MergedExports
+from wsm_megatron.export.options import MergeExport
 from wsm_megatron.options import COUNT, PATH, SWITCH, option
 from wsm_megatron.planning.job import Job
 from wsm_megatron.planning.merge_set import MergeSet
@@ -88,6 +91,7 @@ def sweep(
     options: SweepOptions = SweepOptions(),
     progress: ProgressFactory | None = None,
     tell: Callable[[SweepEstimate], None] = lambda estimate: None,
+    exports: MergeExport = MergeExport(),
 ) -> SweepReport | None:
     """Make every merge of a grid, and write ``sweep.json``. The same call goes on where one ended.
 
@@ -96,6 +100,7 @@ def sweep(
     Args:
         progress: shows progress of merging; called on every rank.
         tell: called on rank 0 with the estimate, before anything is written.
+        exports: of every merge, made with it or instead of it.
 
     Returns:
         what was done, on rank 0; elsewhere None.
@@ -104,8 +109,10 @@ def sweep(
         UsageError: the options do not fit the run. MergeError: as :func:`.merge` raises it.
         EvaluationError: the command failed; what is made and scored is kept.
     """
+    if exports.export is None and "{export}" in (options.eval or ""):
+        raise UsageError("--eval wants {export}: give --export hf")
     with job_ranks() as ranks:
-        return _Run(wanted, execution, options, progress, tell, ranks).do()
+        return _Run(wanted, execution, options, progress, tell, exports, ranks).do()
 
 
 class _Run:
@@ -118,11 +125,12 @@ class _Run:
         options: SweepOptions,
         progress: ProgressFactory | None,
         tell: Callable[[SweepEstimate], None],
+        exports: MergeExport,
         ranks: Ranks,
     ):
         self._save, self._set = wanted.base.save, wanted.merge_set()
         self._execution, self._options, self._ranks = execution, options, ranks
-        self._progress, self._tell = progress, tell
+        self._progress, self._tell, self._exports = progress, tell, exports
         self._manifest = SweepManifest(self._save)
         self._paths: list[str] = []
         self._estimate: SweepEstimate | None = None
@@ -137,10 +145,11 @@ class _Run:
     def do(self) -> SweepReport | None:
         options, everything = self._options, range(len(self._set.merges))
         if options.dry_run or options.batch is not None:
-            found = plan_together(self._set, self._execution)
+            exports = MergedExports(self._exports, self._save)
+            found = plan_together(self._set, self._execution, exports)
             with self._ranks.together("planning"):
                 if found is not None:
-                    self._planned(*found)
+                    self._planned(*found, exports)
         if options.dry_run:
             return self._report()
         if options.batch is None:
@@ -158,7 +167,7 @@ class _Run:
             self._ranks.broadcast(self._drop, "deleting merges")
         return self._report()
 
-    def _planned(self, job: Job, moved: Estimate) -> None:
+    def _planned(self, job: Job, moved: Estimate, exports: MergedExports) -> None:
         planned = [
             SweptMerge.of(job, output, config, self._save)
             for output, config in zip(job.outputs, self._set.merges, strict=True)
@@ -167,7 +176,7 @@ class _Run:
         self._paths = [one.path for one in planned]
         self._manifest = SweepManifest.there(self._save).with_planned(planned)
         self._estimate = SweepEstimate.of(
-            job, moved, self._save, self._options.batch, self._options.keep
+            job, moved, self._save, self._options.batch, self._options.keep, exports
         )
         self._tell(self._estimate)
 
@@ -175,21 +184,28 @@ class _Run:
         """Merges of the grid, by number, of one read. Collective."""
         merges = MergeSet(self._save, tuple(self._set.merges[k] for k in numbers))
         told = {"merges": [asdict(one) for one in merges.merges]}
+        exports = MergedExports(self._exports, self._save)
 
         def planned(job: Job, moved: Estimate) -> None:
             if self._estimate is None:
-                self._planned(job, moved)
+                self._planned(job, moved, exports)
 
-        done = merge_together(merges, self._execution, self._progress, told, planned)
+        done, exported = merge_and_export_together(
+            merges, exports, self._execution, self._progress, told, planned
+        )
         self._read += done.bytes_read
         self._written += done.bytes_written
         self._seconds += done.seconds
         self._trajectory = done.trajectory
-        self._ranks.broadcast(lambda: self._note(numbers), "writing the manifest")
+        self._ranks.broadcast(lambda: self._note(numbers, exported), "writing the manifest")
 
-    def _note(self, numbers: Sequence[int]) -> None:
+    def _note(self, numbers: Sequence[int], exported: Sequence[ExportReport]) -> None:
         for k in numbers:
-            self._manifest = self._manifest.updated(self._paths[k], exists=True)
+            exists = not self._exports.export_only or self._swept(k).exists
+            self._manifest = self._manifest.updated(self._paths[k], exists=exists)
+        for k, one in zip(numbers, exported, strict=False):  # without --export there are none
+            export = str(one.path.absolute())
+            self._manifest = self._manifest.updated(self._paths[k], export=export)
         self._manifest.write()
 
     def _evaluate(self, numbers: Sequence[int]) -> None:
@@ -200,8 +216,10 @@ class _Run:
 
         def score(k: int) -> None:
             if self._score(k) is None:
-                scores = command.score(Path(self._paths[k]))
-                before = self._swept(k).scores or {}
+                swept = self._swept(k)
+                export = None if swept.export is None else Path(swept.export)
+                scores = command.score(Path(swept.path), export)
+                before = swept.scores or {}
                 self._manifest = self._manifest.updated(self._paths[k], scores=before | scores)
                 self._manifest.write()
 
@@ -226,16 +244,25 @@ class _Run:
         return [k for _, k in sorted(scores)[: self._options.keep]]
 
     def _gone(self) -> list[int]:
-        return [k for k in sorted(self._best()) if not self._swept(k).exists]
+        return [k for k in sorted(self._best()) if not self._is_made(k)]
+
+    def _is_made(self, k: int) -> bool:
+        one, exports = self._swept(k), self._exports
+        return (one.exists or exports.export_only) and (
+            exports.export is None or one.export is not None
+        )
 
     def _drop(self) -> None:
         """Delete what is scored and not among the best."""
         for k in {k for k in range(len(self._paths)) if self._score(k) is not None} - {
             *self._best()
         }:
-            if self._swept(k).exists:
-                delete_merge(Path(self._paths[k]))
-                self._manifest = self._manifest.updated(self._paths[k], exists=False)
+            swept = self._swept(k)
+            if swept.exists:
+                delete_merge(Path(swept.path))
+            if swept.export is not None:
+                delete_export(Path(swept.export), self._save)
+            self._manifest = self._manifest.updated(swept.path, exists=False, export=None)
         self._manifest.write()
 
     def _report(self) -> SweepReport | None:
@@ -273,10 +300,7 @@ def delete_merge(path: Path) -> None:
     """Delete a merged checkpoint: it loses its name first, so that no half of it is ever found; the
     tracker beside it goes to the newest that is left."""
     root = path.parent
-    hidden = path.with_name(f".{path.name}.wsm-deleted")
-    with watched(lambda: f"{path}: renaming"):
-        path.rename(hidden)
-    fsync_path(root)
+    hidden = _hide(path)
     if left := list_checkpoints(root):
         advance_tracker(root, max(left))
         remove([hidden])
@@ -285,3 +309,21 @@ def delete_merge(path: Path) -> None:
         if not any(root.iterdir()):
             root.rmdir()
     logger.info("deleted %s", path)
+
+
+def delete_export(path: Path, save: Path) -> None:
+    """The same of an export, with the folders that are empty then, but for ``save``."""
+    remove([_hide(path)])
+    for folder in path.parents:
+        if folder == save.absolute() or any(folder.iterdir()):
+            break
+        folder.rmdir()
+    logger.info("deleted %s", path)
+
+
+def _hide(path: Path) -> Path:
+    hidden = path.with_name(f".{path.name}.wsm-deleted")
+    with watched(lambda: f"{path}: renaming"):
+        path.rename(hidden)
+    fsync_path(path.parent)
+    return hidden

@@ -141,6 +141,7 @@ def _candidates(manifest: Path | None, load: Path | None) -> Iterable[Candidate]
         alone = [one.root for one in swept.merges]
         for one in swept.merges:
             names = {one.path, one.name, _real(one.path)}
+            names |= {one.export, _real(one.export)} if one.export is not None else set()
             if alone.count(one.root) == 1:
                 names |= {one.root, str(Path(one.name).parent)}
             yield Candidate(one.path, one.iteration, one, frozenset(names))

@@ -214,5 +214,5 @@ def test_plan_of_a_node_local_merge(wsm, tmp_path):
     plain = json.loads(wsm("plan", *arguments)[-1])
     *lines, last = wsm("plan", *arguments, "--node-local")
     assert "sums of 0 B would go from rank to rank" in lines
-    assert json.loads(last) == plain
+    assert plain.pop("windows") and json.loads(last) == plain  # which disks are full is not known
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from wsm_megatron.config import ExecutionOptions
 from wsm_megatron.errors import UsageError
 from wsm_megatron.execution.device import choose_device
 from wsm_megatron.execution.rank import ProgressFactory, RankResult, RankWork, run_rank
+from wsm_megatron.execution.targets import Destination
 from wsm_megatron.execution.timing import Phases
 from wsm_megatron.execution.value_checks import wrong_main
 from wsm_megatron.planning.job import Job
@@ -77,12 +78,12 @@ class NodeLocal:
     def run(
         self,
         work: Distribution,
-        directories: list[Path],
+        destinations: Sequence[Destination],
         progress: ProgressFactory | None,
         phases: Phases,
     ) -> RankResult:
         ranks, assignment = self._ranks, self._assignment
-        check_shared(directories[0], ranks)
+        check_shared(destinations[0].directory, ranks)
 
         def pipeline(own: RankWork) -> None:
             steps, checks = assignment.steps(ranks.rank), assignment.checks(ranks.rank)
@@ -91,7 +92,7 @@ class NodeLocal:
         with ranks.together("merging"):
             self._transport = _connect(self._execution, assignment.held, ranks)
             return run_rank(
-                work.job, ranks, work.rank_plan, directories, progress, phases, before=pipeline
+                work.job, ranks, work.rank_plan, destinations, progress, phases, before=pipeline
             )
 
     def verify(self, job: Job, result: RankResult) -> None:

@@ -110,8 +110,7 @@ def run_pipeline(
     for step in steps:
         stage = _stage(step, held, merges)
         if not stage.scope.alone and _is_finished(held[step.number], step.number, merges, written):
-            context.leave_out(stage.task, stage.scope.sources)
-            context.progress(stage.nbytes)
+            context.pass_over(stage)
         else:
             left.append(step)
     pipeline = Pipeline(held, left, merges, transport)
