@@ -137,6 +137,8 @@ def test_export_only_publishes_the_same_weights_and_nothing_else(
     wanted = config(tmp_path, optimizer_state=state)
     both, (one,) = merge_and_export(replace(wanted, save=tmp_path / "both"), HF)
     done, (only,) = merge_and_export(wanted, replace(HF, export_only=True))
+    weights = sum(tensor.nbytes for tensor in load(only.path).values())
+    assert done.bytes_written == weights < both.bytes_written
     expected, found = contents(one.path), contents(only.path)
     assert expected.pop(RECORD_FILE) != found.pop(RECORD_FILE)
     assert found == expected
@@ -186,6 +188,21 @@ def test_an_export_without_its_merge_is_found_again(tmp_path: Path) -> None:
     done.output.rename(tmp_path / "away")
     _, (one,) = merge_and_export(wanted, HF)
     assert one.already and done.output.is_dir() and contents(one.path) == before
+
+
+def test_it_does_not_matter_how_many_ranks_made_the_merge_that_an_export_is_of(
+    tmp_path: Path,
+) -> None:
+    """Its metadata says where tensors lie, and is another one."""
+    line = ["merge", "--load", str(RUNS / runs.MAIN), "--save", str(tmp_path / "merged")]
+    line += ["--export", "hf", "--local-ranks"]
+    assert main([*line, "2"]) == 0
+    merged, exported = tmp_path / "merged" / ITERATION, tmp_path / "merged" / "hf" / ITERATION
+    before, metadata = contents(exported), (merged / ".metadata").read_bytes()
+    merged.rename(tmp_path / "away")
+    for _ in range(2):
+        assert main([*line, "1"]) == 0
+        assert (merged / ".metadata").read_bytes() != metadata and contents(exported) == before
 
 
 REFUSED = {
@@ -304,7 +321,7 @@ def test_plan_says_what_export_only_would_read(
     flags += ["--optimizer-state", "last", "--export", "hf", "--export-only"]
     assert main(flags) == 0
     out = capsys.readouterr().out
-    assert "would export" in out and "exp_avg" not in out
+    assert "would export" in out and "would write" not in out and "exp_avg" not in out
     assert list(tmp_path.iterdir()) == []
 
 

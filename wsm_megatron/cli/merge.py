@@ -107,7 +107,7 @@ def _plan(arguments: argparse.Namespace) -> Answer:
         return Answer()
     found, moved = planned
     lines = chain(
-        would_do(found, moved, verbose=arguments.verbose),
+        would_do(found, moved, verbose=arguments.verbose, published=not job.export.export_only),
         *starmap(would_export, exports.planned()),
     )
     return Answer(lines, lambda: plan_data(found, moved), shown=True)
@@ -148,11 +148,18 @@ def would_export(target: Path, plan: ExportPlan) -> Iterator[str]:
     yield f"would export {target} ({family}, {size(plan.nbytes)} in {len(plan.shards)} files)"
 
 
-def would_do(job: Job, moved: Estimate, *, verbose: bool = True) -> Iterator[str]:
-    """What is written, of what; entries by what becomes of them, one by one with ``verbose``."""
+def would_do(
+    job: Job, moved: Estimate, *, verbose: bool = True, published: bool = True
+) -> Iterator[str]:
+    """What is written, of what; entries by what becomes of them, one by one with ``verbose``.
+
+    Args:
+        published: as checkpoints, not only as exports.
+    """
     for output in job.outputs:
         name = _sources(job.iterations(output), output.decay)
-        yield f"would write {output.path} ({name})"
+        if published:
+            yield f"would write {output.path} ({name})"
         if verbose or len(job.outputs) == 1:
             yield from source_table(job.iterations(output), output.decay)
     newest = job.sources[job.outputs[0].newest]
