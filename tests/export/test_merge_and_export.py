@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,48 @@ def test_a_job_that_died_goes_on_from_what_it_has_merged(
     done, (one,) = merge_and_export(wanted, OWN, alone)
     assert taken_over
     assert contents(one.path) == again(done.output, tmp_path / "again")
+
+
+KILLED = """\
+import os, signal, sys
+from wsm_megatron.cli.main import main
+from wsm_megatron.export.shard_file import ShardFile
+
+write, left = ShardFile.write, 12
+
+def killed(*arguments, **named):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*arguments, **named)
+
+ShardFile.write = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--export-only"]])
+def test_a_job_that_was_killed_is_done_by_the_same_command(more: list[str], tmp_path: Path) -> None:
+    line = ["merge", "--load", str(RUNS / runs.MAIN), "--save", str(tmp_path / "merged")]
+    line += ["--export", "hf", "--optimizer-state", "last", "--shard-size", "9000", *more]
+    repository = str(Path(__file__).resolve().parents[2])
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, *line, "--threads", "1"],
+        env=os.environ | {"PYTHONPATH": repository},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    folder = tmp_path / "merged" / "hf"
+    assert visible(tmp_path / "merged") == ["hf"] and visible(folder) == []
+    assert main(line) == 0
+    names = [path.name for path in folder.iterdir()]
+    assert names == [ITERATION], "nothing else is left"
+    alone = merge(config(tmp_path / "alone", optimizer_state="last"))
+    expected = again(alone.output, tmp_path / "again", HF)
+    found = contents(folder / ITERATION)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in found if name != RECORD_FILE)
 
 
 @pytest.mark.parametrize("state", ["drop", "last"])
