@@ -1,90 +1,76 @@
-"""lm-eval runs on an export as it comes, with a tokenizer and a task that the test makes."""
+"""lm-eval runs on an export as it comes, alone and over all merges of a sweep."""
 
 from __future__ import annotations
 
+import csv
 import json
-import os
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from examples import evaluate_merges
 from tests import runs
+from tests.export import lm_eval_task
 from tests.reference import RUNS
+from wsm_megatron import MergeConfig
+from wsm_megatron.cli.main import main
 from wsm_megatron.export.job import export
-from wsm_megatron.export.options import ExportConfig
-
-pytest.importorskip("lm_eval")
-TASK = """\
-task: made
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
-doc_to_choice: [t1, t2, t3, t4]
-doc_to_target: "{{{{label}}}}"
-metric_list: [{{metric: acc}}]
-"""
-WORDS = 100
-QUESTIONS = 24
-
-
-def write_tokenizer(folder: Path) -> Path:
-    """A word is a token: ``t7`` is 7."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"t{n}": n for n in range(WORDS - 1)} | {"</s>": WORDS - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", unk_token="</s>", pad_token="</s>"
-    )
-    fast.save_pretrained(folder)
-    return folder
-
-
-def write_task(folder: Path) -> list[tuple[list[int], int]]:
-    """Questions of three tokens, and which of four tokens is right."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(5)
-    questions = [
-        (torch.randint(5, WORDS - 1, (3,), generator=generator).tolist(), n % 4)
-        for n in range(QUESTIONS)
-    ]
-    lines = [
-        json.dumps({"text": " ".join(f"t{n}" for n in text), "label": label})
-        for text, label in questions
-    ]
-    (folder / "data.jsonl").write_text("\n".join(lines))
-    (folder / "made.yaml").write_text(TASK.format(data=folder / "data.jsonl"))
-    return questions
+from wsm_megatron.export.options import ExportConfig, MergeExport
+from wsm_megatron.sweeps.grid import Sweep, SweepGrid
+from wsm_megatron.sweeps.run import sweep
 
 
 def test_lm_eval_runs_on_an_export(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+    python = lm_eval_task.interpreter()
     source = RUNS / runs.MAIN / "iter_0000008"
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = lm_eval_task.write_tokenizer(tmp_path / "tokenizer")
     folder = export(ExportConfig(load=source, save=tmp_path / "hf", tokenizer=tokenizer)).path
-    questions = write_task(tmp_path / "task")
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
+    questions = lm_eval_task.write_task(tmp_path / "task")
+    command = [python, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={folder},dtype=float32", "--tasks", "made"]
     command += ["--include_path", str(tmp_path / "task"), "--output_path", str(tmp_path / "out")]
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=lm_eval_task.environment(tmp_path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("results*.json")
     accuracy = json.loads(results.read_text())["results"]["made"]["acc,none"]
+    assert accuracy == pytest.approx(lm_eval_task.accuracy(folder, questions))
+    assert 0 < accuracy < 1
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(torch.tensor([text for text, _ in questions])).logits[:, -1, 1:5]
-    right = sum(
-        int(row.argmax()) == label for row, (_, label) in zip(logits, questions, strict=True)
+
+def test_every_merge_of_a_sweep_is_scored_and_the_best_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = lm_eval_task.interpreter()
+    tokenizer = lm_eval_task.write_tokenizer(tmp_path / "tokenizer")
+    done = sweep(
+        Sweep(
+            MergeConfig(load=RUNS / runs.MAIN, save=tmp_path / "out"),
+            SweepGrid(decay=("mean", "ema"), last=(3,)),
+        ),
+        exports=MergeExport(export="hf", export_only=True, tokenizer=tokenizer),
     )
-    assert accuracy == pytest.approx(right / QUESTIONS)
-    assert 0 < right < QUESTIONS
+    assert done is not None
+    questions = lm_eval_task.write_task(tmp_path / "task")
+    for name, value in lm_eval_task.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    scores = tmp_path / "scores.csv"
+    line = [str(done.manifest), str(scores), "--tasks", "made", "--model-args", "dtype=float32"]
+    line += ["--lm-eval", f"{shlex.quote(python)} -m lm_eval run"]
+    evaluate_merges.main([*line, "--device", "cpu", "--include_path", str(tmp_path / "task")])
+    with scores.open() as stream:
+        found = {row["path"]: float(row["made.acc"]) for row in csv.DictReader(stream)}
+    assert found == {
+        one.path: pytest.approx(lm_eval_task.accuracy(Path(one.export), questions))
+        for one in done.merges
+        if one.export is not None
+    }
+    capsys.readouterr()
+    command = ["select", "--manifest", str(done.manifest), "--scores", str(scores)]
+    assert main([*command, "--metric", "made.acc"]) == 0
+    best = max(found, key=lambda path: found[path])
+    out = capsys.readouterr().out
+    assert found[best] == max(found.values()) and "best merge: " in out

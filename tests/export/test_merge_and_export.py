@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +134,48 @@ def test_a_job_that_died_goes_on_from_what_it_has_merged(
     assert contents(one.path) == again(done.output, tmp_path / "again")
 
 
+KILLED = """\
+import os, signal, sys
+from wsm_megatron.cli.main import main
+from wsm_megatron.export.shard_file import ShardFile
+
+write, left = ShardFile.write, 12
+
+def killed(*arguments, **named):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*arguments, **named)
+
+ShardFile.write = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--export-only"]])
+def test_a_job_that_was_killed_is_done_by_the_same_command(more: list[str], tmp_path: Path) -> None:
+    line = ["merge", "--load", str(RUNS / runs.MAIN), "--save", str(tmp_path / "merged")]
+    line += ["--export", "hf", "--optimizer-state", "last", "--shard-size", "9000", *more]
+    repository = str(Path(__file__).resolve().parents[2])
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, *line, "--threads", "1"],
+        env=os.environ | {"PYTHONPATH": repository},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
+    folder = tmp_path / "merged" / "hf"
+    assert visible(tmp_path / "merged") == ["hf"] and visible(folder) == []
+    assert main(line) == 0
+    names = [path.name for path in folder.iterdir()]
+    assert names == [ITERATION], "nothing else is left"
+    alone = merge(config(tmp_path / "alone", optimizer_state="last"))
+    expected = again(alone.output, tmp_path / "again", HF)
+    found = contents(folder / ITERATION)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in found if name != RECORD_FILE)
+
+
 @pytest.mark.parametrize("state", ["drop", "last"])
 def test_export_only_publishes_the_same_weights_and_nothing_else(
     state: str, tmp_path: Path
@@ -137,6 +183,8 @@ def test_export_only_publishes_the_same_weights_and_nothing_else(
     wanted = config(tmp_path, optimizer_state=state)
     both, (one,) = merge_and_export(replace(wanted, save=tmp_path / "both"), HF)
     done, (only,) = merge_and_export(wanted, replace(HF, export_only=True))
+    weights = sum(tensor.nbytes for tensor in load(only.path).values())
+    assert done.bytes_written == weights < both.bytes_written
     expected, found = contents(one.path), contents(only.path)
     assert expected.pop(RECORD_FILE) != found.pop(RECORD_FILE)
     assert found == expected
@@ -186,6 +234,21 @@ def test_an_export_without_its_merge_is_found_again(tmp_path: Path) -> None:
     done.output.rename(tmp_path / "away")
     _, (one,) = merge_and_export(wanted, HF)
     assert one.already and done.output.is_dir() and contents(one.path) == before
+
+
+def test_it_does_not_matter_how_many_ranks_made_the_merge_that_an_export_is_of(
+    tmp_path: Path,
+) -> None:
+    """Its metadata says where tensors lie, and is another one."""
+    line = ["merge", "--load", str(RUNS / runs.MAIN), "--save", str(tmp_path / "merged")]
+    line += ["--export", "hf", "--local-ranks"]
+    assert main([*line, "2"]) == 0
+    merged, exported = tmp_path / "merged" / ITERATION, tmp_path / "merged" / "hf" / ITERATION
+    before, metadata = contents(exported), (merged / ".metadata").read_bytes()
+    merged.rename(tmp_path / "away")
+    for _ in range(2):
+        assert main([*line, "1"]) == 0
+        assert (merged / ".metadata").read_bytes() != metadata and contents(exported) == before
 
 
 REFUSED = {
@@ -304,7 +367,7 @@ def test_plan_says_what_export_only_would_read(
     flags += ["--optimizer-state", "last", "--export", "hf", "--export-only"]
     assert main(flags) == 0
     out = capsys.readouterr().out
-    assert "would export" in out and "exp_avg" not in out
+    assert "would export" in out and "would write" not in out and "exp_avg" not in out
     assert list(tmp_path.iterdir()) == []
 
 

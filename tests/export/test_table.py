@@ -107,6 +107,41 @@ def test_what_does_not_fit_is_named(
     assert words in str(error.value)
 
 
+LAYERS = "decoder.layers."
+NORMED_AFTER = (
+    entry(LAYERS + "self_attention.linear_proj.post_layernorm.weight", 1, 4),
+    entry(LAYERS + "mlp.linear_fc2.post_layernorm.weight", 1, 4),
+)
+OVER_ALL_HEADS = entry(LAYERS + "self_attention.q_layernorm.weight", 1, 4)
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        (
+            entries(OVER_ALL_HEADS),
+            "CKPT: decoder.layers.self_attention.q_layernorm.weight: a norm of queries or keys of "
+            "shape (4,), where a head has 2 channels",
+        ),
+        (
+            entries(*NORMED_AFTER),
+            "no table of qwen3 has a place for decoder.layers.mlp.linear_fc2.post_layernorm.weight",
+        ),
+        (
+            entries(*NORMED_AFTER, without="decoder.layers.mlp.linear_fc1.layer_norm_weight"),
+            "post_attention_layernorm.weight is made of layers.0.mlp.linear_fc1.layer_norm_weight",
+        ),
+    ],
+)
+def test_norms_as_olmo_has_them_are_refused_by_key(
+    found: dict[str, TensorEntry], words: str
+) -> None:
+    """Megatron-core builds none; a fork of it might."""
+    with pytest.raises(UsageError) as error:
+        of_qwen3(found)
+    assert words in str(error.value)
+
+
 def test_more_layers_than_the_args_say_are_refused() -> None:
     two = {
         key: replace(one, shape=(2, *one.shape[1:])) if "layers" in key else one

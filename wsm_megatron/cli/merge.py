@@ -120,7 +120,7 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     if job.config.load is not None and not job.execution.node_local:
         windows = affordable(found)
     lines = chain(
-        would_do(found, moved, verbose=arguments.verbose),
+        would_do(found, moved, verbose=arguments.verbose, published=not job.export.export_only),
         *starmap(would_export, exports.planned()),
         () if windows is None else window_lines(windows),
         () if path is None else trajectory_lines(path, verbose=arguments.verbose),
@@ -174,11 +174,18 @@ def would_export(target: Path, plan: ExportPlan) -> Iterator[str]:
     yield f"would export {target} ({family}, {size(plan.nbytes)} in {len(plan.shards)} files)"
 
 
-def would_do(job: Job, moved: Estimate, *, verbose: bool = True) -> Iterator[str]:
-    """What is written, of what; entries by what becomes of them, one by one with ``verbose``."""
+def would_do(
+    job: Job, moved: Estimate, *, verbose: bool = True, published: bool = True
+) -> Iterator[str]:
+    """What is written, of what; entries by what becomes of them, one by one with ``verbose``.
+
+    Args:
+        published: as checkpoints, not only as exports.
+    """
     for output in job.outputs:
         name = _sources(job.iterations(output), output.decay)
-        yield f"would write {output.path} ({name})"
+        if published:
+            yield f"would write {output.path} ({name})"
         if verbose or len(job.outputs) == 1:
             yield from source_table(job.iterations(output), output.decay)
     newest = job.sources[job.outputs[0].newest]

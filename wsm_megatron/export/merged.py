@@ -19,7 +19,7 @@ from wsm_megatron.export.options import ExportConfig, MergeExport
 from wsm_megatron.export.plan import METADATA_CRC, ExportPlan, merged_model, plan_of
 from wsm_megatron.export.shard_file import ShardFile
 from wsm_megatron.export.sink import ExportDirectory, WithExport
-from wsm_megatron.export.spread import Place, places_of, turned_places
+from wsm_megatron.export.spread import Spread, spreads_of, turned_places
 from wsm_megatron.export.target import Target
 from wsm_megatron.export.turn import Turned
 from wsm_megatron.planning.job import Job, OutputCheckpoint
@@ -35,13 +35,13 @@ class _Export:
     """One export.
 
     Attributes:
-        places: where tensors go, by key. directory: not yet published; None while nobody makes it.
-        files: what is written. seconds: that it took, once it is published.
+        spreads: where tensors go, by key. directory: not yet published; None while nobody makes it.
+        files: what is written, by name: bytes and CRC-32.
     """
 
     config: ExportConfig
     plan: ExportPlan
-    places: dict[str, list[Place]]
+    spreads: dict[str, Spread]
     target: Target
     directory: Path | None = None
     files: Files = field(default_factory=dict)
@@ -121,26 +121,26 @@ class MergedExports:
         """
         if not self.wanted:
             return job
-        planned: dict[int, tuple[ExportPlan, dict[str, list[Place]]]] = {}
+        planned: dict[int, tuple[ExportPlan, dict[str, Spread]]] = {}
         for output in job.outputs:
             config = self._options.of(output.path, self._root)
             model = merged_model(job, output, published=not self.only)
             if output.newest not in planned:
                 plan = plan_of(model, config)
-                planned[output.newest] = plan, places_of(plan.shards)
-            plan, places = planned[output.newest]
+                planned[output.newest] = plan, spreads_of(plan.shards)
+            plan, spreads = planned[output.newest]
             facts: dict[str, Any] = {
                 "source": None if model.source is None else str(model.source),
                 "iteration": model.state.get("iteration"),
                 "merge": model.merge,
             }
             plan = replace(plan, record=plan.record | facts)
-            one = _Export(config, plan, places, Target(config.save))
+            one = _Export(config, plan, spreads, Target(config.save))
             one.target.holds(one.plan.record)
             self._exports[output.path] = one
         if not self.only:
             return job
-        return job.of_weights({key for one in self._exports.values() for key in one.places})
+        return job.of_weights({key for one in self._exports.values() for key in one.spreads})
 
     def planned(self) -> list[tuple[Path, ExportPlan]]:
         """Where exports go, and what they hold; in the order of the merges."""
@@ -202,8 +202,8 @@ class MergedExports:
             return checkpoint
         assert one.directory is not None
         keys = dict.fromkeys(made.key for task in written for made in task.recipe.outputs)
-        places = {key: one.places[key] for key in keys if key in one.places}
-        export = ExportDirectory(one.directory, one.sizes, places)
+        spreads = {key: one.spreads[key] for key in keys if key in one.spreads}
+        export = ExportDirectory(one.directory, one.sizes, spreads)
         return export if checkpoint is None else WithExport(checkpoint, export)
 
     def add(self, output: OutputCheckpoint, shared: Files) -> None:
@@ -217,7 +217,7 @@ class MergedExports:
             (one.directory / name, (one.sizes[name], places))
             for one in self._exports.values()
             if one.directory is not None
-            for name, places in turned_places(one.places).items()
+            for name, places in turned_places(one.spreads.values()).items()
         ]
         return dict(sorted(found, key=lambda pair: pair[0])[rank::ranks])
 

@@ -35,12 +35,12 @@ class ExportDirectory:
     """An export alone.
 
     Attributes:
-        sizes: of its files, which rank 0 has made. places: where a rank's tensors go, by key.
+        sizes: of its files, which rank 0 has made. spreads: where a rank's tensors go, by key.
     """
 
     directory: Path
     sizes: Mapping[str, int]
-    places: Mapping[str, Sequence[Place]]
+    spreads: Mapping[str, Spread]
     takes_side_files: bool = False
 
     @property
@@ -50,25 +50,25 @@ class ExportDirectory:
     @cached_property
     def _named(self) -> dict[str, int]:
         """Those that the rank writes to."""
-        names = dict.fromkeys(place.file for places in self.places.values() for place in places)
-        return {name: self.sizes[name] for name in names}
+        names = set[str]().union(*(spread.files for spread in self.spreads.values()))
+        return {name: self.sizes[name] for name in sorted(names)}
 
     def open(self, rank: int, placed: Sequence[Placed], check: Callable[[], None]) -> ExportTarget:
         wait_for_files(self.directory, self._named, check)
-        return ExportTarget(self.directory, self._named, self.places)
+        return ExportTarget(self.directory, self._named, self.spreads)
 
 
 class ExportTarget:
     """A rank's part of an export. What was written by a job that died is made anew."""
 
-    def __init__(
-        self, directory: Path, sizes: Mapping[str, int], places: Mapping[str, Sequence[Place]]
-    ):
+    def __init__(self, directory: Path, sizes: Mapping[str, int], spreads: Mapping[str, Spread]):
         self._files: dict[str, ShardFile] = {}
-        self._spreads = {key: Spread(found) for key, found in places.items()}
+        self._open: list[ShardFile] = []
+        self._spreads = spreads
         try:
             for name, size in sizes.items():
                 self._files[name] = ShardFile(directory / name, size, made=True)
+                self._open.append(self._files[name])
         except BaseException:
             self.abandon()
             raise
@@ -99,14 +99,14 @@ class ExportTarget:
 
     def close(self) -> Closed:
         shared: Files = {}
-        while self._files:
-            name, file = self._files.popitem()
-            shared[name] = file.close()
+        while self._open:
+            file = self._open.pop()
+            shared[file.path.name] = file.close()
         return Closed({}, shared)
 
     def abandon(self) -> None:
-        while self._files:
-            self._files.popitem()[1].abandon()
+        while self._open:
+            self._open.pop().abandon()
 
 
 class _Chunk:

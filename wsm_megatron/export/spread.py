@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import product
 from math import prod
 from operator import mul
@@ -29,7 +29,7 @@ class Place(NamedTuple):
         return self.piece.region.numel * self.dtype.itemsize
 
 
-def places_of(shards: Iterable[Shard]) -> dict[str, list[Place]]:
+def spreads_of(shards: Iterable[Shard]) -> dict[str, Spread]:
     """By key of a stored tensor, all places that its elements go to."""
     places: dict[str, list[Place]] = {}
     for shard in shards:
@@ -38,32 +38,37 @@ def places_of(shards: Iterable[Shard]) -> dict[str, list[Place]]:
                 place = Place(piece, shard.name, offset, tensor.dtype)
                 places.setdefault(piece.key, []).append(place)
                 offset += place.nbytes
-    return places
+    return {key: Spread(found) for key, found in places.items()}
 
 
-def turned_places(places: Mapping[str, Sequence[Place]]) -> dict[str, list[Place]]:
+def turned_places(spreads: Iterable[Spread]) -> dict[str, list[Place]]:
     """By file, the places whose elements do not lie in the order of the stored tensor."""
     found: dict[str, list[Place]] = {}
-    for place in (place for some in places.values() for place in some):
+    for place in (place for spread in spreads for place in spread.places):
         if place.piece.order:
             found.setdefault(place.file, []).append(place)
     return found
 
 
 class Spread:
-    """The places of one stored tensor, found by region: a model of experts has thousands."""
+    """The places of one stored tensor, found by region: a model of experts has thousands.
+
+    Attributes:
+        files: that they are in.
+    """
 
     def __init__(self, places: Iterable[Place]):
-        self._places = sorted(places, key=lambda place: place.piece.region.offsets)
-        self._starts = [_first(place.piece.region.offsets) for place in self._places]
-        self._longest = max(_first(place.piece.region.sizes) for place in self._places)
+        self.places = sorted(places, key=lambda place: place.piece.region.offsets)
+        self.files = frozenset(place.file for place in self.places)
+        self._starts = [_first(place.piece.region.offsets) for place in self.places]
+        self._longest = max(_first(place.piece.region.sizes) for place in self.places)
 
     def overlapping(self, region: Region) -> Iterator[tuple[Place, Region]]:
         """Places that part of a region goes to, and the part."""
         start, size = _first(region.offsets), _first(region.sizes)
         begin = bisect_left(self._starts, start - self._longest + 1)
         end = bisect_left(self._starts, start + size)
-        for place in self._places[begin:end]:
+        for place in self.places[begin:end]:
             common = region.intersect(place.piece.region)
             if common is not None:
                 yield place, common

@@ -15,7 +15,7 @@ from wsm_megatron.checkpoint.tiling import tiling_fault
 from wsm_megatron.errors import UsageError, some
 from wsm_megatron.export.model_args import ModelArgs
 from wsm_megatron.export.names import Part, parts_of
-from wsm_megatron.export.transforms import Shape, Transform, plain
+from wsm_megatron.export.transforms import Output, Shape, Transform, plain
 
 Kinds = Sequence[frozenset[str]]
 """By layer, those of MTP last, what is in it: the rows of a table are for layers of a kind."""
@@ -162,7 +162,7 @@ class _Found:
 
     def tensors(self, line: Row, names: dict[str, int]) -> list[Tensor]:
         sources = self._sources(line, names)
-        outputs = [line.how(part.shape, self.args) for part in sources]
+        outputs = [self._moved(line, part) for part in sources]
         made = []
         for n, name in enumerate(line.hf):
             ours = [one[n] for one in outputs]
@@ -175,6 +175,12 @@ class _Found:
             shape = _joined(line.joins, [output.shape for output in ours])
             made.append(Tensor(name.format(**names), dtype, shape, pieces))
         return made
+
+    def _moved(self, line: Row, part: Part) -> tuple[Output, ...]:
+        try:
+            return line.how(part.shape, self.args)
+        except UsageError as error:
+            raise UsageError(f"{self.args.where}: {part.key}: {error}") from error
 
     def _sources(self, line: Row, names: dict[str, int]) -> list[Part]:
         if line.joins == "concatenate":

@@ -129,14 +129,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def holds_export(directory: Path, record: dict[str, Any]) -> bool:
     """Whether a folder holds an export of this record, whole by the sizes of its files.
 
-    Args:
-        record: may leave open which bytes its checkpoint's metadata has.
+    A merge is known by what it is of; how many ranks have cut its files, and hence its metadata,
+    does not matter.
     """
     found = read_record(directory)
     if found is None:
         return False
     files, wanted = found.pop("files"), json.loads(_text(record))
-    if wanted[METADATA_CRC] is None and wanted["source"] is not None:
+    if wanted["merge"] is not None:
         wanted[METADATA_CRC] = found.get(METADATA_CRC)
     return found == wanted and holds_files(directory, files)
 

@@ -46,6 +46,16 @@ def plain(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
     return (Output(shape, (Block(_whole(shape)),)),)
 
 
+def one_head(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
+    """The norm of every head's queries or keys, one and the same."""
+    if shape != (args.head_dim,):
+        raise UsageError(
+            f"a norm of queries or keys of shape {shape}, where a head has {args.head_dim} "
+            "channels: a norm over all heads, as OLMo's models have it, is in no family here"
+        )
+    return plain(shape, args)
+
+
 def vocabulary(shape: Shape, args: ModelArgs) -> tuple[Output, ...]:
     """Without the rows that Megatron pads the vocabulary with."""
     if args.vocab_size > shape[0]:

@@ -10,7 +10,7 @@ import torch
 from wsm_megatron.errors import UsageError
 from wsm_megatron.export.model_args import ModelArgs
 from wsm_megatron.export.table import Kinds, Row, row
-from wsm_megatron.export.transforms import halves, split_qkv, vocabulary
+from wsm_megatron.export.transforms import halves, one_head, split_qkv, vocabulary
 
 LAYER = "model.layers.{layer}."
 IN = "layers.{layer}."
@@ -76,6 +76,7 @@ QK_NORM = tuple(
     row(
         LAYER + f"self_attn.{x}_norm.weight",
         IN + f"self_attention.{x}_layernorm.weight",
+        how=one_head,
         when=qk_norm,
     )
     for x in "qk"

@@ -30,7 +30,7 @@ from wsm_megatron.export.families.common import (
 )
 from wsm_megatron.export.model_args import ModelArgs
 from wsm_megatron.export.table import Family, row
-from wsm_megatron.export.transforms import fused_qkv, halves
+from wsm_megatron.export.transforms import fused_qkv, halves, one_head
 
 _SOFTMAX = TAKES | {
     "num_experts": SOME,
@@ -157,8 +157,16 @@ _LING_ATTENTION = (
         how=fused_qkv,
     ),
     row(LAYER + "attention.dense.weight", IN + "self_attention.linear_proj.weight"),
-    row(LAYER + "attention.query_layernorm.weight", IN + "self_attention.q_layernorm.weight"),
-    row(LAYER + "attention.key_layernorm.weight", IN + "self_attention.k_layernorm.weight"),
+    row(
+        LAYER + "attention.query_layernorm.weight",
+        IN + "self_attention.q_layernorm.weight",
+        how=one_head,
+    ),
+    row(
+        LAYER + "attention.key_layernorm.weight",
+        IN + "self_attention.k_layernorm.weight",
+        how=one_head,
+    ),
 )
 
 
