@@ -18,8 +18,9 @@ _GB = 1e9
 
 
 def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
-    """Make sure of room for ``number`` snapshots and one being copied, and for what is
-    overwritten while merged weights are in place; allocate what lies in host memory for good.
+    """Make sure of room for ``number`` snapshots and one being copied, for what averages take
+    besides, and for what is overwritten while merged weights are in place; allocate what lies in
+    host memory for good.
 
     Args:
         folder: of the disk store; None where the window is in host memory.
@@ -29,14 +30,15 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     window, aside = (number + 1) * wsm.nbytes * ranks, wsm.swap_nbytes * ranks
+    aside += wsm.averaging_nbytes * ranks
     in_memory = 1 if folder else number + 1
     needed, free = in_memory * wsm.nbytes * ranks + aside, free_bytes(None)
     where = f"on the file system of {folder}" if folder else "of host memory"
     if is_first_rank():
         logger.info(
             "wsm: %d snapshots, and one being copied, take %.3f GB a rank, %.3f GB %s for "
-            "the %d ranks of this host; the weights that a merge puts aside take %.3f GB of host "
-            "memory, of which %.3f GB are free",
+            "the %d ranks of this host; the weights that a merge puts aside, and averages over "
+            "steps, take %.3f GB of host memory, of which %.3f GB are free",
             *(number, window / ranks / _GB, window / _GB, where, ranks, aside / _GB, free / _GB),
         )
     error = None
@@ -62,9 +64,9 @@ def _too_large(
         else "use fewer ranks a host"
     )
     return (
-        f"{window} {kept / _GB:.3f} GB, and the weights that a merge puts aside {aside / _GB:.3f} "
-        f"GB, for the {ranks} ranks of this host, but {free / _GB:.3f} GB of host memory are free: "
-        f"{way_out}"
+        f"{window} {kept / _GB:.3f} GB, and the weights that a merge puts aside, and averages over "
+        f"steps, {aside / _GB:.3f} GB, for the {ranks} ranks of this host, but {free / _GB:.3f} GB "
+        f"of host memory are free: {way_out}"
     )
 
 

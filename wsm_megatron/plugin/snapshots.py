@@ -162,12 +162,15 @@ class Snapshots:
 def window_size(
     config: WSMConfig, every: int | None, tokens_per_iteration: int | None
 ) -> int | None:
-    """How many snapshots the full window holds, or None where that cannot be known beforehand.
+    """How many snapshots the full window holds, or None where that cannot be known beforehand; of a
+    moving average the sample that is being taken in.
 
     Args:
         every: iterations between snapshots, where regular.
         tokens_per_iteration: global batch size x sequence length, where constant.
     """
+    if config.moving is not None:
+        return 1
     if config.num is not None:
         return config.num
     if every is None:
