@@ -43,6 +43,7 @@ def take_up_average(wsm: WSM, root: Path | None, checkpoints: Checkpoints) -> No
             *(start.iteration, half_life.length, half_life.unit),
         )
         return
+    assert root is not None, "it was found there"
     iteration = state.last.iteration
     if checkpoints.load_merge(root, iteration):
         wsm.restore(state)

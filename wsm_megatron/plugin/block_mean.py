@@ -46,6 +46,7 @@ class BlockSum:
     def clear(self) -> None:
         """Begin a block."""
         self._first: int | None = None
+        self._newest: int | None = None
         self._points = 0
         self._error: Exception | None = None
 
@@ -61,17 +62,20 @@ class BlockSum:
             into.copy_(part) if self._first is None else into.add_(part)
             start += part.numel()
         self._first = iteration if self._first is None else self._first
+        self._newest = iteration
         self._points += 1
 
     def finish(self, iteration: int, parts: Sequence[torch.Tensor], mean: torch.Tensor) -> Block:
-        """Take in the last point, and write the mean of the block, float32; the next one begins.
+        """Take in the last point, if it is not there yet, and write the mean of the block, float32;
+        the next one begins.
 
         Raises the error of a point that is missing.
         """
         try:
             if self._error is not None:
                 raise self._error
-            self.add(iteration, parts)
+            if self._newest != iteration:
+                self.add(iteration, parts)
             for start in range(0, mean.numel(), _TILE):
                 tile = slice(start, start + _TILE)
                 mean[tile].copy_(self._sum[tile] / self._points)

@@ -163,7 +163,7 @@ class WSM:
         return time.perf_counter() - began
 
     def add_step(self, iteration: int) -> None:
-        """Call it after every training step, also of iterations of which there is a snapshot: with
+        """Call it after every training step, before or after a snapshot of that iteration: with
         ``average_every`` each K-th is taken into the mean of its block. Not collective; returns
         once the copy is launched.
 

@@ -62,11 +62,19 @@ def put(store: Store, iteration: int) -> BaseException | None:
     return store.put(Consumed(iteration, 10 * iteration, 16)).exception()
 
 
-def step(store: Store, live: dict[str, torch.Tensor], iteration: int, snapshot: bool) -> Any:
+def step(
+    store: Store,
+    live: dict[str, torch.Tensor],
+    iteration: int,
+    snapshot: bool,
+    snapshot_first: bool = True,
+) -> Any:
     """One training step, and what is done after it."""
     generator = torch.Generator().manual_seed(iteration)
     for tensor in live.values():
         tensor += torch.randn(tensor.shape, generator=generator)
+    if not snapshot_first:
+        store.add_step(iteration)
     error = put(store, iteration) if snapshot else None
     store.add_step(iteration)
     return {name: tensor.clone() for name, tensor in live.items()}, error
@@ -81,10 +89,13 @@ def mean64(points: list[torch.Tensor]) -> torch.Tensor:
     return mean
 
 
-def test_the_mean_is_over_each_point_once(store: Store, live: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("snapshot_first", [True, False])
+def test_the_mean_is_over_each_point_once(
+    store: Store, live: dict[str, torch.Tensor], snapshot_first: bool
+) -> None:
     points: list[dict[str, torch.Tensor]] = []
     for iteration in range(5, 21, 5):
-        point, error = step(store, live, iteration, iteration in (15, 20))
+        point, error = step(store, live, iteration, iteration in (15, 20), snapshot_first)
         assert error is None
         points.append(point)
     assert store.block(15) == Block(every=5, first=5, last=15, points=3)
