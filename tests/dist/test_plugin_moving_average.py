@@ -293,7 +293,7 @@ def test_samples_that_a_job_took_with_it_are_said(
     report = restarts[1]["after"]
     assert report["samples"] == (2, 4)
     (warning,) = report["warned"]
-    assert "goes on from iteration 4: its samples from there to iteration 6 were lost" in warning
+    assert "goes on from merged checkpoint 4 at iteration 6: samples between" in warning
     file = restarts[0]["after"] / "wsm" / "iter_0000008" / "wsm_merge.json"
     assert json.loads(file.read_text())["sources"][0]["moving_average"]["samples"] == 4
 
@@ -323,4 +323,4 @@ def test_a_branch_that_was_given_up_is_not_gone_on_from(
     """Merge 8 is of a job that started from 0, and the run at 10 came by way of one from 6."""
     report = restarts[1]["branch"]
     assert "window without iteration 8" in report["warned"][0]
-    assert "goes on from iteration 4" in report["warned"][1]
+    assert "goes on from merged checkpoint 4" in report["warned"][1]

@@ -188,7 +188,7 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             "checkpoint is saved, as there is neither --save nor --wsm-merge-save"
         )
     if config.moving is not None and root is not None:
-        _check_restart(config)
+        _check_restart(args, config)
     if config.eval and not args.eval_iters:
         logger.warning("--wsm-merge-eval has no effect: --eval-iters is 0")
     if args.no_save_optim and config.optimizer_state != "drop":
@@ -199,13 +199,14 @@ def _check_results(args: Any, config: WSMConfig) -> None:
         )
 
 
-def _check_restart(config: WSMConfig) -> None:
+def _check_restart(args: Any, config: WSMConfig) -> None:
     """A moving average goes on after a restart from the newest merged checkpoint."""
     why = None
     if config.save_interval is None:
         why = "merged checkpoints come at the end alone: give --wsm-merge-save-interval"
-    elif config.optimizer_state == "drop":
-        why = "merged checkpoints hold no main params (--wsm-merge-optimizer-state drop)"
+    elif config.optimizer_state == "drop" or args.no_save_optim:
+        flag = "--no-save-optim" if args.no_save_optim else "--wsm-merge-optimizer-state drop"
+        why = f"merged checkpoints hold no main params ({flag})"
     if why is not None:
         logger.warning("a restart will begin the moving average anew, as %s", why)
 

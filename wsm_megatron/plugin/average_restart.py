@@ -49,8 +49,8 @@ def take_up_average(wsm: WSM, root: Path | None, checkpoints: Checkpoints) -> No
         wsm.restore(state)
         if iteration < start.iteration:
             _warn(
-                "the moving average goes on from iteration %d: its samples from there to iteration "
-                "%d were lost with the job that took them",
+                "the moving average goes on from merged checkpoint %d at iteration %d: samples "
+                "between the two ended with the job that took them",
                 *(iteration, start.iteration),
             )
     else:
