@@ -16,6 +16,7 @@ from tests.dist.test_plugin_refill import _warnings
 from tests.mcore import CONFIGS, GPTConfig, run_ranks
 from tests.reference import rounded, same_bits, weighted_sum64
 from wsm_megatron import UsageError, verify
+from wsm_megatron.cli.main import main
 from wsm_megatron.schedule.decay import coefficients
 
 EVERY, INTERVAL, NUM = 2, 4, 3
@@ -344,7 +345,9 @@ def test_a_nan_within_a_block_is_a_bad_snapshot(driven: tuple[Path, dict[str, An
     assert "window without iteration 8: rank 1" in warning and "NaN or Inf in mean.main." in warning
 
 
-def test_a_merged_checkpoint_says_what_was_averaged(driven: tuple[Path, dict[str, Any]]) -> None:
+def test_a_merged_checkpoint_says_what_was_averaged(
+    driven: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     merged = driven[0] / "a" / "wsm" / "iter_0000014"
     sources = json.loads((merged / "wsm_merge.json").read_text())["sources"]
     assert [s["iteration"] for s in sources] == [8, 12, 14]
@@ -357,4 +360,6 @@ def test_a_merged_checkpoint_says_what_was_averaged(driven: tuple[Path, dict[str
     verify(merged)
     with pytest.raises(UsageError, match="iterations 8, 12 stand for means over many steps"):
         verify(merged, sources=True)
+    main(["inspect", str(merged)])
+    assert "iterations 8 (mean of 2 steps), 12 (mean of 2 steps), 14\n" in capsys.readouterr().out
     assert any(line.startswith("wsm 12 False") for line in driven[1]["log"]), "evaluated"

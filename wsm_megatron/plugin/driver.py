@@ -84,6 +84,12 @@ class Driver:
 
     def _take_up_average(self) -> None:
         args = self._args
+        if args.iteration and args.no_load_optim and is_first_rank():
+            logger.warning(
+                "wsm: the moving average begins anew at iteration %d: --no-load-optim loads no "
+                "main params",
+                args.iteration,
+            )
         if not args.finetune and not args.no_load_optim:
             with preserved_rng():
                 take_up_average(self._wsm, self._root, self._trainer.checkpoints)
@@ -246,6 +252,9 @@ class Driver:
         self._emitted = progress.iteration
         self._wsm.emitted()
         seconds = time.perf_counter() - began
+        if self._config.moving is not None:
+            _say("moving average of %d saved as %s in %.2f s", progress.iteration, target, seconds)
+            return
         _say("merged %s into %s in %.2f s", list(merge.iterations), target, seconds)
         _say(
             "coefficients %s by %s, effective LR %s%s",

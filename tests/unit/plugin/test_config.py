@@ -178,7 +178,11 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({}, {"start_iter": 100}, "not before the end of training, iteration 100"),
         ({}, {"save": "/runs/a"}, "the run's own --save"),
         ({}, {"num": None, "window_iters": 9}, "holds fewer than two checkpoints"),
-        ({}, {"average_every": 3}, "--wsm-merge-average-every 3 does not divide --save-interval 10"),
+        (
+            {},
+            {"average_every": 3},
+            "--wsm-merge-average-every 3 does not divide --save-interval 10",
+        ),
         ({}, {"average_every": 10}, "over the snapshot alone"),
         (
             {},
