@@ -120,7 +120,7 @@ class Run:
         steps, iteration = self.training.scheduler.num_steps, self.args.ckpt_step
         if iteration is None or self.args.non_persistent_ckpt_type:
             iteration = self.started_from
-        load_checkpoint(self.training, self.root, iteration)
+        load_checkpoint(self.training, self.args.load, iteration)
         self.stand_in_checkpointing.check_checkpoint_args(self.saved_with(iteration))
         if scheduler is None:
             self.training.scheduler.num_steps = steps

@@ -55,3 +55,22 @@ def test_nan_on_the_device_is_not_kept() -> None:
     store = MemoryStore([shard("main.weight", main)])
     assert "NaN or Inf in main.weight" in str(store.put(Consumed(1, 1, 1)).exception())
     store.close()
+
+
+def test_steps_and_buffer_updates_right_after_a_point_do_not_reach_its_block_mean() -> None:
+    main = torch.nn.Parameter(torch.full((1 << 26,), 8.0, device="cuda"))
+    bias = torch.zeros(64, device="cuda")
+    optimizer = torch.optim.SGD([main], lr=1.0)
+    shards = [shard("main.weight", main), shard("buffer.bias", bias, is_buffer=True)]
+    store = MemoryStore(shards, every=1)
+    store.guard([optimizer])
+    store.reserve(1)
+    main.grad = torch.ones_like(main)
+    for iteration in (1, 2, 3):
+        store.add_step(iteration)
+        bias += 1  # in the forward pass
+        optimizer.step()
+    assert store.put(Consumed(4, 4, 1)).exception() is None
+    assert (store.get(4, 0) == 5).all() and (store.source(4, 0) == 6.5).all()
+    assert (store.get(4, 1) == 3).all() and (store.source(4, 1) == 1.5).all()
+    store.close()

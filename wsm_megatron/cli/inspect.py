@@ -81,9 +81,17 @@ def _checkpoint(contents: CheckpointContents, entries: bool) -> Iterator[str]:
                 yield f"    {entry.key} {_shape(entry)}"
     yield f"  {'all':16} {'':6}         {size(contents.nbytes):>9}"
     if contents.provenance is not None:
-        merged_from = ", ".join(str(s["iteration"]) for s in contents.provenance["sources"])
+        merged_from = ", ".join(map(_source, contents.provenance["sources"]))
         when = contents.provenance.get("date")  # the first ones have none
         yield f"  merged{'' if when is None else f' on {when}'} from iterations {merged_from}"
+
+
+def _source(said: dict[str, Any]) -> str:
+    """A source of a merge; of one inside a run it may be an average over steps."""
+    text = str(said["iteration"])
+    if "mean" in said:
+        return f"{text} (mean of {said['mean']['points']} steps)"
+    return f"{text} (moving average)" if "moving_average" in said else text
 
 
 def _checkpoint_data(contents: CheckpointContents) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from wsm_megatron.kernels import reference
 from wsm_megatron.optimizer.indexed_state import with_names
 from wsm_megatron.planning.plan import MergePlan, make_plan
 from wsm_megatron.planning.prepare import common_of_merge, find_mains
-from wsm_megatron.planning.provenance import described
+from wsm_megatron.planning.provenance import AVERAGED, described
 from wsm_megatron.planning.tasks import VALUE, Output, Rule, Task
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.buffer import Buffer
@@ -96,6 +96,12 @@ def recompute(
 def _places(merged: Path, provenance: dict[str, Any], run: Path | None) -> list[Path]:
     """The sources' directories."""
     sources = provenance["sources"]
+    if averaged := [str(s["iteration"]) for s in sources if not AVERAGED.isdisjoint(s)]:
+        raise UsageError(
+            f"{merged}: iterations {', '.join(averaged)} stand for means over many steps, which "
+            "were in the memory of the run, so the merge cannot be made again; without --sources "
+            "verify checks all that was written"
+        )
     unsaved = [str(source["iteration"]) for source in sources if "path" not in source]
     if unsaved and run is None:
         raise UsageError(

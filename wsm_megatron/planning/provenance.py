@@ -26,6 +26,9 @@ from wsm_megatron.version import __version__
 
 FORMAT = 2
 """From 2 on every file of the checkpoint is listed, and the last field is a CRC-32 of the rest."""
+AVERAGED = frozenset({"mean", "moving_average"})
+"""By these a source of a merge inside a run says that it is no checkpoint, but an average over the
+steps up to its iteration."""
 _UNSEALED = 1
 _SEAL = "crc32"
 _DATE = "date"

@@ -108,8 +108,8 @@ def shards_dir(args: Any, config: WSMConfig) -> Path | None:
 
 def keep_interval(args: Any, config: WSMConfig) -> int | None:
     """Iterations between snapshots; None where none is taken by interval."""
-    if config.interval is not None:
-        return config.interval
+    if config.snapshot_every is not None:
+        return config.snapshot_every
     return args.save_interval if args.save else None
 
 
@@ -165,8 +165,11 @@ def _check_intervals(args: Any, config: WSMConfig) -> None:
             "--wsm-merge would take no snapshot: give --save and --save-interval, or "
             "--wsm-merge-interval"
         )
+    what = "--wsm-merge-interval" if config.interval else "--save-interval"
+    if config.moving is not None:
+        what = "--wsm-merge-average-every"
+    config.check_blocks(every, what)
     if config.save_interval is not None and config.save_interval % every:
-        what = "--wsm-merge-interval" if config.interval else "--save-interval"
         raise UsageError(
             f"--wsm-merge-save-interval {config.save_interval} is not a multiple of {what} "
             f"{every}: a merged checkpoint ends in a snapshot"
@@ -233,6 +236,8 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             "--wsm-merge-emit has no effect: no merged checkpoint is saved, as there is neither "
             "--save nor --wsm-merge-save"
         )
+    if config.moving is not None and root is not None:
+        _check_restart(args, config)
     if config.eval and not args.eval_iters:
         logger.warning("--wsm-merge-eval has no effect: --eval-iters is 0")
     if args.no_save_optim and config.optimizer_state != "drop":
@@ -241,6 +246,18 @@ def _check_results(args: Any, config: WSMConfig) -> None:
             "--wsm-merge-optimizer-state %s has no effect",
             config.optimizer_state,
         )
+
+
+def _check_restart(args: Any, config: WSMConfig) -> None:
+    """A moving average goes on after a restart from the newest merged checkpoint."""
+    why = None
+    if config.save_interval is None:
+        why = "merged checkpoints come at the end alone: give --wsm-merge-save-interval"
+    elif config.optimizer_state == "drop" or args.no_save_optim:
+        flag = "--no-save-optim" if args.no_save_optim else "--wsm-merge-optimizer-state drop"
+        why = f"merged checkpoints hold no main params ({flag})"
+    if why is not None:
+        logger.warning("a restart will begin the moving average anew, as %s", why)
 
 
 def _check_folders(args: Any, config: WSMConfig) -> None:

@@ -57,7 +57,8 @@ class WSMCallback:
         if self._driver is not None:
             self._driver.close()
         self._state, self._started = context.state, context.state.train_state.step
-        trainer = BridgeTrainer(_bridge("checkpointing"), context.state, self._config.interval)
+        every = self._config.snapshot_every
+        trainer = BridgeTrainer(_bridge("checkpointing"), context.state, every)
         self._driver = Driver(trainer, self._config)
         self._driver.attach(context.model, context.optimizer, context.scheduler)
         self._pending.clear()

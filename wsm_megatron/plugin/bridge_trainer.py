@@ -177,11 +177,12 @@ class BridgeLoader(Loader):
         train = self._state.train_state
         return self._loaded(train.step, train.consumed_train_samples)
 
-    def _load(self, iteration: int | None) -> Loaded:
+    def _load(self, iteration: int | None, root: Path | None = None) -> Loaded:
         """The counters of the train state are left as they were."""
         settings, changes = self._state.cfg.checkpoint, dict[str, Any]()
         if iteration is not None:
             changes = {"ckpt_step": iteration, "non_persistent_ckpt_type": None}
+            changes |= {} if root is None else {"load": str(root)}
         own = copy.copy(self._state.train_state)
         with (
             patched_attrs(settings, **changes),

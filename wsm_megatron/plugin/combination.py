@@ -14,6 +14,8 @@ from wsm_megatron.schedule.window import Checkpoint
 
 NUM, ITERS, TOKENS = "num", "window_iters", "window_tokens"
 """Ways to say how far back a merge reaches: the names of the options."""
+HALF_LIFE, HALF_LIFE_TOKENS = "half_life", "half_life_tokens"
+"""Ways to say how fast a moving average forgets."""
 
 _OFFLINE = {NUM: "last", ITERS: "window_iterations", TOKENS: "window_tokens"}
 """The same as options of an offline merge."""
@@ -24,7 +26,8 @@ class Reach:
     """How far back from the newest snapshot a merge reaches, both ends included.
 
     Attributes:
-        unit: NUM, ITERS or TOKENS.
+        unit: NUM, ITERS or TOKENS; HALF_LIFE or HALF_LIFE_TOKENS of a moving average, which is one
+            snapshot.
         length: snapshots, iterations or tokens.
     """
 
@@ -63,6 +66,8 @@ class Reach:
             every: iterations between snapshots, where regular.
             tokens_per_iteration: global batch size x sequence length, where constant.
         """
+        if self.unit in (HALF_LIFE, HALF_LIFE_TOKENS):
+            return 1
         if self.unit == NUM:
             return self.length
         if every is None:
@@ -80,15 +85,25 @@ class Combination:
 
     Attributes:
         decay: its name, or the path of its curve.
+        points_every: iterations between the points of block means, where means are merged.
     """
 
     decay: str
     min_decay: float
     reach: Reach
+    points_every: int | None = None
 
     @cached_property
     def name(self) -> str:
-        """What ``wsm sweep`` calls the same merge: ``1-sqrt-last8``."""
+        """What ``wsm sweep`` calls the same merge: ``1-sqrt-last8``; of merges that it cannot make,
+        ``1-sqrt-last8-means10`` and ``half-life1000``."""
+        if self.reach.unit not in _OFFLINE:
+            return self.reach.unit.replace("_", "-") + str(self.reach.length)
+        means = "" if self.points_every is None else f"-means{self.points_every}"
+        return self._offline_name + means
+
+    @property
+    def _offline_name(self) -> str:
         reach = {_OFFLINE[self.reach.unit]: self.reach.length}
         if self.reach.unit != NUM:
             reach = {name: (length,) for name, length in reach.items()}  # type: ignore[misc]

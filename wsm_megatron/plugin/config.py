@@ -19,8 +19,17 @@ from wsm_megatron.options import (
     one_of,
     option,
 )
-from wsm_megatron.plugin.combination import ITERS, NUM, TOKENS, Combination, Reach
+from wsm_megatron.plugin.combination import (
+    HALF_LIFE,
+    HALF_LIFE_TOKENS,
+    ITERS,
+    NUM,
+    TOKENS,
+    Combination,
+    Reach,
+)
 from wsm_megatron.schedule.decay import DECAYS, coefficients
+from wsm_megatron.schedule.half_life import HalfLife
 
 T = TypeVar("T")
 
@@ -33,9 +42,10 @@ ALL = "all"
 class WSMConfig(Options):
     """What is kept, how it is merged, and what is done with the merge.
 
-    One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches. Every
-    decay over every length is one merge, all of them of the snapshots that the longest one keeps.
-    Of options that take several values one may stand alone; they are kept as tuples.
+    One of ``num``, ``window_iters`` and ``window_tokens`` says how far back a merge reaches; or one
+    of ``half_life`` and ``half_life_tokens`` that there is a moving average instead of a window.
+    Every decay over every length is one merge, all of them of the snapshots that the longest one
+    keeps. Of options that take several values one may stand alone; they are kept as tuples.
     Raises ``UsageError``, naming the flags, for contradictions and numbers out of range.
     """
 
@@ -58,6 +68,26 @@ class WSMConfig(Options):
         list_of(COUNT),
         None,
         metavar="T,...",
+        least=1,
+    )
+    half_life: int | None = option(
+        "instead of a window: a moving average of the main params, in which the weight of a sample "
+        "halves every I iterations",
+        COUNT,
+        None,
+        metavar="I",
+        least=1,
+    )
+    half_life_tokens: int | None = option(
+        "the same, halved every T tokens: 500M, 2B", COUNT, None, metavar="T", least=1
+    )
+    average_every: int | None = option(
+        "of a window: merge the means of the main params after every K-th iteration between two "
+        "snapshots, and not the snapshots alone; of a moving average: a sample every K iterations",
+        COUNT,
+        None,
+        default_text="a moving average takes every iteration, a window has no means",
+        metavar="K",
         least=1,
     )
     interval: int | None = option(
@@ -143,8 +173,14 @@ class WSMConfig(Options):
 
     @property
     def reaches(self) -> tuple[Reach, ...]:
-        """How far back the merges reach."""
-        lengths = {NUM: self.num, ITERS: self.window_iters, TOKENS: self.window_tokens}
+        """How far back the merges reach; of a moving average its half-life."""
+        lengths = {
+            NUM: self.num,
+            ITERS: self.window_iters,
+            TOKENS: self.window_tokens,
+            HALF_LIFE: self.half_life,
+            HALF_LIFE_TOKENS: self.half_life_tokens,
+        }
         return tuple(Reach(unit, one) for unit, some in lengths.items() for one in _each(some))
 
     @property
@@ -156,7 +192,7 @@ class WSMConfig(Options):
     def combinations(self) -> tuple[Combination, ...]:
         """Every merge: each decay over each length."""
         return tuple(
-            Combination(decay, self.min_decay, reach)
+            Combination(decay, self.min_decay, reach, self.points_every)
             for reach in self.reaches
             for decay in _each(self.decay)
         )
@@ -190,9 +226,17 @@ class WSMConfig(Options):
 
     def _check_lengths(self) -> None:
         lengths = (self.num, self.window_iters, self.window_tokens)
-        if (given := sum(length is not None for length in lengths)) != 1:
-            window = "--wsm-merge-num, --wsm-merge-window-iters and --wsm-merge-window-tokens"
-            raise UsageError(f"give exactly one of {window}, not {given}")
+        lives = (self.half_life, self.half_life_tokens)
+        if (given := sum(length is not None for length in (*lengths, *lives))) != 1:
+            raise UsageError(
+                "give exactly one of --wsm-merge-num, --wsm-merge-window-iters and "
+                "--wsm-merge-window-tokens, or, for a moving average, --wsm-merge-half-life or "
+                f"--wsm-merge-half-life-tokens, not {given}"
+            )
+        if self.moving is not None:
+            self._check_moving()
+        elif self.interval is not None:
+            self.check_blocks(self.interval, "--wsm-merge-interval")
         for one in self.reaches:
             if one == Reach(NUM, 1):
                 raise UsageError("--wsm-merge-num 1: a merge needs at least two checkpoints")
@@ -225,6 +269,56 @@ class WSMConfig(Options):
                 return one
         known = ", ".join(map(_written, self.combinations))
         raise UsageError(f"--wsm-merge-emit {text}: the merges of this run are {known}; or {ALL}")
+
+    @property
+    def moving(self) -> HalfLife | None:
+        """The half-life of the moving average; None for a window."""
+        if self.half_life is not None:
+            return HalfLife(length=self.half_life, unit="iterations")
+        if self.half_life_tokens is not None:
+            return HalfLife(length=self.half_life_tokens, unit="tokens")
+        return None
+
+    @property
+    def snapshot_every(self) -> int | None:
+        """Iterations between snapshots; None where they come with the saves."""
+        return self.interval if self.moving is None else self.average_every or 1
+
+    @property
+    def points_every(self) -> int | None:
+        """Iterations between the points of block means; None for none."""
+        return None if self.moving is not None else self.average_every
+
+    def _check_moving(self) -> None:
+        flag = "--wsm-merge-half-life" + ("" if self.half_life else "-tokens")
+        of_windows = {
+            "--wsm-merge-interval": self.interval is not None,
+            "--wsm-merge-decay": _each(self.decay) != ("linear",),
+            "--wsm-merge-min-decay": self.min_decay != 0,
+            "--wsm-merge-store disk": self.store == "disk",
+            "--wsm-merge-optimizer-state merge": self.optimizer_state == "merge",
+            "--wsm-merge-emit": self.emit is not None,
+            "--wsm-merge-dry-run": self.dry_run,
+        }
+        if given := [name for name, is_given in of_windows.items() if is_given]:
+            raise UsageError(
+                f"{flag}: a moving average has no window, {', '.join(given)} without effect; it "
+                "takes a sample every --wsm-merge-average-every iterations"
+            )
+
+    def check_blocks(self, every: int, flag: str) -> None:
+        """Raise ``UsageError`` unless blocks of ``every`` iterations, as ``flag`` says, are made of
+        whole steps of ``average_every``, and of several."""
+        if (step := self.points_every) is None or (every % step == 0 and step < every):
+            return
+        why = (
+            "a block mean would be over the snapshot alone"
+            if step == every
+            else "a block, from one snapshot to the next, is of whole steps"
+        )
+        raise UsageError(
+            f"--wsm-merge-average-every {step} does not divide {flag} {every} into several: {why}"
+        )
 
 
 def _each(value: T | tuple[T, ...] | None) -> tuple[T, ...]:

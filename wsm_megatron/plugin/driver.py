@@ -16,6 +16,7 @@ from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import is_internal, is_told
 from wsm_megatron.plugin import arguments, dry_run
+from wsm_megatron.plugin.average_restart import take_up_average
 from wsm_megatron.plugin.collectives import all_gather, is_first_rank, on_all_ranks, on_any_rank
 from wsm_megatron.plugin.combination import Combination
 from wsm_megatron.plugin.config import WSMConfig
@@ -92,12 +93,30 @@ class Driver:
 
     def _take_up(self) -> None:
         args, checkpoints = self._args, self._trainer.checkpoints
+        if self._config.moving is not None:
+            self._take_up_average()
+            return
         if not args.iteration or args.finetune or args.no_load_optim:
             self._wsm.refill(args.iteration, checkpoints.start)
             return
         available = checkpoints.available()
         with preserved_rng():
             self._wsm.refill(args.iteration, checkpoints.start, available, checkpoints.load)
+
+    def _take_up_average(self) -> None:
+        args = self._args
+        if args.iteration and args.no_load_optim and is_first_rank():
+            logger.warning(
+                "wsm: the moving average begins anew at iteration %d: --no-load-optim loads no "
+                "main params",
+                args.iteration,
+            )
+        if not args.finetune and not args.no_load_optim:
+            root = next(iter(self._roots.values()), None)
+            with preserved_rng():
+                take_up_average(self._wsm, root, self._trainer.checkpoints)
+        if args.iteration and self.is_due(args.iteration):
+            self._snapshot(args.iteration)
 
     def close(self) -> None:
         """Finish writes under way and let go of the optimizer."""
@@ -189,7 +208,7 @@ class Driver:
 
     def saved(self, progress: Progress) -> None:
         """After a persistent save in its turn, the weights being as it saved them."""
-        if self._config.interval is None and self.is_due(progress.iteration):
+        if self._config.snapshot_every is None and self.is_due(progress.iteration):
             self._snapshot(progress.iteration)
         if self._finished:
             self._emit_last(progress)
@@ -206,8 +225,9 @@ class Driver:
 
     def stepped(self, progress: Progress) -> None:
         """After every iteration, its evaluation and its saves."""
-        if self._config.interval is not None and self.is_due(progress.iteration):
+        if self._config.snapshot_every is not None and self.is_due(progress.iteration):
             self._snapshot(progress.iteration)
+        self._wsm.add_step(progress.iteration)
         if progress.iteration in self._wsm and self._wants_merge(progress.iteration):
             with self._trainer.untimed():
                 self._emit(progress)
@@ -248,11 +268,13 @@ class Driver:
     def _snapshot(self, iteration: int) -> None:
         if iteration in self._wsm:
             return
-        awaited = self._args.async_save and self._config.interval is None
+        awaited = self._args.async_save and self._config.snapshot_every is None
         args = self._args
         here = Consumed(iteration, args.consumed_train_samples, args.seq_length, args.iteration)
         stall = self._wsm.snapshot(iteration, here, durable=not awaited)
         size = self._wsm.nbytes
+        if self._config.moving is not None:
+            return  # of a step
         _say("snapshot of iteration %d, %d bytes a rank, stall %.4f s", iteration, size, stall)
 
     @contextmanager
@@ -310,7 +332,11 @@ class Driver:
             _warn(f"no merged checkpoint at {progress.iteration}", error)
             return
         self._emitted[combination] = progress.iteration
+        self._wsm.emitted()
         seconds = time.perf_counter() - began
+        if self._config.moving is not None:
+            _say("moving average of %d saved as %s in %.2f s", progress.iteration, target, seconds)
+            return
         _say("merged %s into %s in %.2f s", list(merge.iterations), target, seconds)
         _say(
             "coefficients %s by %s, effective LR %s%s",
@@ -340,16 +366,20 @@ class Driver:
                 )
 
         run = Path(self._args.save) if self._args.save else None
+        is_window, kept = self._config.moving is None, self._config.optimizer_state
+        if not is_window and self._args.no_save_optim:
+            kept = "drop"  # a restart is not to look for main params there
         offline = MergeConfig(
             load=run or root,
             save=root,
-            iterations=merge.iterations,
-            decay=merge.decay,
+            iterations=merge.iterations if is_window else None,
+            decay=merge.decay or "linear",  # of a moving average there is none
             min_decay=self._config.min_decay,
-            optimizer_state=self._config.optimizer_state,
+            optimizer_state=kept,
         )
         resume = self._trainer.resume(progress.iteration, offline)
-        return emit(save_below, run, root, merge, offline, resume, self._trainer.precision)
+        precision, averaged = self._trainer.precision, self._wsm.averaged
+        return emit(save_below, run, root, merge, offline, resume, precision, averaged)
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -29,6 +29,7 @@ from wsm_megatron.plugin.collectives import (
 )
 from wsm_megatron.plugin.readback import check_written
 from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.schedule.window import Checkpoint
 from wsm_megatron.storage.durable import fsync_path
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def emit(
     config: MergeConfig,
     resume: dict[str, Any],
     precision: Mapping[str, Any],
+    averaged: Callable[[int], dict[str, Any]],
 ) -> Path:
     """Save the model as it is now to ``root/iter_XXXXXXX``, whole or not at all. Collective.
 
@@ -57,6 +59,7 @@ def emit(
         config: the offline merge that this one equals, for the provenance.
         resume: how to launch from it.
         precision: how main params and weights are kept, in the names of Megatron's arguments.
+        averaged: what a source is the average of, by its iteration; empty for a snapshot.
 
     Raises:
         Whatever the save raises, on the ranks where it does; ``OSError`` and ``MergeError`` where
@@ -67,7 +70,7 @@ def emit(
     with together(f"making {root}"):
         if is_first_rank():
             root.mkdir(parents=True, exist_ok=True)
-    sources = [_source(c.iteration, c.tokens, run) for c in merge.checkpoints]
+    sources = [_source(c, run, averaged(c.iteration)) for c in merge.checkpoints]
     provenance = describe(sources, merge, config, iteration) | {"resume": resume}
     written, target = checkpoint_path(staging, iteration), checkpoint_path(root, iteration)
     try:
@@ -87,11 +90,12 @@ def emit(
     return target
 
 
-def _source(iteration: int, tokens: int | None, run: Path | None) -> dict[str, Any]:
-    """A snapshot, and the run's own checkpoint of that iteration where there is one."""
-    source: dict[str, Any] = {"iteration": iteration, "tokens": tokens}
-    if run is not None:
-        path = checkpoint_path(run, iteration)
+def _source(one: Checkpoint, run: Path | None, averaged: dict[str, Any]) -> dict[str, Any]:
+    """What it is the average of; or a snapshot, and the run's own checkpoint of that iteration
+    where there is one."""
+    source: dict[str, Any] = {"iteration": one.iteration, "tokens": one.tokens, **averaged}
+    if run is not None and not averaged:
+        path = checkpoint_path(run, one.iteration)
         if (path / METADATA_FILE).is_file():
             source["path"] = str(path.resolve())
     return source

@@ -118,7 +118,7 @@ def _trainer(config: WSMConfig) -> MegatronTrainer:
         checkpointing=_module("checkpointing"),
         save_checkpoint=_originals["training", "save_checkpoint"],
         args=training.get_args(),
-        interval=config.interval,
+        interval=config.snapshot_every,
     )
 
 

@@ -49,9 +49,13 @@ class Loader(ABC):
         """What the run was started from. Model and optimizer are attached."""
 
     @abstractmethod
-    def _load(self, iteration: int | None) -> Loaded:
+    def _load(self, iteration: int | None, root: Path | None = None) -> Loaded:
         """Load an ordinary checkpoint, past any non-persistent one, or (None) what the run was
-        started from, as it was then; the LR scheduler stays out of it. Collective."""
+        started from, as it was then; the LR scheduler stays out of it. Collective.
+
+        Args:
+            root: where the checkpoint lies, if that is not ``--load``.
+        """
 
     def attach(self, model: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
         """Take model, optimizer and scheduler as they were built, and loaded."""
@@ -114,6 +118,11 @@ class Loader(ABC):
                 "wsm: window without iteration %d: in %s, %s", iteration, self._args.load, reason
             )
         return None
+
+    def load_merge(self, root: Path, iteration: int) -> bool:
+        """Load a merged checkpoint of the run, below a root of its own; whether its main params are
+        those of its weights. :meth:`load` of the start brings the run back. Collective."""
+        return self._load(iteration, root).consumed.iteration == iteration and not self._unlike()
 
     def _come_back(self) -> None:
         loaded = self._load(None).consumed.iteration

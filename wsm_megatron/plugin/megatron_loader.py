@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,11 +42,13 @@ class MegatronLoader(Loader):
     def _started(self) -> Loaded:
         return self._loaded(self._args.iteration)
 
-    def _load(self, iteration: int | None) -> Loaded:
+    def _load(self, iteration: int | None, root: Path | None = None) -> Loaded:
         """Megatron's arguments are left as they were."""
         args, changes = self._args, dict[str, Any]()
         if iteration is not None:
             changes["ckpt_step"] = iteration
+            if root is not None:
+                changes["load"] = str(root)
             if hasattr(args, "non_persistent_ckpt_type"):  # Megatron would prefer its newest
                 changes["non_persistent_ckpt_type"] = None
         names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")

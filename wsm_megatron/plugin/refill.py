@@ -141,7 +141,8 @@ class Refill:
 def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[int]]:
     """What a store holds for a restart at ``iteration``. Collective.
 
-    Deletes what is newer (of a future that did not happen) and what some rank has not got.
+    Deletes what is newer (of a future that did not happen) and what some rank has not got, or not
+    with a mean over the same block.
 
     Returns:
         The checkpoints that every rank has, by iteration, and the iterations that some rank has
@@ -151,8 +152,8 @@ def take_stock(store: Store, iteration: int) -> tuple[dict[int, Consumed], set[i
     with together("looking for snapshots"):
         found = store.found()
     everywhere: list[Found] = all_gather(found)
-    whole = set.intersection(*({c.iteration for c in f.checkpoints} for f in everywhere))
-    whole = {i for i in whole if i <= iteration}
+    held = [{(c.iteration, f.blocks.get(c.iteration)) for c in f.checkpoints} for f in everywhere]
+    whole = {i for i, _ in set.intersection(*held) if i <= iteration}
     for checkpoint in found.checkpoints:
         if checkpoint.iteration not in whole:
             store.drop(checkpoint.iteration)

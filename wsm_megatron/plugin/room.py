@@ -23,7 +23,8 @@ class Room:
     """What the ranks of this rank's host need, and what is free there; bytes.
 
     Attributes:
-        snapshot: one snapshot. aside: what a merge overwrites, in host memory.
+        snapshot: one snapshot. aside: what a merge overwrites, and averages over steps, in host
+            memory.
         memory: free. disk: free where snapshots go to; None where they stay in host memory.
     """
 
@@ -40,7 +41,8 @@ class Room:
         """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         disk = None if folder is None else free_bytes(folder)
-        nbytes, aside = wsm.nbytes * ranks, wsm.swap_nbytes * ranks
+        nbytes = wsm.nbytes * ranks
+        aside = (wsm.swap_nbytes + wsm.averaging_nbytes) * ranks
         return cls(ranks, nbytes, aside, free_bytes(None), disk)
 
     def window(self, number: int) -> int:
@@ -66,8 +68,9 @@ class Room:
 
 
 def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
-    """Make sure of room for ``number`` snapshots and one being copied, and for what is
-    overwritten while merged weights are in place; allocate what lies in host memory for good.
+    """Make sure of room for ``number`` snapshots and one being copied, for what averages take
+    besides, and for what is overwritten while merged weights are in place; allocate what lies in
+    host memory for good.
 
     Args:
         folder: of the disk store; None where the window is in host memory.
@@ -81,8 +84,8 @@ def reserve_room(wsm: WSM, number: int, folder: Path | None) -> None:
     if is_first_rank():
         logger.info(
             "wsm: %d snapshots, and one being copied, take %.3f GB a rank, %.3f GB %s for "
-            "the %d ranks of this host; the weights that a merge puts aside take %.3f GB of host "
-            "memory, of which %.3f GB are free",
+            "the %d ranks of this host; the weights that a merge puts aside, and averages over "
+            "steps, take %.3f GB of host memory, of which %.3f GB are free",
             *(number, window / room.ranks / _GB, window / _GB, where, room.ranks),
             *(room.aside / _GB, room.memory / _GB),
         )
@@ -108,8 +111,8 @@ def _too_large(number: int, room: Room, folder: Path | None) -> str:
         else "use fewer ranks a host"
     )
     return (
-        f"{window} {kept / _GB:.3f} GB, and the weights that a merge puts aside "
-        f"{room.aside / _GB:.3f} GB, for the {room.ranks} ranks of this host, but "
+        f"{window} {kept / _GB:.3f} GB, and the weights that a merge puts aside, and averages over "
+        f"steps, {room.aside / _GB:.3f} GB, for the {room.ranks} ranks of this host, but "
         f"{room.memory / _GB:.3f} GB of host memory are free: {way_out}"
     )
 

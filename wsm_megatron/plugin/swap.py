@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from wsm_megatron.plugin.collectives import raise_together, together
 from wsm_megatron.plugin.optimizers import update_weights
 from wsm_megatron.plugin.shards import Shard, slice_length
 from wsm_megatron.plugin.stash import Stash
-from wsm_megatron.plugin.store import Store
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 logger = logging.getLogger(__name__)
@@ -27,12 +26,19 @@ logger = logging.getLogger(__name__)
 _TILE = 1 << 20  # elements that one thread sums at a time
 
 
+class Sources(Protocol):
+    """What is merged."""
+
+    def source(self, iteration: int, index: int) -> torch.Tensor:
+        """Of shard number ``index``: flat fp32, on the CPU, not to be changed."""
+
+
 @contextmanager
 def swapped(
     chunks: Sequence[torch.nn.Module],
     optimizer: Any,
     shards: Sequence[Shard],
-    store: Store,
+    sources: Sources,
     merge: MergeCoefficients,
 ) -> Iterator[None]:
     """Put a merge into main params, buffers and model weights; undo it on exit.
@@ -50,7 +56,7 @@ def swapped(
     error: BaseException | None = None
     try:
         with together("the merge"):
-            _merge_owned(stash, chunks, shards, store, merge)
+            _merge_owned(stash, chunks, shards, sources, merge)
         with together("spreading the merged weights"):
             _spread(chunks, optimizer, shards)
         yield
@@ -73,14 +79,14 @@ def _merge_owned(
     stash: Stash,
     chunks: Sequence[torch.nn.Module],
     shards: Sequence[Shard],
-    store: Store,
+    held: Sources,
     merge: MergeCoefficients,
 ) -> None:
     """Stash everything, then write this rank's sums into its own shards. No communication."""
     stash.fill(chunks, shards)
     with ThreadPoolExecutor(max_workers=_threads()) as threads:
         for index, shard in enumerate(shards):
-            sources = [store.get(iteration, index) for iteration in merge.iterations]
+            sources = [held.source(iteration, index) for iteration in merge.iterations]
             merged = torch.empty(shard.size, dtype=shard.value.dtype)
             if not _sum_tiles(threads, sources, merge.coefficients, merged):
                 raise MergeError(f"the merge of {shard.name} overflows {merged.dtype}")

@@ -40,6 +40,10 @@ class Checkpoints(Protocol):
     def load(self, iteration: int) -> Consumed | None:
         """Load one of them into model and optimizer; see :meth:`.WSM.refill`."""
 
+    def load_merge(self, root: Path, iteration: int) -> bool:
+        """Load a merged checkpoint of the run into model and optimizer; whether its main params are
+        those of its weights."""
+
 
 class Trainer(Protocol):
     """One run of the framework.

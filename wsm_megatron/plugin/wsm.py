@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wsm_megatron.errors import MergeError, UsageError
+from wsm_megatron.plugin.block_mean import warn_of_lost_points
 from wsm_megatron.plugin.combination import Combination
 from wsm_megatron.plugin.config import WSMConfig
+from wsm_megatron.plugin.moving_average import MovingAverage
 from wsm_megatron.plugin.optimizers import parts
 from wsm_megatron.plugin.refill import Load, Refill
 from wsm_megatron.plugin.shards import collect, lacks_state, layout_of_rank
@@ -21,6 +23,7 @@ from wsm_megatron.plugin.snapshots import Snapshots
 from wsm_megatron.plugin.store import DiskStore, MemoryStore, Store
 from wsm_megatron.plugin.swap import swap_nbytes, swapped
 from wsm_megatron.schedule.coefficients import MergeCoefficients
+from wsm_megatron.schedule.half_life import Averaged
 from wsm_megatron.schedule.window import Checkpoint, Consumed
 
 
@@ -36,6 +39,10 @@ class WSM:
                 wsm.snapshot(iteration, tokens)
         with wsm.merged():
             evaluate(model)  # or save it
+
+    With ``average_every=K`` the loop also calls ``wsm.add_step(iteration)`` after every step, and
+    means over every K-th step are merged. With ``half_life=H`` there is no window: each snapshot
+    is a sample of a moving average.
 
     Every method marked *collective* must be called by all ranks, in the same order. Works on
     megatron-core alone; ``hooks.py`` drives it for Megatron-LM's ``pretrain()``.
@@ -73,13 +80,18 @@ class WSM:
         """Begin with an empty store of what this rank owns now."""
         self._shards = collect(self._chunks, optimizer, moments=self._moments)
         self._expected = self._moments and lacks_state(optimizer)
+        every = self.config.points_every
         self._store: Store = (
-            MemoryStore(self._shards)
+            MemoryStore(self._shards, every)
             if self._folder is None
-            else DiskStore(self._shards, self._folder, layout_of_rank())
+            else DiskStore(self._shards, self._folder, layout_of_rank(), every)
         )
         self._store.guard([part.steps for part in parts(optimizer) if not part.is_captured])
-        self._snapshots = Snapshots(self.config, self._store)
+        self._moving: MovingAverage | None = None
+        if self.config.moving is not None:
+            self._moving = MovingAverage(self.config.moving, self._shards, self._store)
+        self._window = Snapshots(self.config, self._store)
+        self._snapshots = self._moving or self._window
 
     def _meet_moments(self) -> None:
         """Where moments were but expected: which there are is known once the optimizer has made
@@ -95,8 +107,15 @@ class WSM:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one snapshot costs this rank."""
+        """Bytes that one snapshot costs this rank, its block mean included."""
         return self._store.nbytes
+
+    @property
+    def averaging_nbytes(self) -> int:
+        """Bytes of host memory that averages over steps take on this rank, besides snapshots: the
+        block mean that is being summed, or the moving average."""
+        moving = self._moving.nbytes if self._moving is not None else 0
+        return self._store.stepping_nbytes + moving
 
     @property
     def swap_nbytes(self) -> int:
@@ -149,6 +168,19 @@ class WSM:
         self._snapshots.take(Consumed.of(iteration, tokens), durable=durable)
         return time.perf_counter() - began
 
+    def add_step(self, iteration: int) -> None:
+        """Call it after every training step, before or after a snapshot of that iteration: with
+        ``average_every`` each K-th is taken into the mean of its block. Not collective; returns
+        once the copy is launched.
+
+        Where that fails, or a NaN is in it, the snapshot that ends the block fails.
+        """
+        every = self.config.points_every
+        if every is None or iteration % every or iteration < self.config.start_iter:
+            return
+        self._meet_moments()
+        self._store.add_step(iteration)
+
     def confirm(self, iteration: int) -> None:
         """Let a snapshot taken with ``durable=False`` count from the next one, or merge, on."""
         self._snapshots.confirm(iteration)
@@ -161,10 +193,18 @@ class WSM:
         return self._snapshots.settle()
 
     def coefficients(self, combination: Combination | None = None) -> MergeCoefficients | None:
-        """The merge that :meth:`merged` would make now, or None for fewer than two snapshots.
-        Collective."""
+        """The merge that :meth:`merged` would make now, or None for fewer than two snapshots. That
+        of a moving average is of one source. Collective."""
         self.settle()
         return self._snapshots.coefficients(combination)
+
+    def averaged(self, iteration: int) -> dict[str, Any]:
+        """What is merged for an iteration of :attr:`kept`, where that is an average over steps, for
+        a provenance: ``mean``, of a block, or ``moving_average``. Empty for a snapshot itself."""
+        if self._moving is not None:
+            return self._moving.describe(iteration)
+        block = self._store.block(iteration)
+        return {} if block is None or block.points == 1 else {"mean": block.describe()}
 
     @contextmanager
     def merged(self, combination: Combination | None = None) -> Iterator[MergeCoefficients]:
@@ -178,13 +218,33 @@ class WSM:
             combination: one of :attr:`combinations`; the first where none is named.
         """
         merge = self.coefficients(combination)
+        if merge is None and self._moving is not None:
+            raise MergeError("a moving average needs at least one snapshot, and none is there")
         if merge is None:
             raise MergeError(
                 f"a merge needs at least two snapshots, {len(self.kept)} are kept: take them more "
                 "often, or merge later, and see the warnings of those that failed"
             )
-        with swapped(self._chunks, self._optimizer, self._shards, self._store, merge):
+        self._store.finish_steps()
+        sources = self._moving or self._store
+        with swapped(self._chunks, self._optimizer, self._shards, sources, merge):
             yield merge
+
+    def emitted(self) -> None:
+        """Call it when merged weights were saved as a checkpoint: a moving average goes on from
+        what that holds, float32, as a restart from it does. Collective."""
+        if self._moving is not None:
+            self._moving.go_on_from_float32()
+
+    def restore(self, state: Averaged) -> None:
+        """Let a moving average go on after a restart: what is loaded now is the merged checkpoint
+        that says ``state``. Collective.
+
+        Raises ``UsageError`` where it has another half-life, or there is no moving average.
+        """
+        if self._moving is None:
+            raise UsageError("only a moving average is restored; a window is refilled")
+        self._moving.restore(state)
 
     def refill(
         self,
@@ -210,15 +270,23 @@ class WSM:
 
         Raises ``ValueError`` where the disk store holds snapshots of another layout, and nothing
         is there to refill them from.
+
+        Of snapshots that are refilled from ordinary checkpoints there are no block means: they
+        count as they are, with a warning.
         """
+        if self._moving is not None:
+            raise UsageError("a moving average is restored, not refilled")
         Refill(
-            snapshots=self._snapshots,
+            snapshots=self._window,
             store=self._store,
             shards=self._shards,
             start=Consumed.of(iteration, tokens),
             available=available,
             load=load,
         ).run()
+        if self.config.points_every is not None:
+            blocks = [self._store.block(c.iteration) for c in self.kept]
+            warn_of_lost_points([c.iteration for c in self.kept], blocks, iteration, self.config)
 
     def close(self) -> None:
         """Stop the worker thread and forget the hooks on the optimizer; kept files stay."""

@@ -185,3 +185,17 @@ def test_windows_that_the_run_just_fills_are_taken() -> None:
     check_run(run_args(train_iters=95), WSMConfig(num=(4, 10), eval=True))
     check_run(run_args(), WSMConfig(num=(4, 7), start_iter=40, eval=True))
     check_run(run_args(), WSMConfig(num=11))  # one window may always be longer than the run
+
+
+def test_names_of_merges_that_are_no_sweep_s() -> None:
+    """Means and moving averages are not what ``wsm sweep`` makes of the same checkpoints."""
+    (means,) = WSMConfig(num=8, decay="ema", average_every=10, interval=100).combinations
+    assert means.name == "ema-last8-means10"
+    (average,) = WSMConfig(half_life=1000).combinations
+    assert average.name == "half-life1000" and average.reach.size(1, None) == 1
+
+
+@pytest.mark.parametrize("flags", [{"emit": "linear:1000"}, {"dry_run": True}])
+def test_a_moving_average_is_one_merge(flags: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--wsm-merge-half-life: a moving average has no window"):
+        WSMConfig(half_life=1000, **flags)

@@ -126,6 +126,27 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
         ({"num": 4, "store": "tape"}, "--wsm-merge-store must be one of memory, disk"),
         ({"num": 4, "dir": "/local"}, "--wsm-merge-dir has no effect"),
         ({"num": 4, "optimizer_state": "all"}, "--wsm-merge-optimizer-state must be one of"),
+        ({"num": 4, "half_life": 100}, "or, for a moving average, --wsm-merge-half-life or"),
+        ({"half_life": 100, "half_life_tokens": 100}, "--wsm-merge-half-life-tokens, not 2"),
+        ({"half_life": 0}, "--wsm-merge-half-life must be at least 1"),
+        ({"half_life": 9, "interval": 2}, "--wsm-merge-half-life: .*--wsm-merge-interval without"),
+        ({"half_life_tokens": 9, "decay": "mean"}, "half-life-tokens: .*--wsm-merge-decay without"),
+        ({"half_life": 9, "min_decay": 0.1}, "--wsm-merge-min-decay without effect"),
+        ({"half_life": 9, "store": "disk"}, "--wsm-merge-store disk without effect"),
+        ({"half_life": 9, "optimizer_state": "merge"}, "--wsm-merge-optimizer-state merge without"),
+        ({"num": 4, "average_every": 0}, "--wsm-merge-average-every must be at least 1, not 0"),
+        (
+            {"num": 4, "average_every": 4, "interval": 10},
+            "--wsm-merge-average-every 4 does not divide --wsm-merge-interval 10 into several",
+        ),
+        (
+            {"num": 4, "average_every": 20, "interval": 10},
+            "--wsm-merge-average-every 20 does not divide --wsm-merge-interval 10 into several",
+        ),
+        (
+            {"num": 4, "average_every": 10, "interval": 10},
+            "--wsm-merge-interval 10 into several: a block mean would be over the snapshot alone",
+        ),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
@@ -157,6 +178,17 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         ({}, {"start_iter": 100}, "not before the end of training, iteration 100"),
         ({}, {"save": "/runs/a"}, "the run's own --save"),
         ({}, {"num": None, "window_iters": 9}, "holds fewer than two checkpoints"),
+        (
+            {},
+            {"average_every": 3},
+            "--wsm-merge-average-every 3 does not divide --save-interval 10",
+        ),
+        ({}, {"average_every": 10}, "over the snapshot alone"),
+        (
+            {},
+            {"num": None, "half_life": 50, "average_every": 4, "save_interval": 10},
+            "--wsm-merge-save-interval 10 is not a multiple of --wsm-merge-average-every 4",
+        ),
     ],
 )
 def test_runs_that_cannot_work_are_refused(
@@ -193,6 +225,17 @@ def test_a_schedule_that_stays_stable_is_fine() -> None:
         ({"save_retain_interval": 50}, {}, "--save-retain-interval 50 deletes checkpoints"),
         ({"eval_iters": 0}, {"eval": True}, "--wsm-merge-eval has no effect"),
         ({"no_save_optim": True}, {}, "--no-save-optim"),
+        ({}, {"num": None, "half_life": 50}, "anew, as merged checkpoints come at the end alone"),
+        (
+            {},
+            {"num": None, "half_life": 50, "save_interval": 10, "optimizer_state": "drop"},
+            "anew, as merged checkpoints hold no main params",
+        ),
+        (
+            {"no_save_optim": True},
+            {"num": None, "half_life": 50, "save_interval": 10},
+            "hold no main params (--no-save-optim)",
+        ),
     ],
 )
 def test_surprises_are_warned_about(
@@ -201,7 +244,7 @@ def test_surprises_are_warned_about(
     message: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    check_run(run_args(**changes), WSMConfig(num=4, **options))
+    check_run(run_args(**changes), WSMConfig(**{"num": 4} | options))
     assert message in caplog.text
 
 
@@ -240,6 +283,16 @@ def test_nothing_is_written_among_checkpoints_of_the_run(
     args = run_args(**{"save": str(folder / "run"), **placed(changes)})
     with pytest.raises(ValueError, match=message):
         check_run(args, WSMConfig(num=4, **placed(options)))
+
+
+def test_how_often_snapshots_and_points_come() -> None:
+    windows = [WSMConfig(num=4), WSMConfig(num=4, interval=10, average_every=5)]
+    averages = [WSMConfig(half_life=50), WSMConfig(half_life_tokens=50, average_every=5)]
+    configs = (*windows, *averages)
+    assert [c.snapshot_every for c in configs] == [None, 10, 1, 5]
+    assert [c.points_every for c in configs] == [None, 5, None, None]
+    for config in averages:
+        check_run(run_args(save_interval=None), config)
 
 
 def test_merged_checkpoints_have_a_root_of_their_own() -> None:

@@ -82,7 +82,7 @@ def test_the_largest_window_is_the_largest_that_fits(stored: bool) -> None:
 
 def test_measuring_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_bytes", lambda folder: GB)
-    wsm: Any = SimpleNamespace(nbytes=4096, swap_nbytes=8192)
+    wsm: Any = SimpleNamespace(nbytes=4096, swap_nbytes=8192, averaging_nbytes=0)
     rank = Rank.measured(wsm, torch.device("cpu"), tmp_path / "not" / "yet")
     assert min(rank.copied, rank.summed, rank.written or 0, rank.read or 0) > 0
     assert list(tmp_path.iterdir()) == []

@@ -19,10 +19,14 @@ GB = 10**9
 
 @pytest.fixture
 def wsm() -> Any:
-    """4 GB a snapshot and 6 GB put aside on each of the host's two ranks."""
+    """4 GB a snapshot, 4 GB put aside and 2 GB of averages on each of the host's two ranks."""
     reserved: list[int] = []
     return SimpleNamespace(
-        nbytes=4 * GB, swap_nbytes=6 * GB, reserve=reserved.append, reserved=reserved
+        nbytes=4 * GB,
+        swap_nbytes=4 * GB,
+        averaging_nbytes=2 * GB,
+        reserve=reserved.append,
+        reserved=reserved,
     )
 
 
