@@ -1,6 +1,6 @@
 """What merges of block means bring against merges of end points, on the demo's model and text.
 
-    python -m benchmarks.granularity [--steps 400] [--window 200] [--seeds 1,2]
+    python -m benchmarks.granularity [--steps 1200] [--window 200] [--seeds 1,2]
 
 One run at constant LR a seed, on real megatron-core, two gloo CPU ranks. Over the same last steps
 of it, held-out loss (nats a byte, paired batches) of merges of 2, 4, 8 snapshots, of as many block
@@ -24,7 +24,7 @@ BATCHES = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--window", type=int, default=200, help="steps that are merged")
     parser.add_argument("--seeds", default="1,2")
     options = parser.parse_args()
