@@ -288,6 +288,8 @@ def test_a_folder_in_the_way_is_told_before_anything_is_done(tmp_path: Path) -> 
     [
         (["--export-only"], "--export-only has no effect without --export"),
         (["--export", "hf", "--export-only", "--node-local"], "does not work with --node-local"),
+        (["--export", "hf", "--export-save", str(RUNS / runs.MAIN)], "is the run itself"),
+        (["--export", "hf", "--export-save", str(RUNS / runs.MAIN / ITERATION)], "is inside of"),
     ],
 )
 def test_mistakes(
