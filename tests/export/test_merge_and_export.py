@@ -139,7 +139,7 @@ import os, signal, sys
 from wsm_megatron.cli.main import main
 from wsm_megatron.export.shard_file import ShardFile
 
-write, left = ShardFile.write, 12
+write, left = ShardFile.write_runs, 12
 
 def killed(*arguments, **named):
     global left
@@ -148,7 +148,7 @@ def killed(*arguments, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     write(*arguments, **named)
 
-ShardFile.write = killed
+ShardFile.write_runs = killed
 main(sys.argv[1:])
 """
 
