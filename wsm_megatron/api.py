@@ -88,7 +88,9 @@ def merge_together(
     with job_ranks() as ranks, ranks.watching(check_storage):
         access = _access(merges, execution, ranks)
         access.check_options()
-        exports.check_options(execution)
+        with ranks.together("checking the options"):
+            if ranks.rank == 0:
+                exports.check_options(merges, execution)
         options = {**(told or {}), **asdict(execution)}
         with job_events(execution.log_json, ranks, __version__, options) as events:
             with phases("planning" if ranks.rank == 0 else "waiting"):
@@ -184,7 +186,9 @@ def plan_together(
     with job_ranks() as ranks:
         access = _access(merges, execution, ranks)
         access.check_options()
-        exports.check_options(execution)
+        with ranks.together("checking the options"):
+            if ranks.rank == 0:
+                exports.check_options(merges, execution)
         job = access.prepare()
         if ranks.rank != 0:
             return None

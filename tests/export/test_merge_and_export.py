@@ -139,7 +139,7 @@ import os, signal, sys
 from wsm_megatron.cli.main import main
 from wsm_megatron.export.shard_file import ShardFile
 
-write, left = ShardFile.write, 12
+write, left = ShardFile.write_runs, 12
 
 def killed(*arguments, **named):
     global left
@@ -148,7 +148,7 @@ def killed(*arguments, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     write(*arguments, **named)
 
-ShardFile.write = killed
+ShardFile.write_runs = killed
 main(sys.argv[1:])
 """
 
@@ -288,6 +288,8 @@ def test_a_folder_in_the_way_is_told_before_anything_is_done(tmp_path: Path) -> 
     [
         (["--export-only"], "--export-only has no effect without --export"),
         (["--export", "hf", "--export-only", "--node-local"], "does not work with --node-local"),
+        (["--export", "hf", "--export-save", str(RUNS / runs.MAIN)], "is the run itself"),
+        (["--export", "hf", "--export-save", str(RUNS / runs.MAIN / ITERATION)], "is inside of"),
     ],
 )
 def test_mistakes(

@@ -39,16 +39,23 @@ def test_runs_are_the_elements_of_a_region_in_order(case: tuple[Region, tuple[in
 def test_the_ranks_shares_make_the_crc_of_the_file(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, choose: st.DataObject
 ) -> None:
-    """Whoever writes which part, and in which order."""
+    """Whoever writes which part, and in which order; runs lie apart, as columns do."""
     path = tmp_path_factory.mktemp("file") / "shard"
     cuts = choose.draw(st.sets(st.integers(1, len(data)), max_size=6))
     edges = [0, *sorted(cuts | {len(data)})]
     parts = choose.draw(st.permutations(list(pairwise(edges))))
     files = [ShardFile(path, len(data)), ShardFile(path, len(data), made=True)]
     for start, end in parts:
-        file = files[choose.draw(st.integers(0, 1))]
-        file.write(start, memoryview(bytes(end - start)), counts=False)
-        file.write(start, memoryview(data[start:end]))
+        shapes = [(n, width) for n in (1, 2, 3) for width in (1, 2, 5, end - start)]
+        fitting = [(n, width) for n, width in shapes if (end - start) % (n * width) == 0]
+        count, width = choose.draw(st.sampled_from(fitting))
+        table = np.frombuffer(data[start:end], dtype=np.uint8).reshape(-1, count, width)
+        for n in range(count):
+            file = files[choose.draw(st.integers(0, 1))]
+            offsets = list(range(start + n * width, end, count * width))
+            column = table[:, n].tobytes()
+            file.write_runs(offsets, memoryview(bytes(len(column))), counts=False)
+            file.write_runs(offsets, memoryview(column))
     (first, one), (second, other) = (file.close() for file in files)
     assert path.read_bytes() == data
     assert (first + second, one ^ other) == (len(data), zlib.crc32(data))

@@ -23,6 +23,8 @@ from wsm_megatron.export.spread import Spread, spreads_of, turned_places
 from wsm_megatron.export.target import Target
 from wsm_megatron.export.turn import Turned
 from wsm_megatron.planning.job import Job, OutputCheckpoint
+from wsm_megatron.planning.merge_set import MergeSet
+from wsm_megatron.planning.output_paths import check_export
 from wsm_megatron.planning.tasks import Task
 from wsm_megatron.storage.space import allocated, check_space
 from wsm_megatron.storage.visibility import wait_for_files
@@ -105,13 +107,19 @@ class MergedExports:
         for one in tuple(self._exports.values()):
             one.target.check()
 
-    def check_options(self, execution: ExecutionOptions) -> None:
-        """Raise ``UsageError`` for what does not go together."""
+    def check_options(self, merges: MergeSet, execution: ExecutionOptions) -> None:
+        """Raise ``UsageError`` for what does not go together, and for exports into the run."""
+        if not self.wanted:
+            return
         if self.only and execution.node_local:
             raise UsageError(
                 "--export-only does not work with --node-local: leave it out, and remove the "
                 "merges once they are exported"
             )
+        root = self._options.root(self._root)
+        for one in merges.merges:
+            folder = root / one.save.relative_to(self._root)
+            check_export(merges, folder, f"--export-save {root}: {folder}")
 
     def plan(self, job: Job) -> Job:
         """Plan every export, before anything is done; the job, as far as it is needed then.

@@ -113,14 +113,18 @@ class MergeExport(ExportOptions):
         if self.export is None and changed:
             raise UsageError(f"{changed[0]} has no effect without --export")
 
+    def root(self, merges: Path) -> Path:
+        """Where exports go of merges below a root."""
+        assert self.export is not None
+        return merges / self.export if self.export_save is None else self.export_save
+
     def of(self, checkpoint: Path, root: Path) -> ExportConfig:
         """The export of a merge below ``root``."""
         assert self.export is not None
-        base = root / self.export if self.export_save is None else self.export_save
         values = {one.name: getattr(self, one.name) for one in ExportOptions.options()}
         return ExportConfig(
             load=checkpoint,
-            save=base / checkpoint.relative_to(root),
+            save=self.root(root) / checkpoint.relative_to(root),
             format=self.export,
             **values,
         )

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from isal.isal_zlib import crc32, crc32_combine
 
 from wsm_megatron.errors import MergeError, StorageError
-from wsm_megatron.storage.positioned import write_at
+from wsm_megatron.storage.positioned import write_runs
 from wsm_megatron.storage.retry import watched
 
 
@@ -45,17 +46,24 @@ class ShardFile:
         except OSError as error:
             raise MergeError(f"{path}: cannot create: {error.strerror}") from error
 
-    def write(self, offset: int, data: memoryview, *, counts: bool = True) -> None:
-        """Write bytes that no other call writes.
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes that no other call writes."""
+        self.write_runs([offset], data)
+
+    def write_runs(self, offsets: Sequence[int], data: memoryview, *, counts: bool = True) -> None:
+        """Write parts of ``data``, all of one length, each from its own byte on, in order.
 
         Args:
             counts: false for what will be written anew.
         """
-        write_at(self._descriptor, data, offset, self.path)
+        write_runs(self._descriptor, data, offsets, self.path)
         if not counts:
             return
-        behind = self._size - offset - len(data)
-        share = crc32_combine(crc32(data), 0, behind)
+        nbytes, crc, before = len(data) // len(offsets), 0, offsets[0]
+        for n, offset in enumerate(offsets):
+            run = crc32(data[n * nbytes : (n + 1) * nbytes])
+            crc, before = crc32_combine(crc, run, offset - before), offset
+        share = crc32_combine(crc, 0, self._size - before - nbytes)
         with self._lock:
             self._crc ^= share
             self.bytes_written += len(data)

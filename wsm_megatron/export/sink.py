@@ -120,12 +120,9 @@ class _Chunk:
 
     def _write(self, place: Place, common: Region, data: memoryview) -> None:
         whole = place.piece.region
-        starts, length = runs_of(common.within(whole), whole.sizes)
-        size, nbytes = place.dtype.itemsize, length * place.dtype.itemsize
-        file, counts = self._files[place.file], not place.piece.order
-        for n, start in enumerate(starts):
-            run = data[n * nbytes : (n + 1) * nbytes]
-            file.write(place.offset + start * size, run, counts=counts)
+        starts, _ = runs_of(common.within(whole), whole.sizes)
+        offsets = [place.offset + start * place.dtype.itemsize for start in starts]
+        self._files[place.file].write_runs(offsets, data, counts=not place.piece.order)
 
     def finish(self) -> None:
         pass

@@ -29,11 +29,7 @@ def check_outputs(
         UsageError: naming the option and what it would write into.
     """
     merges = MergeSet.of(merges) if isinstance(merges, MergeConfig) else merges
-    shared = merges.shared
-    if shared.load is None:
-        run = _Run.of_sources([source_path(one.path) for one in shared.sources])
-    else:
-        run = _Run.of(shared.load)
+    run = _run_of(merges)
     made: dict[_Id | Path, str] = {}
     for one in merges.merges:
         root = one.save
@@ -48,6 +44,25 @@ def check_outputs(
             )
     if execution.log_json is not None:
         run.refuse_file(execution.log_json, f"--log-json {execution.log_json}")
+
+
+def check_export(merges: MergeSet, root: Path, what: str) -> None:
+    """A folder that exports of merges go to is outside of the run and of its checkpoints too.
+
+    Args:
+        what: the option, for messages.
+
+    Raises:
+        UsageError: as :func:`check_outputs`.
+    """
+    _run_of(merges).refuse(root, what)
+
+
+def _run_of(merges: MergeSet) -> _Run:
+    shared = merges.shared
+    if shared.load is None:
+        return _Run.of_sources([source_path(one.path) for one in shared.sources])
+    return _Run.of(shared.load)
 
 
 def _describe(one: MergeConfig) -> str:

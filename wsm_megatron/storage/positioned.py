@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,21 @@ def write_at(descriptor: int, data: memoryview, offset: int, path: Path) -> None
             with watched(partial(_place, path, offset + done)):
                 done += os.pwrite(descriptor, data[done:], offset + done)
         except OSError as error:
-            raise StorageError(
-                f"{path}: cannot write: {error.strerror}; nothing was published"
-            ) from error
+            raise _failed(path, error) from error
+
+
+def write_runs(descriptor: int, data: memoryview, offsets: Sequence[int], path: Path) -> None:
+    """Write parts of ``data``, all of one length, each from its own byte on."""
+    nbytes = len(data) // len(offsets)
+    try:
+        with watched(partial(_place, path, offsets[0])):
+            for n, offset in enumerate(offsets):
+                run = data[n * nbytes : (n + 1) * nbytes]
+                done = os.pwrite(descriptor, run, offset)
+                if done < nbytes:
+                    write_at(descriptor, run[done:], offset + done, path)
+    except OSError as error:
+        raise _failed(path, error) from error
 
 
 def whole_of(parts: Iterable[tuple[int, int, int]], path: Path) -> tuple[int, int]:
@@ -36,6 +48,10 @@ def whole_of(parts: Iterable[tuple[int, int, int]], path: Path) -> tuple[int, in
         assert offset == position, f"a gap at byte {position} of {path}"
         crc, position = crc32_combine(crc, part, length), offset + length
     return position, crc
+
+
+def _failed(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: cannot write: {error.strerror}; nothing was published")
 
 
 def _place(path: Path, position: int) -> str:

@@ -261,7 +261,7 @@ class _Run:
             if swept.exists:
                 delete_merge(Path(swept.path))
             if swept.export is not None:
-                delete_export(Path(swept.export), self._save)
+                delete_export(Path(swept.export))
             self._manifest = self._manifest.updated(swept.path, exists=False, export=None)
         self._manifest.write()
 
@@ -311,13 +311,11 @@ def delete_merge(path: Path) -> None:
     logger.info("deleted %s", path)
 
 
-def delete_export(path: Path, save: Path) -> None:
-    """The same of an export, with the folders that are empty then, but for ``save``."""
+def delete_export(path: Path) -> None:
+    """The same of an export, with the folder of its merge's name where that is empty then."""
     remove([_hide(path)])
-    for folder in path.parents:
-        if folder == save.absolute() or any(folder.iterdir()):
-            break
-        folder.rmdir()
+    if not any(path.parent.iterdir()):
+        path.parent.rmdir()
     logger.info("deleted %s", path)
 
 
