@@ -9,4 +9,5 @@ if [[ ${1:-} == serve ]]; then
     command=serve
     shift
 fi
+export NO_MKDOCS_2_WARNING=1 # of the theme: the version is pinned
 exec .venv/bin/python -m mkdocs "$command" --strict --config-file scripts/mkdocs.yml "$@"

@@ -65,7 +65,7 @@ def blocks(text: str) -> Iterator[list[str]]:
     """The lines of every code block of a page, fenced or indented."""
     lines: list[str] = []
     fenced = False
-    for line in text.splitlines():
+    for line in re.sub(r"\\\n +", " ", text).splitlines():  # a command may go on in the next line
         fence = line.lstrip().startswith("```")
         if not fence and (fenced or line.startswith("    ")):
             lines.append(line if fenced else line[4:])
