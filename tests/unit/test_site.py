@@ -34,6 +34,8 @@ STARTED = {
     "torchrun": "starts processes of its own (tests/dist)",
 }
 """Launchers, and why what they start is parsed only."""
+PARSED = {("plot", "trajectory"): "shows a file that a command of another page writes"}
+"""Commands that are parsed only, by their first words, and why."""
 BEFORE = {
     "export.md": "wsm merge --load RUN --save OUT --last 4",
     "resume.md": "wsm merge --load RUN --save MERGED --last 4 --optimizer-state last",
@@ -81,8 +83,8 @@ def commands(page: Path) -> list[Shown]:
     found: list[Shown] = []
     for block in blocks(page.read_text()):
         for number, line in enumerate(block):
-            start = re.match(r"(\$ )?((srun|mpirun|torchrun|env) .*?)?\bwsm (?=[a-z-]+\b)", line)
-            if not start or line[start.end() :].split()[0] not in COMMANDS:
+            start = re.match(r"(\$ )?((srun|mpirun|torchrun|env) .*?)?\bwsm +(?=[a-z])", line)
+            if not start:
                 continue
             words = shlex.split(re.sub(r"[\[\]]", " ", line[start.end() :]), comments=True)
             output = tuple(block[number + 1 :]) if start[1] else ()
@@ -154,7 +156,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages speak of: runs, seeds, a released checkpoint, an evaluator, a tokenizer."""
     there = tmp_path_factory.mktemp("world")
     make_run(there / "RUN", range(1000, 13000, 1000), tokens=10**8)
-    make_run(there / "demo-out" / "run", range(200, 420, 20), tokens=2000)
+    make_run(there / "demo-out" / "run", range(20, 420, 20), tokens=2000)
     make_run(there / "A", (4000, 8000), tokens=10**8, seed=1)
     for seed, name in enumerate(("B", "SEED1", "SEED2", "SEED3"), 2):
         make_run(there / name, (8000,), tokens=10**8, seed=seed)
@@ -163,7 +165,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (release / "latest_checkpointed_iteration.txt").write_text("release")
     (there / "CKPT").symlink_to(there / "RUN" / "iter_0012000")
     score = there / "score.sh"
-    score.write_text('#!/bin/sh\ncksum "$1"/__0_0.distcp | sed "s/ .*//;s/^/1./"\n')
+    score.write_text('#!/bin/sh\ncat "$1"/*.distcp "$1"/*.safetensors | cksum | sed "s/ .*//"\n')
     score.chmod(0o755)
     (there / "TOKENIZER").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -200,18 +202,24 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_scores(words: tuple[str, ...]) -> None:
-    """What ``wsm select`` is given, of the merges that there are, or of the run's checkpoints."""
+    """The scores that a command is given: of a sweep's merges, or of the run's checkpoints."""
     given = dict(pairwise(words))
-    metrics = given["--metric"].split(",")
-    if "--manifest" in given:
-        merges = json.loads(Path(given["--manifest"]).read_text())["merges"]
-        names = [merge["path"] for merge in merges]
+    metrics = given.get("--metric", "loss").split(",")
+    places = [place for word in words for place in (Path(word), Path(word, "sweep.json"))]
+    manifest = next((one for one in places if one.name == "sweep.json" and one.is_file()), None)
+    if manifest is not None:
+        names = [merge["path"] for merge in json.loads(manifest.read_text())["merges"]]
     else:
-        names = [path.name.removeprefix("iter_") for path in Path("RUN").glob("iter_*")]
-        names = [str(int(name)) for name in names]
+        names = [str(int(path.name.removeprefix("iter_"))) for path in Path("RUN").glob("iter_*")]
+    head = ["iteration" if manifest is None else "path", *metrics]
     rows = [[name, *(str(1.5 - n / 64) for _ in metrics)] for n, name in enumerate(names)]
-    head = ["path" if "--manifest" in given else "iteration", *metrics]
     Path(given["--scores"]).write_text("\n".join(",".join(row) for row in [head, *rows]) + "\n")
+
+
+def make_room(root: Path) -> None:
+    """Pages show alternatives: of the merges that they make in one place, none is in the way."""
+    for path in root.glob("iter_*"):
+        shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("page", [*filter(commands, PAGES)], ids=lambda page: page.name)
@@ -222,15 +230,16 @@ def test_every_command_of_a_page_runs(
     if any(one.launcher not in STARTED for one in shown) and page.name in BEFORE:
         assert main(shlex.split(BEFORE[page.name])[1:]) == 0
     for one in shown:
-        if one.launcher in STARTED:
+        assert one.words[0] in COMMANDS, one
+        if one.launcher in STARTED or one.words[:2] in PARSED:
             parser(one.words).parse_args(one.words)
             continue
         if one.words[0] == "search":
             pytest.importorskip("scipy")
-        if one.words[0] == "select":
+        if "--scores" in one.words:
             write_scores(one.words)
-        if one.words[0] == "merge" and "--save" in one.words:  # pages show alternatives
-            shutil.rmtree(one.words[one.words.index("--save") + 1], ignore_errors=True)
+        if one.words[0] in ("merge", "rescue") and "--save" in one.words:
+            make_room(Path(one.words[one.words.index("--save") + 1]))
         capsys.readouterr()
         assert main([*one.words, *FEWER.get(one.words[0], ())]) == 0, one
         if one.output and "…" not in "".join(one.output):
@@ -287,14 +296,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_has_every_page(site: Path) -> None:
     built = {path.stem for path in site.glob("*.html")} - {"404"}
-    assert built == {path.stem for path in DOCS.glob("*.md")}
+    copied = {path.stem for path in DOCS.glob("*.html")}
+    assert built - copied == {path.stem for path in DOCS.glob("*.md")}
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     for page in site.glob("*.html"):
         links = Links()
         links.feed(page.read_text())
-        assert links.loaded, page
+        assert links.loaded or (DOCS / page.name).exists(), page
         for link in links.loaded:
             assert not re.match(r"(https?:)?//", link), f"{page.name}: {link}"
             assert page.name == "404.html" or (site / link.split("?")[0]).exists(), link
