@@ -132,15 +132,14 @@ class MergedExports:
         planned: dict[int, tuple[ExportPlan, dict[str, Spread]]] = {}
         for output in job.outputs:
             config = self._options.of(output.path, self._root)
-            model = merged_model(job, output, published=not self.only)
-            if output.newest not in planned:
-                plan = plan_of(model, config)
+            if output.newest not in planned:  # what it holds depends on nothing else
+                plan = plan_of(merged_model(job, output), config)
                 planned[output.newest] = plan, spreads_of(plan.shards)
             plan, spreads = planned[output.newest]
             facts: dict[str, Any] = {
-                "source": None if model.source is None else str(model.source),
-                "iteration": model.state.get("iteration"),
-                "merge": model.merge,
+                "source": None if self.only else str(output.path.resolve()),
+                "iteration": output.iteration,
+                "merge": output.provenance,
             }
             plan = replace(plan, record=plan.record | facts)
             one = _Export(config, plan, spreads, Target(config.save))

@@ -48,7 +48,7 @@ class Model:
         where: the checkpoint that it is of, or a merge's newest source, for messages; Bridge's run
             config lies there.
         tensors: all that it has, as they are stored. format: how. state: the common state.
-        source: of a published checkpoint its path.
+        source: path of the checkpoint that it is, or becomes.
         metadata_crc: of its ``.metadata``, where that is written. merge: how it was merged, if so.
     """
 
@@ -56,7 +56,7 @@ class Model:
     tensors: Mapping[str, TensorEntry]
     format: str
     state: Mapping[str, Any]
-    source: Path | None
+    source: Path
     metadata_crc: int | None
     merge: dict[str, Any] | None
 
@@ -130,13 +130,9 @@ def make_plan(config: ExportConfig) -> CheckpointExport:
     return CheckpointExport(plan.shards, plan.config, plan.tokenizer, plan.record, layout, before)
 
 
-def merged_model(job: Job, output: OutputCheckpoint, *, published: bool) -> Model:
-    """What a merge will make.
-
-    Args:
-        published: it becomes a checkpoint too.
-    """
-    newest, path = job.newest(output), output.path
+def merged_model(job: Job, output: OutputCheckpoint) -> Model:
+    """What a merge will make."""
+    newest = job.newest(output)
     return Model(
         where=newest.path,
         tensors={
@@ -146,7 +142,7 @@ def merged_model(job: Job, output: OutputCheckpoint, *, published: bool) -> Mode
         },
         format=output.format.name,
         state=load_stored(output.common, str(newest.path)),
-        source=path.resolve() if published else None,
+        source=output.path.resolve(),
         metadata_crc=None,
         merge=output.provenance,
     )
@@ -173,7 +169,7 @@ def plan_of(model: Model, config: ExportConfig) -> ExportPlan:
         tensors = [_as_it_is(entry, dtype) for entry in entries.values()]
     record = {
         "format": FORMAT,
-        "source": None if model.source is None else str(model.source),
+        "source": str(model.source),
         "iteration": model.state.get("iteration"),
         METADATA_CRC: None if model.metadata_crc is None else f"{model.metadata_crc:08x}",
         "family": None if family is None else family.name,
