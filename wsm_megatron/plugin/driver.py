@@ -357,7 +357,6 @@ class Driver:
 
     def _save(self, progress: Progress, merge: MergeCoefficients, root: Path) -> Path:
         drop = self._config.optimizer_state == "drop"
-        assert merge.decay is not None, "merges inside a run are decays"
 
         def save_below(staging: Path, provenance: dict[str, Any]) -> None:
             with checked_slices(self._optimizer, put_right=True):
