@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import threading
 import time
@@ -27,6 +26,7 @@ from wsm_megatron.execution.timing import Phases, RankReport
 from wsm_megatron.kernels import backend
 from wsm_megatron.planning.job import Job, RankPlan
 from wsm_megatron.planning.tasks import Rule, Scope, Stage, Task, bytes_read, whole_stages
+from wsm_megatron.process.cores import usable_cores
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.descriptors import check_room
 from wsm_megatron.storage.retry import check_storage
@@ -295,4 +295,4 @@ def _abandon(targets: Sequence[Target]) -> None:
 
 def default_threads() -> int:
     """The cores that this process may use, at most 16: more wait for each other."""
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    return min(MAX_THREADS, usable_cores())

@@ -19,6 +19,7 @@ from wsm_megatron.plugin.collectives import raise_together, together
 from wsm_megatron.plugin.optimizers import update_weights
 from wsm_megatron.plugin.shards import Shard, slice_length
 from wsm_megatron.plugin.stash import Stash
+from wsm_megatron.process.cores import usable_cores
 from wsm_megatron.schedule.coefficients import MergeCoefficients
 
 logger = logging.getLogger(__name__)
@@ -121,8 +122,7 @@ def sum_seconds(nbytes: int, number: int) -> float:
 
 def _threads() -> int:
     """This rank's part of the host's cores."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _spread(chunks: Sequence[torch.nn.Module], optimizer: Any, shards: Sequence[Shard]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from wsm_megatron.process.control_groups import own_groups
+
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _V2 = ("memory.max", "memory.current", "")
 _PAGE_CACHE = ("active_file", "inactive_file")  # without tmpfs, which cannot be dropped
@@ -24,23 +26,9 @@ def available_memory(root: Path = Path("/")) -> int:
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     """What each group with a limit leaves, from this process's own up to the root's."""
-    groups = root / "proc/self/cgroup"
-    if not groups.exists():  # a kernel without control groups
-        return
-    for line in groups.read_text().splitlines():
-        _, controllers, place = line.split(":", 2)
-        if controllers == "":
-            top, files = root / "sys/fs/cgroup", _V2
-        elif "memory" in controllers.split(","):
-            top, files = root / "sys/fs/cgroup/memory", _V1
-        else:
-            continue
-        own = top / place.lstrip("/")
-        for folder in (own, *own.parents):
-            if (left := _left(folder, *files)) is not None:
-                yield left
-            if folder == top:
-                break
+    for folder, is_v2 in own_groups("memory", root):
+        if (left := _left(folder, *(_V2 if is_v2 else _V1))) is not None:
+            yield left
 
 
 def _left(folder: Path, limit: str, used: str, prefix: str) -> int | None:
