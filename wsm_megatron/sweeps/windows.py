@@ -185,13 +185,11 @@ def _window(
 
 def _covered(job: Job, output: OutputCheckpoint, known: Sequence[Checkpoint]) -> Covered:
     decay, iterations = output.decay, job.iterations(output)
-    older = [one for one in known if one.iteration < iterations[0]]
-    next_span = None
-    if older:
-        place = older[-1].tokens if decay.unit == "tokens" else older[-1].iteration
-        newest = next((one for one in known if one.iteration == iterations[-1]), None)
-        end = newest and (newest.tokens if decay.unit == "tokens" else newest.iteration)
-        next_span = None if place is None or end is None else end - place
+    places = {c.iteration: c.tokens if decay.unit == "tokens" else c.iteration for c in known}
+    older = [place for i, place in places.items() if i < iterations[0]]
+    end, next_span = places.get(iterations[-1]), None
+    if end is not None and older and older[-1] is not None:
+        next_span = end - older[-1]
     return Covered(
         asked=_asked(output.provenance["options"]),
         count=len(iterations),
