@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 from wsm_megatron.checkpoint.common_state import read_summary
 from wsm_megatron.checkpoint.keys import Role
-from wsm_megatron.checkpoint.run_directory import scan_run
+from wsm_megatron.checkpoint.run_directory import RunDirectory, scan_run
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.execution.memory_budget import default_memory
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.planning.job import Job, OutputCheckpoint
@@ -19,6 +21,8 @@ from wsm_megatron.planning.tasks import Rule
 from wsm_megatron.schedule.window import Checkpoint, Consumed, count_tokens
 from wsm_megatron.storage.retry import watched
 from wsm_megatron.sweeps.estimate import read_rate
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Checkpoints of the windows that are shown, and all there are."""
@@ -98,9 +102,6 @@ def affordable(job: Job) -> Affordable:
     """Windows of the job's run that end where its newest merge does.
 
     Reads a twentieth of what the job would read, 256 MiB at most, for the rate; writes nothing.
-
-    Raises:
-        MergeError: a checkpoint's common state cannot be read.
     """
     run = job.config.run
     newest = max(job.sources[output.newest].iteration for output in job.outputs)
@@ -129,10 +130,17 @@ def _counted(run: Path, newest: int) -> tuple[Checkpoint, ...]:
     """The last checkpoints up to one, with their tokens; as many as a window is shown of."""
     found = scan_run(run)
     chosen = [i for i in found.finished if i <= newest][-max(_COUNTS) :]
-    said = {i: read_summary(found.checkpoint(i)) for i in chosen}
-    return count_tokens(
-        [Consumed(i, s.consumed_samples, s.seq_length, s.began) for i, s in said.items()]
-    )
+    return count_tokens([_consumed(found, i) for i in chosen])
+
+
+def _consumed(run: RunDirectory, iteration: int) -> Consumed:
+    """Of a damaged checkpoint, which the job need not be of, nothing is known."""
+    try:
+        said = read_summary(run.checkpoint(iteration))
+    except (UsageError, MergeError) as error:
+        logger.warning("tokens of iteration %d are not known: %s", iteration, error)
+        return Consumed(iteration, None, None)
+    return Consumed(iteration, said.consumed_samples, said.seq_length, said.began)
 
 
 def _bytes_of_a_source(job: Job) -> tuple[int, int]:
