@@ -93,3 +93,12 @@ def test_sources_named_one_by_one_have_no_windows(tmp_path: Path, capsys) -> Non
     sources = [word for i in (2, 4) for word in ("--source", str(runs.checkpoint(run, i)))]
     assert main(["plan", *sources, "--save", str(tmp_path / "out"), "--json"]) == 0
     assert "windows" not in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_damaged_checkpoint_outside_the_window_stops_nothing(tmp_path: Path, capsys) -> None:
+    run = runs.copy_run(runs.DENSE, tmp_path / "run")
+    (runs.checkpoint(run, 2) / "common.pt").write_bytes(b"nothing")
+    command = ["plan", "--load", str(run), "--save", str(tmp_path / "out"), "--last", "2"]
+    assert main([*command, "--json"]) == 0
+    windows = json.loads(capsys.readouterr().out.splitlines()[-1])["windows"]["windows"]
+    assert [one["tokens"] for one in windows] == [256, 512, None]

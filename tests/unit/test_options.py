@@ -73,9 +73,9 @@ def planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
         places = f"load: {RUNS / runs.DENSE}\nsave: {tmp_path / 'out'}\n"
         file = str(job_file(tmp_path, places + text))
         assert main(["plan", "--config", file, "--json", *flags]) == 0
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        found.pop("windows", None)
-        return found
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        said.pop("windows", None)  # of this machine too: free space and memory change
+        return said
 
     return plan
 

@@ -126,7 +126,7 @@ def _plan(arguments: argparse.Namespace) -> Answer:
         () if path is None else trajectory_lines(path, verbose=arguments.verbose),
     )
     more = {} if windows is None else {"windows": windows.as_data()}
-    more |= {} if path is None else {"trajectory": path.as_data()}
+    more |= {} if path is None else {"trajectory": path.summary()}
     return Answer(lines, lambda: plan_data(found, moved) | more, shown=True)
 
 

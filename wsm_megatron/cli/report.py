@@ -11,7 +11,7 @@ from wsm_megatron.cli.reporting import common_run, own_selection, report_of_swee
 from wsm_megatron.errors import UsageError
 from wsm_megatron.options import local_path, typed
 from wsm_megatron.sweeps.metric import metrics_of
-from wsm_megatron.sweeps.selection import select_merges
+from wsm_megatron.sweeps.selection import Selection, select_merges
 
 
 def add_report(commands: Any, help: str) -> None:
@@ -43,6 +43,7 @@ def _report(arguments: argparse.Namespace) -> Answer:
     manifest, scores = arguments.manifest, arguments.scores
     if not manifest.is_file():
         raise UsageError(f"--manifest {manifest}: no such file")
+    selection: Selection | None
     if scores:
         metrics = metrics_of(arguments.metric or "loss")
         selection = select_merges(metrics, scores, manifest, arguments.load or common_run(manifest))

@@ -19,7 +19,7 @@ from wsm_megatron.config import RUN, ExecutionOptions, MergeConfig
 from wsm_megatron.options import COUNT, Options, option
 from wsm_megatron.planning.rescue import LAST, before_spike, skip_flag
 
-_OWN = {"last": LAST, "decay": "mean", "optimizer_state": "last"}
+_OWN: dict[str, Any] = {"last": LAST, "decay": "mean", "optimizer_state": "last"}
 """Options of a merge that have another default here."""
 _NOT_HERE = (
     "source", "iterations", "from_", "to", "window_iterations", "window_tokens", "sliding_every",

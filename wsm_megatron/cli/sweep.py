@@ -113,7 +113,7 @@ def swept_data(done: SweepReport) -> dict[str, Any]:
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "seconds": done.seconds,
-        **({} if done.trajectory is None else {"trajectory": done.trajectory.as_data()}),
+        **({} if done.trajectory is None else {"trajectory": done.trajectory.summary()}),
     }
 
 

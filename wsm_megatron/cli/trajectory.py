@@ -82,6 +82,6 @@ def inspect_trajectory(arguments: argparse.Namespace) -> Answer:
             page = Report(title=str(run), run=inspect_run(run), trajectory=found)
             page.write(arguments.report)
         lines = trajectory_lines(found, verbose=arguments.verbose)
-        return Answer(lines, found.as_data, shown=True)
+        return Answer(lines, found.summary, shown=True)
 
     return on_ranks(arguments, LocalLaunch(**given.of(LocalLaunch)), on_rank)

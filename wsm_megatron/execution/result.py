@@ -95,5 +95,5 @@ class MergeReport:
             "seconds": self.seconds,
             "merged": checkpoints,
             "ranks": [one.as_data() for one in self.ranks],
-            **({} if self.trajectory is None else {"trajectory": self.trajectory.as_data()}),
+            **({} if self.trajectory is None else {"trajectory": self.trajectory.summary()}),
         }

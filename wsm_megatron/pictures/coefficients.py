@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsm_megatron.pictures.style import COLOURS, MARKERS, legend, new_figure, scaled
 from wsm_megatron.schedule.coefficients import MergeCoefficients
@@ -40,7 +40,7 @@ def draw_coefficients(decays: Sequence[MergeCoefficients], names: Sequence[str] 
     return figure
 
 
-def _stairs(axes: Axes, places: Sequence[float], effective: Sequence[float], **style: str) -> None:
+def _stairs(axes: Axes, places: Sequence[float], effective: Sequence[float], **style: Any) -> None:
     """Constant between two checkpoints; one before the window."""
     before = places[0] - (places[-1] - places[0]) * 0.06
     edges = [before, *places]

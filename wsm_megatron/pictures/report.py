@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wsm_megatron.inspection.inspect import RunContents
 from wsm_megatron.pictures.coefficients import draw_coefficients
@@ -242,7 +243,7 @@ def _provenance(one: SweptMerge) -> str:
     return section("Where it comes from", listing(said), *options)
 
 
-_UNSET = (None, False, [], 0)
+_UNSET: tuple[Any, ...] = (None, False, [], 0)
 
 
 def _weighed(one: SweptMerge) -> MergeCoefficients:

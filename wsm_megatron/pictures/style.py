@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsm_megatron.errors import UsageError
 
@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 11.0, 6.2
 DPI = 150
 FORMATS = (".png", ".svg")
 
-_LOOK = {
+_LOOK: Any = {
     "font.size": 13,
     "font.family": "sans-serif",
     "axes.titlesize": 14,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsm_megatron.errors import UsageError
 from wsm_megatron.pictures.style import COLOURS, GREY, MARKERS, legend, new_figure, scaled, short
@@ -87,7 +87,7 @@ def _by_axis(
         (*at, _), _ = scaled([place for place, _ in points] + [largest], unit)
         values = [value for _, value in points]
         if n < _SERIES or len(series) <= len(COLOURS):
-            look = {"marker": MARKERS[n], "color": COLOURS[n], "label": short(name, 26)}
+            look: Any = {"marker": MARKERS[n], "color": COLOURS[n], "label": short(name, 26)}
             axes.plot(at, values, zorder=3 - n / len(COLOURS), **look)  # the best on top
         else:
             more = f"{len(series) - _SERIES} more" if n == _SERIES else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 from wsm_megatron.checkpoint.common_state import read_summary
 from wsm_megatron.checkpoint.keys import Role
-from wsm_megatron.checkpoint.run_directory import scan_run
+from wsm_megatron.checkpoint.run_directory import RunDirectory, scan_run
+from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.execution.memory_budget import default_memory
 from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.planning.job import Job, OutputCheckpoint
@@ -19,6 +21,8 @@ from wsm_megatron.planning.tasks import Rule
 from wsm_megatron.schedule.window import Checkpoint, Consumed, count_tokens
 from wsm_megatron.storage.retry import watched
 from wsm_megatron.sweeps.estimate import read_rate
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Checkpoints of the windows that are shown, and all there are."""
@@ -98,9 +102,6 @@ def affordable(job: Job) -> Affordable:
     """Windows of the job's run that end where its newest merge does.
 
     Reads a twentieth of what the job would read, 256 MiB at most, for the rate; writes nothing.
-
-    Raises:
-        MergeError: a checkpoint's common state cannot be read.
     """
     run = job.config.run
     newest = max(job.sources[output.newest].iteration for output in job.outputs)
@@ -129,10 +130,17 @@ def _counted(run: Path, newest: int) -> tuple[Checkpoint, ...]:
     """The last checkpoints up to one, with their tokens; as many as a window is shown of."""
     found = scan_run(run)
     chosen = [i for i in found.finished if i <= newest][-max(_COUNTS) :]
-    said = {i: read_summary(found.checkpoint(i)) for i in chosen}
-    return count_tokens(
-        [Consumed(i, s.consumed_samples, s.seq_length, s.began) for i, s in said.items()]
-    )
+    return count_tokens([_consumed(found, i) for i in chosen])
+
+
+def _consumed(run: RunDirectory, iteration: int) -> Consumed:
+    """Of a damaged checkpoint, which the job need not be of, nothing is known."""
+    try:
+        said = read_summary(run.checkpoint(iteration))
+    except (UsageError, MergeError) as error:
+        logger.warning("tokens of iteration %d are not known: %s", iteration, error)
+        return Consumed(iteration, None, None)
+    return Consumed(iteration, said.consumed_samples, said.seq_length, said.began)
 
 
 def _bytes_of_a_source(job: Job) -> tuple[int, int]:
@@ -185,13 +193,11 @@ def _window(
 
 def _covered(job: Job, output: OutputCheckpoint, known: Sequence[Checkpoint]) -> Covered:
     decay, iterations = output.decay, job.iterations(output)
-    older = [one for one in known if one.iteration < iterations[0]]
-    next_span = None
-    if older:
-        place = older[-1].tokens if decay.unit == "tokens" else older[-1].iteration
-        newest = next((one for one in known if one.iteration == iterations[-1]), None)
-        end = newest and (newest.tokens if decay.unit == "tokens" else newest.iteration)
-        next_span = None if place is None or end is None else end - place
+    places = {c.iteration: c.tokens if decay.unit == "tokens" else c.iteration for c in known}
+    older = [place for i, place in places.items() if i < iterations[0]]
+    end, next_span = places.get(iterations[-1]), None
+    if end is not None and older and older[-1] is not None:
+        next_span = end - older[-1]
     return Covered(
         asked=_asked(output.provenance["options"]),
         count=len(iterations),

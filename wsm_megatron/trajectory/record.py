@@ -115,11 +115,10 @@ class Trajectory:
         """A sentence for every stray: which, why, and the way out."""
         return [self._warning(one) for one in self.strays]
 
-    def as_data(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`of_data` reads them."""
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON types; without the inner products, which are as many as layers times n²."""
         geometry = self.weights
         return {
-            "format": FORMAT,
             "sources": [vars(one) for one in self.points],
             "positions": list(self.positions),
             "unit": self.unit,
@@ -131,6 +130,13 @@ class Trajectory:
             "shares": dict(zip(("drift", "walk", "jitter"), self.variance.shares, strict=True)),
             "decays": [vars(one) for one in self.decayed()],
             "warnings": self.warnings(),
+        }
+
+    def as_data(self) -> dict[str, Any]:
+        """:meth:`summary` and the inner products; :meth:`of_data` reads it."""
+        return {
+            "format": FORMAT,
+            **self.summary(),
             "groups": [
                 {
                     "role": role,

@@ -212,6 +212,7 @@ def test_python_dash_m_and_exit_status(tmp_path):
 def test_plan_of_a_node_local_merge(wsm, tmp_path):
     arguments = ["--load", RUNS / runs.DENSE, "--save", tmp_path / "out", "--json"]
     plain = json.loads(wsm("plan", *arguments)[-1])
+    del plain["windows"]  # a rank that sees some files does not know what others have
     *lines, last = wsm("plan", *arguments, "--node-local")
     assert "sums of 0 B would go from rank to rank" in lines
     assert plain.pop("windows") and json.loads(last) == plain  # which disks are full is not known
