@@ -190,9 +190,9 @@ def would_do(
             yield from source_table(job.iterations(output), output.decay)
     newest = job.sources[job.outputs[0].newest]
     groups = _by_rule(job.plan.recipes)
-    groups["copied as it is"] = sorted(job.outputs[0].objects)
-    groups["copied beside"] = [file.name for file in newest.beside.copied]
-    groups["left out"] = list(job.plan.left_out)
+    groups["copied as it is"] = [(key, "") for key in sorted(job.outputs[0].objects)]
+    groups["copied beside"] = [(file.name, "") for file in newest.beside.copied]
+    groups["left out"] = [(key, "") for key in job.plan.left_out]
     for rule, entries in groups.items():
         yield from _group(rule, entries, verbose)
     if job.execution.node_local:
@@ -200,24 +200,24 @@ def would_do(
     yield f"would read {size(moved.read)}, write {size(moved.written)}; nothing was written"
 
 
-def _by_rule(recipes: Iterable[Recipe]) -> dict[str, list[str]]:
-    """Entries of the output by what becomes of them, model tensors first."""
-    groups: dict[str, list[str]] = {}
+def _by_rule(recipes: Iterable[Recipe]) -> dict[str, list[tuple[str, str]]]:
+    """Entries of the output, and their dtypes and shapes, by what becomes of them; model tensors
+    first."""
+    groups: dict[str, list[tuple[str, str]]] = {}
     for recipe in sorted(recipes, key=lambda recipe: (recipe.role.value, recipe.key)):
         for output in recipe.outputs:
             dtype = str(output.dtype).removeprefix("torch.")
-            entry = f"{output.key} {dtype} {list(output.shape)}"
+            entry = output.key, f" {dtype} {list(output.shape)}"
             groups.setdefault(f"{recipe.role.value}: {recipe.what}", []).append(entry)
     return groups
 
 
-def _group(rule: str, entries: Sequence[str], verbose: bool) -> Iterator[str]:
+def _group(rule: str, entries: Sequence[tuple[str, str]], verbose: bool) -> Iterator[str]:
     """A line of what is shown of it; one that is alone, or wanted, is shown whole."""
     if verbose or len(entries) == 1:
-        yield from (f"  {rule:48} {entry}" for entry in entries)
+        yield from (f"  {rule:48} {key}{detail}" for key, detail in entries)
     elif entries:
-        first = entries[0].split(" ")[0]
-        yield f"  {rule:48} {len(entries)} entries, {first} … (-v lists them)"
+        yield f"  {rule:48} {len(entries)} entries, {entries[0][0]} … (-v lists them)"
 
 
 def plan_data(job: Job, moved: Estimate) -> dict[str, Any]:
