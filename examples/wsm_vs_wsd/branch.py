@@ -1,0 +1,158 @@
+"""Arms that go on from a checkpoint of a run, or from a merge of its checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.cpu_ranks import GPTConfig
+from examples.cpu_ranks.checkpoint import load_checkpoint, save_checkpoint
+from examples.cpu_ranks.training import Training, train
+from examples.wsm_vs_wsd.bench import SPLITS, Bench, weights_of
+from examples.wsm_vs_wsd.names import MEGATRON_STYLES
+from examples.wsm_vs_wsd.plan import Arm
+from examples.wsm_vs_wsd.points import Points
+from examples.wsm_vs_wsd.queue import Queue
+from examples.wsm_vs_wsd.text import training_data
+from wsm_megatron import MergeConfig, merge
+
+_SPIKE_FACTOR, _SPIKE_STEPS = 30.0, 5
+"""The LR is so many times itself for so many steps."""
+_TUNE_LR = 1e-3
+
+
+def branch(
+    bench: Bench,
+    queue: Queue,
+    arm: Arm,
+    *,
+    name: str,
+    run: str,
+    start: int,
+    steps: int,
+    lr: float,
+    style: str | None = None,
+    merged: str | None = None,
+    experts: bool = False,
+    spike: bool = False,
+    save: bool = False,
+    looks: list[int] | None = None,
+    merges: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Train ``steps`` on from step ``start``, on clean text, in the order in which the seed has it.
+
+    style: of a decay to 0; None: the LR stays. merged: start from the mean of the checkpoints of
+    the middle window before, with this ``--optimizer-state``. spike: begin with a burst of a huge
+    LR. save: a checkpoint at the end. looks: after which steps to evaluate. merges: decays of
+    merges of the whole branch.
+    """
+    profile, folder = bench.profile, queue.state(arm.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    config = _scheduled(profile.config(arm.seed, lr, experts), style, start, steps)
+    dropped = merged == "drop"
+    if dropped:
+        config = replace(config, lr_warmup_steps=0)
+    training = (bench.fresh if dropped else bench.used)(config)
+    root = queue.state(run)
+    if merged is not None:
+        root = merged_root(bench, root, folder / "merged", start, merged)
+    load_checkpoint(training, root, start, load_optim=not dropped, load_rng=not dropped)
+    same_bits = _same_bits(bench, queue, run, start, training) if merged else None
+
+    points = Points(steps=[start], weights=[weights_of(training)])
+    rows = []
+    looks = [steps] if looks is None else looks
+
+    def look(training: Training) -> None:
+        done = training.iteration - start
+        if spike:
+            _scale_lr(training, lr * (_SPIKE_FACTOR if done < _SPIKE_STEPS else 1.0))
+        if done and training.iteration % profile.interval == 0:
+            points.steps.append(training.iteration)
+            points.weights.append(weights_of(training))
+        if done in looks:
+            label = name if looks == [steps] else f"{name} after {done}"
+            rows.append({"name": label, **bench.losses(training)})
+
+    look(training)
+    train(training, steps, training_data("clean", profile.seq_length, arm.seed), on_step=look)
+    losses = training.losses[:: profile.interval]
+    if save:
+        save_checkpoint(training, folder)
+    points.save(folder / "points.pt")
+    end = start + steps
+    for decay in merges:
+        weights = points.merged(decay, steps, profile.interval, end)
+        rows.append({"name": f"{name}, merge {decay}", **bench.losses_of(config, weights)})
+    return {"rows": rows, "same_bits": same_bits, "training_losses": losses}
+
+
+def _scheduled(config: GPTConfig, style: str | None, start: int, steps: int) -> GPTConfig:
+    if style is None:
+        return config
+    return replace(
+        config,
+        lr_wsd_decay_style=MEGATRON_STYLES.get(style, style),
+        lr_wsd_decay_steps=steps,
+        lr_decay_steps=start + steps,
+    )
+
+
+def _scale_lr(training: Training, lr: float) -> None:
+    """From the next step on."""
+    for group in training.optimizer.param_groups:
+        group["lr"] = group["max_lr"] = lr
+
+
+def merged_root(bench: Bench, run: Path, save: Path, end: int, policy: str) -> Path:
+    """The mean of the checkpoints of the middle window up to ``end``, by the product itself."""
+    profile = bench.profile
+    merge(
+        MergeConfig(
+            load=run,
+            save=save,
+            to=end,
+            window_iterations=(profile.middle,),
+            every=profile.save_every,
+            decay="mean",
+            optimizer_state=policy,
+        )
+    )
+    return save
+
+
+def _same_bits(bench: Bench, queue: Queue, run: str, end: int, training: Training) -> bool:
+    """Whether what was loaded is what a merge in memory gives; of its model where the state was
+    dropped."""
+    profile = bench.profile
+    points = Points.load(queue.state(run) / "points.pt")
+    expected = points.merged("mean", profile.middle, profile.save_every, end)
+    if training.config.lr_warmup_steps == 0:
+        expected = expected.bfloat16().float()
+    return torch.equal(weights_of(training), expected)
+
+
+def tune(
+    bench: Bench, queue: Queue, arm: Arm, *, start: str, run: str, merged: bool
+) -> dict[str, Any]:
+    """Fine-tune on prose (``--finetune``): weights only, a schedule and a decay of its own."""
+    profile, folder = bench.profile, queue.state(arm.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    config = replace(profile.config(arm.seed, _TUNE_LR), lr_warmup_steps=profile.more // 10)
+    steps = profile.more - config.lr_warmup_steps
+    config = replace(_scheduled(config, "linear", 0, profile.more), lr_wsd_decay_steps=steps)
+    training = bench.fresh(config)
+    root = queue.state(run)
+    if merged:
+        root = merged_root(bench, root, folder / "merged", profile.steps, "drop")
+    load_checkpoint(training, root, profile.steps, load_optim=False, load_rng=False)
+    training.iteration = 0
+    splits = (*SPLITS, "prose-test")
+    rows = [{"name": f"tune: {start} before", **bench.losses(training, splits)}]
+    train(training, profile.more, training_data("prose", profile.seq_length, arm.seed))
+    rows.append({"name": f"tune: {start}", **bench.losses(training, splits)})
+    return {"rows": rows}
