@@ -69,7 +69,7 @@ def intervals(p: Profile, window: int) -> list[int]:
 
 def _durations(p: Profile, points: Points, run: str, end: int) -> _Named:
     for window in durations(p):
-        for decay in ("mean", "ema", "linear"):
+        for decay in ("mean", "ema"):
             name = names.merged(run, decay, window, p.interval, end)
             yield name, points.merged(decay, window, p.interval, end)
 
@@ -77,7 +77,7 @@ def _durations(p: Profile, points: Points, run: str, end: int) -> _Named:
 def _intervals(p: Profile, points: Points, run: str, end: int) -> _Named:
     for window in p.windows[1:]:
         for interval in intervals(p, window):
-            for decay in ("mean", "linear"):
+            for decay in ("mean", "ema"):
                 name = names.merged(run, decay, window, interval, end)
                 yield name, points.merged(decay, window, interval, end)
 
@@ -97,7 +97,7 @@ def merges_of_decay(
     points = Points.load(queue.state(decay) / "points.pt")
     config, rows = profile.config(arm.seed, lr), []
     for length in (window // 2, window):
-        for how in ("mean", "linear"):
+        for how in ("mean", "ema"):
             name = f"main: decay linear {window}, then merge {how} of {length}"
             merged = points.merged(how, length, profile.interval, profile.steps)
             rows.append({"name": name, **bench.losses_of(config, merged)})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-DECAYS = ("mean", "ema", "linear", "cosine", "1-sqrt")
-"""Of merges."""
+DECAYS = ("mean", "ema", "cosine", "1-sqrt")
+"""Of merges. ``linear`` is ``mean`` where checkpoints are evenly spaced: w_i = 1 - i/n gives each
+1/n."""
 STYLES = ("linear", "cosine", "1-sqrt")
 """Of decays that are trained."""
 MEGATRON_STYLES = {"1-sqrt": "minus_sqrt"}

@@ -56,7 +56,7 @@ class Points:
 
 
 def merge(weights: Sequence[torch.Tensor], c: Sequence[float]) -> torch.Tensor:
-    """(elements,) float32: summed in float64, rounded once."""
+    """(elements,) of the points' dtype: summed in float64, rounded once."""
     merged = torch.empty_like(weights[0])
     weighted_sum(weights, [c], [merged])
     return merged

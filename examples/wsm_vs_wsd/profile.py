@@ -43,7 +43,7 @@ class Profile:
     ffn: int = 172
     experts: int = 8
     expert_ffn: int = 64
-    seq_length: int = 128
+    seq_length: int = 64
     batch: int = 16
 
     def __post_init__(self) -> None:
