@@ -56,19 +56,8 @@ def _blocks(p: Profile, points: Points, run: str, end: int) -> _Named:
             yield name, points.merged_blocks(decay, window, p.interval, end)
 
 
-def durations(p: Profile) -> list[int]:
-    """Windows of the question how long one should be."""
-    short = [n for n in (p.windows[0] // 4, p.windows[0] // 2) if n >= 2 * p.interval]
-    return [*short, *p.windows, 2 * p.windows[-1]]
-
-
-def intervals(p: Profile, window: int) -> list[int]:
-    """Of the question how many checkpoints a window needs: both ends alone are the last."""
-    return [n for k in range(12) if window % (n := p.interval * 2**k) == 0 and n <= window]
-
-
 def _durations(p: Profile, points: Points, run: str, end: int) -> _Named:
-    for window in durations(p):
+    for window in p.durations:
         for decay in ("mean", "ema"):
             name = names.merged(run, decay, window, p.interval, end)
             yield name, points.merged(decay, window, p.interval, end)
@@ -76,7 +65,7 @@ def _durations(p: Profile, points: Points, run: str, end: int) -> _Named:
 
 def _intervals(p: Profile, points: Points, run: str, end: int) -> _Named:
     for window in p.windows[1:]:
-        for interval in intervals(p, window):
+        for interval in p.intervals(window):
             for decay in ("mean", "ema"):
                 name = names.merged(run, decay, window, interval, end)
                 yield name, points.merged(decay, window, interval, end)

@@ -73,9 +73,7 @@ def spike(r: Results) -> Table:
     p = r.profile
     healthy = names.stable("main", p.steps)
     merged = names.merged("main", "mean", p.middle, p.interval, p.steps)
-    rows = [
-        ("no spike", shown(r.mean(healthy), sign=False), "", "")
-    ]
+    rows = [("no spike", shown(r.mean(healthy), sign=False), "", "")]
     for case in ("spiked", "rescued"):
         name = f"spike: {case}"
         rows.append((
@@ -116,13 +114,21 @@ def gains(r: Results) -> list[dict[str, Any]]:
         name = names.merged(run, one["decay"], one["window"], p.interval, p.steps)
         merge, stable = r.values(name), r.values(names.stable(run, p.steps))
         if seed in merge and seed in stable:
-            score = one["averaged_away"] * one["progress_kept"]
-            found.append({**one, "gain": stable[seed] - merge[seed], "score": score})
+            gain = stable[seed] - merge[seed]
+            found.append({**one, "gain": gain, "score": noise_less_drift(one)})
     return found
 
 
+def noise_less_drift(one: dict[str, Any]) -> float:
+    """Squared distance by which a merge averages noise away, less the squared distance of the
+    progress that it gives up: as if the valley were as stiff across as it falls along."""
+    n, update = one["intervals"], one["update"]
+    noise = one["averaged_away"] * update * (n * one["walk"] + one["jitter"] / 2)
+    return noise - update * one["drift"] * (n * (1 - one["progress_kept"])) ** 2
+
+
 _RULES = {
-    "noise averaged away × progress kept": lambda one: one["score"],
+    "noise averaged away − drift given up": lambda one: one["score"],
     "distance that the merge moves": lambda one: one["moved"],
     "the longest window": lambda one: one["window"],
     "the shortest window": lambda one: -one["window"],
@@ -143,7 +149,9 @@ def prediction(r: Results) -> Table:
             regret = [
                 max(one["gain"] for one in ones) - max(ones, key=rule)["gain"] for ones in ours
             ]
-            order = [correlation([rule(o) for o in ones], [o["gain"] for o in ones]) for ones in ours]
+            order = [
+                correlation([rule(o) for o in ones], [o["gain"] for o in ones]) for ones in ours
+            ]
             rows.append((run, what, shown(interval(order), digits=2),
                          shown(interval(regret), sign=False)))  # fmt: skip
     return _table(r, "Prediction of the gain from the path",

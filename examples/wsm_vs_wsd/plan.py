@@ -116,7 +116,9 @@ def _after(p: Profile, seed: int) -> Iterator[Arm]:
     """Decay after merging, and merging after decay."""
     arm = _decay(p, seed, "main", "linear", p.middle, lr=p.lr, merged="last")
     name = "main: merge, then decay linear"
-    yield Arm(**vars(arm) | {"name": f"s{seed}-merge-decay", "options": arm.options | {"name": name}})
+    yield Arm(
+        **vars(arm) | {"name": f"s{seed}-merge-decay", "options": arm.options | {"name": name}}
+    )
     for window in p.windows[1:]:
         decay = f"s{seed}-main-linear-{window}"
         yield Arm(
@@ -208,8 +210,6 @@ def _spike(p: Profile, seed: int) -> Iterator[Arm]:
 
 def _moe(p: Profile, seed: int) -> Iterator[Arm]:
     steps = p.short_steps
-    yield _stable(
-        p, seed, "moe", lr=p.lr, steps=steps, saved=[steps - p.middle], experts=True
-    )
+    yield _stable(p, seed, "moe", lr=p.lr, steps=steps, saved=[steps - p.middle], experts=True)
     yield _decay(p, seed, "moe", "linear", p.middle, lr=p.lr, end=steps, experts=True)
     yield _merges(p, seed, "moe", 15, lr=p.lr, end=steps, experts=True)

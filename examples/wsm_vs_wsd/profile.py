@@ -57,6 +57,17 @@ class Profile:
     def middle(self) -> int:
         return self.windows[1]
 
+    @property
+    def durations(self) -> list[int]:
+        """Windows of the question how long one should be."""
+        short = [n for n in (self.windows[0] // 4, self.windows[0] // 2) if n >= 2 * self.interval]
+        return [*short, *self.windows, 2 * self.windows[-1]]
+
+    def intervals(self, window: int) -> list[int]:
+        """Of the question how many points a window needs: in the last, its two ends."""
+        doubled = [self.interval * 2**k for k in range(12)]
+        return [n for n in doubled if n <= window and window % n == 0]
+
     def config(self, seed: int, lr: float, experts: bool = False) -> GPTConfig:
         """A dense model, or a MoE with sigmoid router and expert bias."""
         return GPTConfig(

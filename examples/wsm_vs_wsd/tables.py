@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from examples.wsm_vs_wsd import names
-from examples.wsm_vs_wsd.merges import durations, intervals
 from examples.wsm_vs_wsd.results import Results
 from examples.wsm_vs_wsd.statistics import Interval, interval, paired
 
@@ -57,7 +56,11 @@ def share(results: Results, name: str, decay: str, stable: str) -> Interval | No
 
 
 def _table(
-    results: Results, title: str, head: Sequence[str], rows: Sequence[tuple[str, ...]], note: str = ""
+    results: Results,
+    title: str,
+    head: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+    note: str = "",
 ) -> Table:
     """Rows that have no value at all are left out."""
     kept = [row for row in rows if any(cell not in ("–", "") for cell in row[1:])]
@@ -141,7 +144,7 @@ def duration(r: Results) -> Table:
     rows = [
         (f"{w}", f"{w // p.interval + 1}",
          *(shown(r.difference(merge_name(r, d, w), stable)) for d in ("mean", "ema")))
-        for w in durations(p)
+        for w in p.durations
     ]  # fmt: skip
     rows = [row for row in rows if row[2] != "–"]
     return _table(r, "Duration", ("window", "points", "mean", "ema"), rows,
@@ -152,7 +155,7 @@ def granularity(r: Results) -> Table:
     p, stable = r.profile, names.stable("main", r.profile.steps)
     rows = []
     for window in p.windows[1:]:
-        for step in intervals(p, window):
+        for step in p.intervals(window):
             cells = [
                 shown(r.difference(names.merged("main", d, window, step, p.steps), stable))
                 for d in ("mean", "ema")
@@ -169,7 +172,9 @@ def too_early(r: Results) -> Table:
     for end in (*p.early_ends, p.steps):
         stable = names.stable("main", end)
         name = names.merged("main", "mean", p.middle, p.interval, end)
-        rows.append((str(end), shown(r.mean(stable), sign=False), shown(r.difference(name, stable))))
+        rows.append(
+            (str(end), shown(r.mean(stable), sign=False), shown(r.difference(name, stable)))
+        )
     return _table(r, "Merging too early", ("end of the window", "constant LR", "mean − constant LR"),
                   rows, f"The mean of the last {p.middle} steps before each end.")  # fmt: skip
 
@@ -204,7 +209,9 @@ def theory(r: Results) -> Table:
             shown(interval([one[key] for one in found]), sign=False, digits=3)
             for key in ("merge_to_decay", "stable_to_decay", "ratio", "cosine")
         ]
-        merge = names.merged(run, "mean" if style == "linear" else style, window, p.interval, p.steps)
+        merge = names.merged(
+            run, "mean" if style == "linear" else style, window, p.interval, p.steps
+        )
         gap = r.difference(merge, names.decay(run, style, window))
         rows.append((f"{lr:g}", style, str(window), *cells, shown(gap)))
     rows.sort(key=lambda row: (row[0], row[1], int(row[2])))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from pydoc_data.topics import topics
 
 from examples.demo.corpus import Windows, source_files
 

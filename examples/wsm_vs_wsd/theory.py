@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from examples.wsm_vs_wsd.bench import Bench
-from examples.wsm_vs_wsd.merges import durations
 from examples.wsm_vs_wsd.names import DECAYS
 from examples.wsm_vs_wsd.plan import Arm
 from examples.wsm_vs_wsd.points import Points
@@ -37,7 +36,7 @@ def theory(
         found = _distance(start, points.at(profile.steps), merged, end)
         distances.append({"run": run, "style": style, "window": window, **found})
     variances = [
-        one for window in durations(profile) for one in _variance(points, run, window, bench)
+        one for window in profile.durations for one in _variance(points, run, window, bench)
     ]
     return {"rows": [], "distances": distances, "variances": variances}
 
@@ -68,7 +67,13 @@ def _variance(points: Points, run: str, window: int, bench: Bench) -> list[dict[
     geometry = Geometry(gram)
     found = update_variance(geometry.updates, steps)
     drift, walk, jitter = found.shares
-    common = {"run": run, "window": window, "drift": drift, "walk": walk, "jitter": jitter}
+    common: dict[str, Any] = {
+        "run": run,
+        "window": window,
+        "intervals": len(steps) - 1,
+        "update": found.mean,
+    }
+    common |= {"drift": drift, "walk": walk, "jitter": jitter}
     return [
         {
             **common,

@@ -21,9 +21,7 @@ def work(out: Path, profile: str, deadline: float, shows: bool) -> int:
     from examples.wsm_vs_wsd.stable import stable
     from examples.wsm_vs_wsd.theory import theory
 
-    kinds = {
-        one.__name__: one for one in (stable, branch, tune, merges, merges_of_decay, theory)
-    }
+    kinds = {one.__name__: one for one in (stable, branch, tune, merges, merges_of_decay, theory)}
     torch.set_num_threads(1)
     sizes = PROFILES[profile]
     bench, queue = Bench(sizes), Queue(out, plan(sizes))
