@@ -132,7 +132,7 @@ def _adding_up(r: Results) -> Found:
 
 def _balance(r: Results) -> Found:
     p = r.profile
-    merge = names.merged("moe", "mean", p.middle, p.interval, p.short_steps)
+    merge = names.merged("moe", "mean", p.middle, p.interval, p.moe_steps)
     decay = names.decay("moe", "linear", p.middle)
     loss, most = (r.difference(merge, decay, metric) for metric in ("test", "max_violation"))
     text = f"mean − linear decay: loss {shown(loss)}, max violation {shown(most, digits=3)}"
@@ -219,7 +219,8 @@ CLAIMS = (
     ),
     Claim(
         what="Finer checkpoints of the same window are better",
-        paper="Table 4, 80B tokens: 5B×16 63.63, 10B×8 63.78, 20B×4 63.36, 40B×2 62.77, 80B×1 60.33",
+        paper="Table 4, 80B tokens: 5B×16 63.63, 10B×8 63.78, 20B×4 63.36, 40B×2 62.77,"
+        " 80B×1 60.33",
         ours=_granularity,
         why="More points average more noise, as long as they are not the same noise.",
     ),

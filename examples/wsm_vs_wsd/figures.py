@@ -119,10 +119,11 @@ def _intervals(r: Results, axes: Any) -> None:
     def series() -> Iterator[tuple[str, Points]]:
         for window in p.windows[1:]:
             for decay in ("mean", "ema"):
-                yield f"{decay}, window {window}", _present([
-                    (window / i + 1, r.difference(names.merged("main", decay, window, i, p.steps), stable))
-                    for i in p.intervals(window)
-                ])  # fmt: skip
+                points: list[tuple[float, Interval | None]] = []
+                for i in p.intervals(window):
+                    merged = names.merged("main", decay, window, i, p.steps)
+                    points.append((window / i + 1, r.difference(merged, stable)))
+                yield f"{decay}, window {window}", _present(points)
 
     _lines(axes, series())
     axes.set_xscale("log", base=2)

@@ -26,16 +26,16 @@ def annealing(r: Results) -> Table:
     return _table(r, "Clean text at the end of a noisy mixture",
                   ("model", "loss", "against constant LR", "against the linear decay"), rows,
                   "All see the same clean text in the last"
-                  f" {r.profile.middle} of {r.profile.short_steps} steps.")  # fmt: skip
+                  f" {r.profile.middle} of {r.profile.noisy_steps} steps.")  # fmt: skip
 
 
 def experts(r: Results) -> Table:
     p = r.profile
-    stable, linear = names.stable("moe", p.short_steps), names.decay("moe", "linear", p.middle)
+    stable, linear = names.stable("moe", p.moe_steps), names.decay("moe", "linear", p.middle)
     models = {"constant LR": stable, "decay linear": linear}
     for window in p.windows[:2]:
         models |= {
-            f"merge {d}, window {window}": names.merged("moe", d, window, p.interval, p.short_steps)
+            f"merge {d}, window {window}": names.merged("moe", d, window, p.interval, p.moe_steps)
             for d in names.DECAYS
         }
     rows = [
@@ -49,8 +49,8 @@ def experts(r: Results) -> Table:
     return _table(r, "Load balance of experts",
                   ("model", "loss", "against constant LR", "max violation", "min violation",
                    "max, against decay", "min, against decay"), rows,
-                  "MaxVio and MinVio: load of the most and the least loaded expert over the mean, less"
-                  f" 1; the mean over layers. The decay is over {p.middle} steps.")  # fmt: skip
+                  "MaxVio and MinVio: load of the most and the least loaded expert over the mean,"
+                  f" less 1; the mean over layers. The decay has {p.middle} steps.")  # fmt: skip
 
 
 def fine_tuning(r: Results) -> Table:
@@ -84,9 +84,9 @@ def spike(r: Results) -> Table:
     return _table(r, "Spike and rescue",
                   ("run", "loss", "against no spike", "its mean, against the mean without a spike"),
                   rows,
-                  f"{p.middle} steps before the end the LR is 30 times itself for 5 steps. `spiked`"
-                  " goes on; `rescued` goes on from the mean of the window before the spike, without"
-                  " it.")  # fmt: skip
+                  f"{p.middle} steps before the end the LR is 30 times itself for 5 steps."
+                  " `spiked` goes on; `rescued` goes on from the mean of the window before the"
+                  " spike, without it.")  # fmt: skip
 
 
 def moments(r: Results) -> Table:

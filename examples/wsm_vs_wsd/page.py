@@ -34,9 +34,9 @@ def _head(r: Results) -> Iterator[str]:
         yield "**Made from a `ci` run: a few steps of a toy. It shows the layout and no more.**\n"
     yield (
         "Made by `python -m examples.wsm_vs_wsd page` from `examples/wsm_vs_wsd/data/`; do not edit"
-        " it. The question is the WSM paper's (arXiv 2507.17634: 16.3B parameters, 10T tokens), asked"
-        " small: real megatron-core on CPU ranks, bf16 with float32 main params, text of Python's"
-        " standard library, byte by byte.\n"
+        " it. The question is the WSM paper's (arXiv 2507.17634: 16.3B parameters, 10T tokens), "
+        "asked small: real megatron-core on CPU ranks, bf16 with float32 main params, text of"
+        " Python's standard library, byte by byte.\n"
     )
     yield from _setting(r)
     yield from _runs(r)
@@ -53,12 +53,12 @@ def _setting(r: Results) -> Iterator[str]:
     yield (
         f"- **Runs**: {p.steps} steps; a point of the path every {p.interval}, block means of every"
         f" {p.block_every}th step; decays go to 0 by Megatron's WSD schedule. Noisy text: {noise};"
-        f" that run and the MoE's have {p.short_steps} steps."
+        f" that run has {p.noisy_steps} steps, the MoE's {p.moe_steps}."
     )
+    seeds = ", ".join(map(str, p.seeds))
     yield (
-        f"- **Statistics**: seeds {', '.join(map(str, p.seeds))}, of initial weights and order of the"
-        " data, the same in all arms; `mean ± half the 95 % t-interval` of paired differences, not"
-        " corrected for their number. Losses are nats a byte on the test split,"
+        f"- **Statistics**: seeds {seeds}, of initial weights and order of the data, the same in"
+        " all arms; `mean ± half the 95 % t-interval` of paired differences, not corrected for their number. Losses are nats a byte on the test split,"
         f" {p.batches * p.batch} windows, which no selection has seen; selections are made on the"
         " validation split."
     )
@@ -74,8 +74,9 @@ def _plateau(r: Results) -> str:
     whole = interval([c[steps[0]] - c[steps[-1]] for c in curves])
     last = interval([c[late] - c[steps[-1]] for c in curves])
     return (
-        f"From step {steps[0]} to {steps[-1]} the validation loss falls by {shown(whole, sign=False)},"
-        f" of that in the last quarter, from {late}, by {shown(last, sign=False)}."
+        f"From step {steps[0]} to {steps[-1]} the validation loss falls by"
+        f" {shown(whole, sign=False)}, of that in the last quarter, from {late}, by"
+        f" {shown(last, sign=False)}."
     )
 
 
@@ -83,7 +84,8 @@ def _runs(r: Results) -> Iterator[str]:
     done, planned = len(r.data["arms"]), len(plan(r.profile))
     seconds = sum(arm["seconds"] for arm in r.data["arms"].values())
     bits = [arm["same_bits"] for arm in r.data["arms"].values() if arm.get("same_bits") is not None]
-    yield f"{done} of {planned} arms of the profile `{r.profile.name}`, {seconds / 3600:.1f} core hours:\n"
+    hours = f"{seconds / 3600:.1f} core hours"
+    yield f"{done} of {planned} arms of the profile `{r.profile.name}`, {hours}:\n"
     for run in r.data["runs"]:
         hardware, versions = run["hardware"], run["versions"]
         dirty = ", with uncommitted changes" if run["uncommitted"] else ""
@@ -107,11 +109,13 @@ def _claims(r: Results) -> Iterator[str]:
     yield "|---|---|---|---|"
     found = [(claim, *claim.ours(r)) for claim in CLAIMS]
     for claim, ours, verdict in found:
-        yield f"| {claim.what} | {claim.paper} | {ours if verdict != MISSING else '–'} | {verdict} |"
+        shown_ours = ours if verdict != MISSING else "–"
+        yield f"| {claim.what} | {claim.paper} | {shown_ours} | {verdict} |"
     yield (
         "\nVerdicts follow from the intervals: *reproduced* or *not reproduced* where the interval"
-        " leaves out 0, *undecided* otherwise. Parity is at least 90 % of the decay's gain, by the whole"
-        " interval; merging and decaying add up where together they gain a tenth of it more.\n"
+        " leaves out 0, *undecided* otherwise. Parity is at least 90 % of the decay's gain, by the"
+        " whole interval; merging and decaying add up where together they gain a tenth"
+        " of it more.\n"
     )
     yield "Why they may differ:\n"
     for claim, _, verdict in found:
@@ -121,8 +125,9 @@ def _claims(r: Results) -> Iterator[str]:
 
 
 def _figure() -> Iterator[str]:
-    yield "![Six panels: plateau, merge against decay, duration, granularity, distance, too early](evidence.png)\n"
-    yield "Means over seeds; bars are 95 % t-intervals, of paired differences where there are two.\n"
+    panels = "plateau, merge against decay, duration, granularity, distance, too early"
+    yield f"![Six panels: {panels}](evidence.png)\n"
+    yield "Means over seeds; bars are 95 % t-intervals, of paired differences but for the first.\n"
 
 
 def _tables(r: Results) -> Iterator[str]:
@@ -134,9 +139,9 @@ def _tables(r: Results) -> Iterator[str]:
     yield "    python -m examples.wsm_vs_wsd run hour --out evidence-out --minutes 50"
     yield "    python -m examples.wsm_vs_wsd page --out evidence-out\n"
     yield (
-        "`night` has ten seeds and twice the steps, `ci` takes a minute. A run that was stopped goes"
-        " on when the command is given again; arms come in the order of the questions, seed after"
-        " seed, so what did not fit into the time is whole questions at the end."
-        " `examples/wsm_vs_wsd/gpu.sh` is the main comparison for a model of 190M parameters on one"
+        "`night` has ten seeds and twice the steps, `ci` takes a minute. A run that was stopped"
+        " goes on when the command is given again; arms come in the order of the questions, seed"
+        " after seed, so what did not fit into the time is whole questions at the end."
+        " `examples/wsm_vs_wsd/gpu.sh` is the main comparison for a model of 250M parameters on one"
         " GPU, with `pretrain_gpt.py`; it has not been run.\n"
     )

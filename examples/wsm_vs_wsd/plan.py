@@ -13,6 +13,9 @@ from typing import Any
 from examples.wsm_vs_wsd.names import DECAYS, STYLES
 from examples.wsm_vs_wsd.profile import Profile
 
+_MOE_COST = 4.5
+"""Of a step, in steps of the dense model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -54,7 +57,7 @@ def _stable(p: Profile, seed: int, run: str, *, steps: int, **options: Any) -> A
         name=f"s{seed}-{run}",
         kind="stable",
         seed=seed,
-        steps=steps * (1.5 if options.get("experts") else 1),
+        steps=steps * (_MOE_COST if options.get("experts") else 1),
         options={"run": run, "steps": steps, **options},
     )
 
@@ -65,7 +68,7 @@ def _decay(p: Profile, seed: int, run: str, style: str, window: int, **options: 
         name=f"s{seed}-{run}-{style}-{window}",
         kind="branch",
         seed=seed,
-        steps=window * (1.5 if options.get("experts") else 1),
+        steps=window * (_MOE_COST if options.get("experts") else 1),
         needs=(f"s{seed}-{run}",),
         options={
             "name": f"{run}: decay {style} {window}",
@@ -94,7 +97,7 @@ def _merges(p: Profile, seed: int, run: str, count: int, **options: Any) -> Arm:
         name=f"s{seed}-{run}-merges",
         kind="merges",
         seed=seed,
-        steps=count * 2 * p.batches / 3,
+        steps=count * 2 * p.batches / 3 * (_MOE_COST if options.get("experts") else 1),
         needs=(f"s{seed}-{run}",),
         options={"run": run, **options},
     )
@@ -146,9 +149,9 @@ def _low_theory(p: Profile, seed: int) -> Iterator[Arm]:
 
 def _annealing(p: Profile, seed: int) -> Iterator[Arm]:
     """A noisy mixture first, clean text at the end."""
-    start = p.short_steps - p.middle
+    start = p.noisy_steps - p.middle
     yield _stable(p, seed, "noisy", lr=p.lr, steps=start, saved=[start], text="noisy")
-    common = {"lr": p.lr, "end": p.short_steps}
+    common = {"lr": p.lr, "end": p.noisy_steps}
     for style in ("linear", "1-sqrt"):
         yield _decay(p, seed, "noisy", style, p.middle, **common)
     constant = _decay(p, seed, "noisy", "constant", p.middle, **common)
@@ -209,7 +212,7 @@ def _spike(p: Profile, seed: int) -> Iterator[Arm]:
 
 
 def _moe(p: Profile, seed: int) -> Iterator[Arm]:
-    steps = p.short_steps
+    steps = p.moe_steps
     yield _stable(p, seed, "moe", lr=p.lr, steps=steps, saved=[steps - p.middle], experts=True)
     yield _decay(p, seed, "moe", "linear", p.middle, lr=p.lr, end=steps, experts=True)
     yield _merges(p, seed, "moe", 15, lr=p.lr, end=steps, experts=True)

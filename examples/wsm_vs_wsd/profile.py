@@ -21,7 +21,8 @@ class Profile:
         early_ends: ends of windows for merging too early.
         second_lr: of another stable run, for the theory.
         more: steps of what goes on from a merge: moments, fine-tuning, spike.
-        short_steps: of the runs on noisy text and of the MoE; their window is the middle one.
+        noisy_steps, moe_steps: of the run on noisy text, which is clean in the middle window, and
+            of the MoE's.
         batches: evaluated, of the validation split and of the test split each.
     """
 
@@ -34,7 +35,8 @@ class Profile:
     save_every: int
     early_ends: tuple[int, ...]
     more: int
-    short_steps: int
+    noisy_steps: int
+    moe_steps: int
     batches: int
     lr: float = 3e-3
     second_lr: float = 1e-3
@@ -47,11 +49,11 @@ class Profile:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        ends = (*self.windows, *self.early_ends, self.steps, self.short_steps)
+        ends = (*self.windows, *self.early_ends, self.steps, self.noisy_steps, self.moe_steps)
         assert all(n % self.save_every == 0 for n in ends)
         assert self.save_every % self.interval == self.interval % self.block_every == 0
         assert self.windows[-1] >= 2 * self.middle and self.steps >= 2 * self.windows[-1]
-        assert self.short_steps >= 2 * self.middle
+        assert min(self.noisy_steps, self.moe_steps) >= 2 * self.middle
 
     @property
     def middle(self) -> int:
@@ -98,7 +100,8 @@ _HOUR = Profile(
     save_every=50,
     early_ends=(400, 600, 1000, 2000, 3000),
     more=150,
-    short_steps=2000,
+    noisy_steps=2000,
+    moe_steps=1200,
     batches=32,
 )
 _CI = Profile(
@@ -111,7 +114,8 @@ _CI = Profile(
     save_every=4,
     early_ends=(8, 16),
     more=10,
-    short_steps=16,
+    noisy_steps=16,
+    moe_steps=16,
     batches=1,
     warmup=2,
     hidden=32,
@@ -131,7 +135,8 @@ _NIGHT = Profile(
     save_every=50,
     early_ends=(400, 800, 1600, 3200, 6000),
     more=300,
-    short_steps=6000,
+    noisy_steps=6000,
+    moe_steps=4000,
     batches=64,
 )
 PROFILES = {one.name: one for one in (_CI, _HOUR, _NIGHT)}

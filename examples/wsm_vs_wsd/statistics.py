@@ -69,7 +69,10 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def _t_within(t: float, freedom: int) -> float:
-    """P(|T| < t): the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3-4)."""
+    """P(|T| < t): the finite series for whole degrees of freedom.
+
+    Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
     angle = math.atan(t / math.sqrt(freedom))
     cosine, sine = math.cos(angle), math.sin(angle)
     odd = freedom % 2 == 1

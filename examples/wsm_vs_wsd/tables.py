@@ -91,11 +91,11 @@ def against_decay(r: Results) -> Table:
     return _table(
         r,
         "Merge against decay at equal tokens",
-        ("model", "window", "loss", "against constant LR", "against the linear decay", "% of its gain"),
+        ("model", "window", "loss", "against constant LR", "against linear decay", "% of its gain"),
         rows,
-        f"All end at step {p.steps}; decays begin `window` steps before, merges are of the points of"
-        f" the same steps, {p.interval} apart, both ends included. For evenly spaced points the merge"
-        " `linear` is the mean.",
+        f"All end at step {p.steps}; decays begin `window` steps before, merges are of the points"
+        f" of the same steps, {p.interval} apart, both ends included. For evenly spaced points the"
+        " merge `linear` is the mean.",
     )  # fmt: skip
 
 
@@ -113,13 +113,15 @@ def selected(r: Results) -> Table:
         if values:
             chosen = sorted({name.split(": ")[1] for name in r.selected(candidates).values()})
             against = paired(values, best) if what != "decay" and best else None
-            rows.append((what, ", ".join(chosen), shown(interval(list(values.values())), sign=False),
-                         shown(paired(values, stable)), shown(against)))  # fmt: skip
+            loss = interval(list(values.values()))
+            gain = shown(paired(values, stable))
+            cells = (shown(loss, sign=False), gain, shown(against))
+            rows.append((what, ", ".join(chosen), *cells))
     return _table(
         r, "The best of each, selected on the validation split",
         ("family", "selected (by seed)", "loss", "against constant LR", "against the decay"), rows,
-        "Shape and window are selected seed by seed on the validation split; the losses are the test"
-        " split's.",
+        "Shape and window are selected seed by seed on the validation split; the losses are the"
+        " test split's.",
     )  # fmt: skip
 
 
@@ -175,8 +177,9 @@ def too_early(r: Results) -> Table:
         rows.append(
             (str(end), shown(r.mean(stable), sign=False), shown(r.difference(name, stable)))
         )
-    return _table(r, "Merging too early", ("end of the window", "constant LR", "mean − constant LR"),
-                  rows, f"The mean of the last {p.middle} steps before each end.")  # fmt: skip
+    return _table(r, "Merging too early",
+                  ("end of the window", "constant LR", "mean − constant LR"), rows,
+                  f"The mean of the last {p.middle} steps before each end.")  # fmt: skip
 
 
 def after(r: Results) -> Table:
@@ -193,8 +196,9 @@ def after(r: Results) -> Table:
                 rows.append((what, shown(r.difference(name, decay))))
     return _table(r, "Merging after decay, decay after merging",
                   ("what", "against the decay alone"), rows,
-                  "The merge before the decay is of the window that ends where the decay begins, main"
-                  " params and the newest moments kept (`--optimizer-state last`).")  # fmt: skip
+                  "The merge before the decay is of the window that ends where the decay begins,"
+                  " main params and the newest moments kept (`--optimizer-state last`).",
+                  )  # fmt: skip
 
 
 def theory(r: Results) -> Table:
