@@ -90,8 +90,7 @@ def spike(r: Results) -> Table:
 
 
 def moments(r: Results) -> Table:
-    looks = (0, 1, 5, 20 if r.profile.more > 20 else r.profile.more, r.profile.more)
-    looks = tuple(dict.fromkeys(looks))
+    looks = [step for step in (0, 1, 5, 20) if step < r.profile.more] + [r.profile.more]
     base = [f"moments: unmerged after {step}" for step in looks]
     rows = [("unmerged", *(shown(r.mean(name), sign=False) for name in base))]
     for policy in ("last", "merge", "drop"):

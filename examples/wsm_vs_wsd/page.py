@@ -58,7 +58,8 @@ def _setting(r: Results) -> Iterator[str]:
     seeds = ", ".join(map(str, p.seeds))
     yield (
         f"- **Statistics**: seeds {seeds}, of initial weights and order of the data, the same in"
-        " all arms; `mean ± half the 95 % t-interval` of paired differences, not corrected for their number. Losses are nats a byte on the test split,"
+        " all arms; `mean ± half the 95 % t-interval` of paired differences, not corrected for"
+        " their number. Losses are nats a byte on the test split,"
         f" {p.batches * p.batch} windows, which no selection has seen; selections are made on the"
         " validation split."
     )

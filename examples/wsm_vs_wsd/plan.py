@@ -174,7 +174,7 @@ def _moments(p: Profile, seed: int) -> Iterator[Arm]:
                 "steps": p.more,
                 "lr": p.lr,
                 "merged": policy,
-                "looks": [0, 1, 5, 20, p.more],
+                "looks": [step for step in (0, 1, 5, 20) if step < p.more] + [p.more],
             },
         )
 
