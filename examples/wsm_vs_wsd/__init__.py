@@ -16,6 +16,8 @@ Real megatron-core on CPU ranks, real text, paired seeds. ``python -m examples.w
     theory.py        the distance between a merge and a decay
     progress.py      how far it is, and how long it will take
     statistics.py    paired differences and their t-intervals
-    results.py       what the JSON files say, by seed
-    tables.py, figures.py, claims.py, page.py    docs/evidence.md, made from the data alone
+    record.py        commit, hardware and command of a run; all results as one piece of data
+    results.py       what the data says, by model and seed
+    tables.py, more_tables.py, figures.py, claims.py, page.py    docs/evidence.md, from the data
+    gpu.sh           the main comparison with pretrain_gpt.py on one GPU
 """

@@ -53,29 +53,20 @@ def branch(
     profile, folder = bench.profile, queue.state(arm.name)
     shutil.rmtree(folder, ignore_errors=True)
     config = _scheduled(profile.config(arm.seed, lr, experts), style, start, steps)
-    dropped = merged == "drop"
-    if dropped:
-        config = replace(config, lr_warmup_steps=0)
-    training = (bench.fresh if dropped else bench.used)(config)
-    root = queue.state(run)
-    if merged is not None:
-        root = merged_root(bench, root, folder / "merged", start, merged)
-    load_checkpoint(training, root, start, load_optim=not dropped, load_rng=not dropped)
+    training = _begin(bench, config, queue.state(run), start, folder / "merged", merged)
     same_bits = _same_bits(bench, queue, run, start, training) if merged else None
-
     points = Points(steps=[start], weights=[weights_of(training)])
     rows = []
-    looks = [steps] if looks is None else looks
 
     def look(training: Training) -> None:
         done = training.iteration - start
         if spike:
-            _scale_lr(training, lr * (_SPIKE_FACTOR if done < _SPIKE_STEPS else 1.0))
+            _set_lr(training, lr * (_SPIKE_FACTOR if done < _SPIKE_STEPS else 1.0))
         if done and training.iteration % profile.interval == 0:
             points.steps.append(training.iteration)
             points.weights.append(weights_of(training))
-        if done in looks:
-            label = name if looks == [steps] else f"{name} after {done}"
+        if done in (looks or [steps]):
+            label = f"{name} after {done}" if looks else name
             rows.append({"name": label, **bench.losses(training)})
 
     look(training)
@@ -84,11 +75,24 @@ def branch(
     if save:
         save_checkpoint(training, folder)
     points.save(folder / "points.pt")
-    end = start + steps
     for decay in merges:
-        weights = points.merged(decay, steps, profile.interval, end)
+        weights = points.merged(decay, steps, profile.interval, start + steps)
         rows.append({"name": f"{name}, merge {decay}", **bench.losses_of(config, weights)})
     return {"rows": rows, "same_bits": same_bits, "training_losses": losses}
+
+
+def _begin(
+    bench: Bench, config: GPTConfig, run: Path, start: int, save: Path, merged: str | None
+) -> Training:
+    """At a checkpoint of the run, or at the merge of those before it, written to ``save``."""
+    if merged == "drop":  # no state: that of an arm before must not be left, and no second warm-up
+        training = bench.fresh(replace(config, lr_warmup_steps=0))
+    else:
+        training = bench.used(config)
+    root = run if merged is None else merged_root(bench, run, save, start, merged)
+    has_state = merged != "drop"
+    load_checkpoint(training, root, start, load_optim=has_state, load_rng=has_state)
+    return training
 
 
 def _scheduled(config: GPTConfig, style: str | None, start: int, steps: int) -> GPTConfig:
@@ -102,7 +106,7 @@ def _scheduled(config: GPTConfig, style: str | None, start: int, steps: int) -> 
     )
 
 
-def _scale_lr(training: Training, lr: float) -> None:
+def _set_lr(training: Training, lr: float) -> None:
     """From the next step on."""
     for group in training.optimizer.param_groups:
         group["lr"] = group["max_lr"] = lr
