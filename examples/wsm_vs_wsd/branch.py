@@ -71,14 +71,15 @@ def branch(
 
     look(training)
     train(training, steps, training_data("clean", profile.seq_length, arm.seed), on_step=look)
-    losses = training.losses[:: profile.interval]
+    losses, last_lr = training.losses[:: profile.interval], training.optimizer.param_groups[0]["lr"]
     if save:
         save_checkpoint(training, folder)
     points.save(folder / "points.pt")
     for decay in merges:
         weights = points.merged(decay, steps, profile.interval, start + steps)
         rows.append({"name": f"{name}, merge {decay}", **bench.losses_of(config, weights)})
-    return {"rows": rows, "same_bits": same_bits, "training_losses": losses}
+    found = {"same_bits": same_bits, "last_lr": last_lr, "training_losses": losses}
+    return {"rows": rows, **found}
 
 
 def _begin(

@@ -43,7 +43,7 @@ def merges(
 
 def _windows(p: Profile, points: Points, run: str, end: int) -> _Named:
     for window in p.windows:
-        if window <= end:
+        if 2 * window <= end:  # not from the very start
             for decay in names.DECAYS:
                 name = names.merged(run, decay, window, p.interval, end)
                 yield name, points.merged(decay, window, p.interval, end)

@@ -62,7 +62,11 @@ class Profile:
     @property
     def durations(self) -> list[int]:
         """Windows of the question how long one should be."""
-        short = [n for n in (self.windows[0] // 4, self.windows[0] // 2) if n >= 2 * self.interval]
+        short = [
+            n
+            for n in (self.windows[0] // 4, self.windows[0] // 2)
+            if n % self.interval == 0 and n > self.interval
+        ]
         return [*short, *self.windows, 2 * self.windows[-1]]
 
     def intervals(self, window: int) -> list[int]:
@@ -101,7 +105,7 @@ _HOUR = Profile(
     early_ends=(400, 600, 1000, 2000, 3000),
     more=150,
     noisy_steps=2000,
-    moe_steps=1200,
+    moe_steps=1000,
     batches=32,
 )
 _CI = Profile(

@@ -83,6 +83,16 @@ def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_data(
     assert len(set(seeds.values())) == len(seeds), "seeds differ"
 
 
+def test_decays_end_at_no_lr_and_all_else_at_the_constant_one(data: dict[str, Any]) -> None:
+    lrs = {name: arm["last_lr"] for name, arm in data["arms"].items() if "last_lr" in arm}
+    for seed in CI.seeds:
+        for style in names.STYLES:
+            assert lrs[f"s{seed}-main-{style}-{CI.middle}"] == 0.0
+        assert lrs[f"s{seed}-merge-decay"] == lrs[f"s{seed}-low-linear-{CI.middle}"] == 0.0
+        for arm in ("noisy-constant-8", "moments-last", "moments-drop", "spiked", "rescued"):
+            assert lrs[f"s{seed}-{arm}"] == CI.lr
+
+
 def test_merges_by_the_product_have_the_bits_of_merges_in_memory(data: dict[str, Any]) -> None:
     bits = [arm["same_bits"] for arm in data["arms"].values() if arm.get("same_bits") is not None]
     policies = 3  # of the moments; and decay after merging, and the rescue
