@@ -144,4 +144,4 @@ _NIGHT = Profile(
     batches=64,
 )
 PROFILES = {one.name: one for one in (_CI, _HOUR, _NIGHT)}
-"""ci: a minute. hour: 50 minutes of two cores. night: eight hours of them."""
+"""ci: a minute. hour: about 50 minutes of two cores. night: four to eight hours of them."""
