@@ -41,6 +41,15 @@ class GPTConfig:
     global_batch_size: int = 8
     lr: float = 1e-3
     lr_warmup_steps: int = 2
+    min_lr: float | None = None
+    """Where a decay ends; ``lr`` if None. Megatron takes it from the optimizer state that a run
+    resumes from, so it must be set before the decay."""
+    lr_wsd_decay_style: str | None = None
+    """``linear``, ``cosine``, ``exponential`` or ``minus_sqrt``: the last ``lr_wsd_decay_steps``
+    before ``lr_decay_steps`` are decayed, whatever schedule a checkpoint has
+    (``--override-opt_param-scheduler``). None: the LR is constant after the warm-up."""
+    lr_wsd_decay_steps: int = 0
+    lr_decay_steps: int = 0
     weight_decay: float = 0.1
     seed: int = 1234
 
@@ -49,6 +58,12 @@ class GPTConfig:
             raise ValueError(f"optimizer must be distributed or replicated, not {self.optimizer}")
         if self.sharding_type not in ("dp_reshardable", "fully_reshardable"):
             raise ValueError(f"unknown sharding type {self.sharding_type}")
+        if self.lr_wsd_decay_style and not 0 < self.lr_wsd_decay_steps <= self.lr_decay_steps:
+            raise ValueError("a decay needs lr_wsd_decay_steps, and lr_decay_steps no smaller")
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.lr if self.min_lr is None else self.min_lr
 
     @property
     def distributed_optimizer(self) -> bool:

@@ -77,7 +77,7 @@ def build(config: GPTConfig) -> Training:
         config=config,
         model=[model],
         optimizer=optimizer,
-        scheduler=_constant_lr(config, optimizer),
+        scheduler=lr_scheduler(config, optimizer),
     )
 
 
@@ -164,7 +164,7 @@ def _optimizer_config(config: GPTConfig) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
-        min_lr=config.lr,
+        min_lr=config.lowest_lr,
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         clip_grad=1.0,
@@ -174,20 +174,25 @@ def _optimizer_config(config: GPTConfig) -> OptimizerConfig:
     )
 
 
-def _constant_lr(config: GPTConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """What ``--lr-decay-style constant`` builds; steps are samples."""
+def lr_scheduler(config: GPTConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """What ``--lr-decay-style constant`` or ``WSD`` builds; steps are samples."""
+    batch, decays = config.global_batch_size, config.lr_wsd_decay_style is not None
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
-        min_lr=config.lr,
-        lr_warmup_steps=config.lr_warmup_steps * config.global_batch_size,
-        lr_decay_steps=1_000_000 * config.global_batch_size,
-        lr_decay_style="constant",
+        min_lr=config.lowest_lr,
+        lr_warmup_steps=config.lr_warmup_steps * batch,
+        lr_decay_steps=(config.lr_decay_steps if decays else 1_000_000) * batch,
+        lr_decay_style="WSD" if decays else "constant",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=1_000_000 * config.global_batch_size,
+        wd_incr_steps=1_000_000 * batch,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=not decays,
+        override_opt_param_scheduler=decays,
+        wsd_decay_steps=config.lr_wsd_decay_steps * batch if decays else None,
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
     )
 
 
