@@ -34,11 +34,14 @@ def checkpoints_at(path: Path) -> list[Path]:
         return [tracked_checkpoint(path)]
     if not path.is_dir() or is_checkpoint(path):
         return [path]
-    return [checkpoint for root in roots_at(path) for checkpoint in _of_root(root)]
+    if found := [checkpoint for root in roots_at(path) for checkpoint in _of_root(root)]:
+        return found
+    raise UsageError(f"{path}: {'; '.join(map(str, scan_run(path).unusable))}")
 
 
 def roots_at(path: Path) -> list[Path]:
-    """The root that a path is, or the roots in it; by name.
+    """The root that a path is, or the roots in it; by name. A folder in which something only looks
+    like a checkpoint is a root too.
 
     Raises:
         UsageError: no such directory, or neither of the two.
@@ -49,8 +52,8 @@ def roots_at(path: Path) -> list[Path]:
         return [path]
     if roots := sorted(child for child in path.iterdir() if child.is_dir() and _is_root(child)):
         return roots
-    scan_run(path)  # says what is there instead
-    raise UsageError(f"{path}: no iter_XXXXXXX checkpoint here, nor in the folders in here")
+    scan_run(path)  # raises where nothing is there
+    return [path]
 
 
 def tracked_checkpoint(tracker: Path) -> Path:

@@ -66,6 +66,13 @@ def test_nothing_of_this(tmp_path: Path) -> None:
         roots_at(tmp_path / "missing")
 
 
+def test_a_root_of_what_only_looks_like_checkpoints(tmp_path: Path) -> None:
+    shutil.copytree(runs.checkpoint(runs.DENSE, 2), tmp_path / "iter_100")
+    assert roots_at(tmp_path) == [tmp_path]
+    with pytest.raises(UsageError, match="rename it, iter_ and seven digits"):
+        checkpoints_at(tmp_path)
+
+
 def test_verify_goes_on_after_one_that_is_not_whole(
     roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

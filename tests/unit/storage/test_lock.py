@@ -23,6 +23,7 @@ import pytest
 from tests.reference import RUNS
 from tests.runs import DENSE
 from wsm_megatron import ExecutionOptions, MergeConfig, MergeError, merge
+from wsm_megatron.checkpoint.layout import METADATA_FILE
 from wsm_megatron.errors import StoppedError
 from wsm_megatron.planning.prepare import prepare_job
 from wsm_megatron.planning.staging_key import merge_digest
@@ -165,7 +166,8 @@ def test_a_merge_that_lost_its_lock_stops_and_touches_nothing(
     config = MergeConfig(load=RUNS / DENSE, save=tmp_path)
     left: list[set[str]] = []
 
-    def complete(*_: Any) -> None:
+    def complete(job: Any, k: int, plans: Any, directory: Path, files: dict[str, Any]) -> None:
+        files[METADATA_FILE] = (0, 0)
         hold(tmp_path / LOCK)
         left.append(names(tmp_path))
 
