@@ -6,17 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from wsm_megatron.access.node_local.access import NodeLocal
 from wsm_megatron.access.protocol import Access, Estimate
 from wsm_megatron.access.shared import Shared
-from wsm_megatron.checkpoint.layout import COMMON_FILE, MARKER_FILE, METADATA_FILE
-from wsm_megatron.checkpoint.metadata_writer import write_marker, write_metadata
-from wsm_megatron.checkpoint.side_files import Files
 from wsm_megatron.checkpoint.staging_dir import StagingDirectory
-from wsm_megatron.checkpoint.writer import write_file
 from wsm_megatron.comm.communicator import Ranks, job_ranks
 from wsm_megatron.comm.event_log import Events, job_events
 from wsm_megatron.config import ExecutionOptions, MergeConfig
@@ -31,14 +26,11 @@ from wsm_megatron.export.merged import MergedExports
 from wsm_megatron.export.options import ExportConfig, MergeExport
 from wsm_megatron.export.turn import turn
 from wsm_megatron.inspection.trajectory import write_trajectory
-from wsm_megatron.planning.job import Job, OutputCheckpoint, RankPlan
+from wsm_megatron.planning.job import Job, RankPlan
 from wsm_megatron.planning.merge_set import MergeSet
-from wsm_megatron.planning.provenance import write_provenance
-from wsm_megatron.planning.staging_key import placement, staging_key
 from wsm_megatron.planning.targets import Claims
-from wsm_megatron.process.signals import ending_later
+from wsm_megatron.publication import publish, staging_directories
 from wsm_megatron.storage.retry import check_storage
-from wsm_megatron.storage.visibility import wait_for_files
 from wsm_megatron.trajectory.record import Trajectory
 from wsm_megatron.version import __version__
 
@@ -99,11 +91,11 @@ def merge_together(
                     if ranks.rank == 0:
                         job = exports.plan(job)
                         planned(job, access.estimate(job))
-            reports, trajectory = _merge_missing(
+            reports, trajectory, made = _merge_missing(
                 job, access, ranks, exports, progress, phases, events
             )
             report = MergeReport(
-                merged=tuple(_merged(job, output) for output in job.outputs),
+                merged=tuple(_merged(job, k, k in made) for k in range(len(job.outputs))),
                 bytes_read=sum(one.bytes_read for one in reports),
                 bytes_written=sum(one.bytes_written for one in reports),
                 seconds=time.monotonic() - started,
@@ -230,12 +222,13 @@ def _merge_missing(
     progress: ProgressFactory | None,
     phases: Phases,
     events: Events,
-) -> tuple[list[RankReport], Trajectory | None]:
+) -> tuple[list[RankReport], Trajectory | None, list[int]]:
     """Make the outputs that are not there yet, nor by the time that their targets are free.
     Collective.
 
     Returns:
-        what each rank did; on rank 0 the trajectory of the sources, where it is wanted.
+        what each rank did; on rank 0 the trajectory of the sources, where it is wanted; which of
+        the outputs were made.
     """
 
     def take() -> list[int]:
@@ -247,9 +240,10 @@ def _merge_missing(
         with phases("waiting"):
             missing = ranks.broadcast(take, "preparing the target")
         if not missing:
-            return [], None
+            return [], None, []
         left = access.only(job, missing)
-        return _merge_products(left, access, ranks, claims, exports, progress, phases, events)
+        done = _merge_products(left, access, ranks, claims, exports, progress, phases, events)
+        return *done, missing
 
 
 def _merge_products(
@@ -267,7 +261,7 @@ def _merge_products(
         with phases("planning" if ranks.rank == 0 else "waiting"):
             work = access.distribute(job)
         if ranks.rank == 0:
-            staging = [] if exports.only else _staging(job, work.rank_plans, claims)
+            staging = [] if exports.only else staging_directories(job, work.rank_plans, claims)
             events.tell("planned", **_plan_data(job, access.estimate(job), work.rank_plans))
         ranks.broadcast(lambda: [one.create() for one in staging], "preparing the target")
         destinations = ranks.scatter(
@@ -289,7 +283,7 @@ def _merge_products(
                     for output, written in zip(job.outputs, shared, strict=True):
                         exports.add(output, written)
                 files = [of_rank for of_rank, _ in results]
-                _publish(job, ranks, work.rank_plans, staging, exports, files, events)
+                publish(job, ranks, work.rank_plans, staging, exports, files, events)
     except BaseException as error:
         access.abandon()
         in_vain = isinstance(error, (UsageError, MergeError)) and not isinstance(
@@ -354,75 +348,12 @@ def _reports(own: list[RankReport], phases: Phases) -> list[RankReport]:
     return [reports[0].with_seconds("publishing", published), *reports[1:]]
 
 
-def _merged(job: Job, output: OutputCheckpoint) -> MergedCheckpoint:
+def _merged(job: Job, k: int, made: bool) -> MergedCheckpoint:
+    output = job.outputs[k]
     return MergedCheckpoint(
         output=output.path,
         iterations=job.iterations(output),
         decay=output.decay,
         resume=output.provenance["resume"],
+        made=made,
     )
-
-
-def _staging(job: Job, rank_plans: Sequence[RankPlan], claims: Claims) -> list[StagingDirectory]:
-    staging = []
-    for k, output in enumerate(job.outputs):
-        placed = placement(job, k, rank_plans)
-        key, files = staging_key(job, output, placed), tuple(placed.sizes)
-        lock = claims.lock(output)
-        staging.append(StagingDirectory(output.root, output.iteration, key, files, lock))
-    return staging
-
-
-def _publish(
-    job: Job,
-    ranks: Ranks,
-    rank_plans: Sequence[RankPlan],
-    staging: list[StagingDirectory],
-    exports: MergedExports,
-    of_ranks: list[list[Files]],
-    events: Events,
-) -> None:
-    """Complete every output's directories, then give them their names. On rank 0.
-
-    Args:
-        of_ranks: ``[rank][output]``: the files that each rank has written.
-    """
-    seconds, metadata = [], dict[int, int]()
-    for k, stage in enumerate(staging):
-        started = time.monotonic()
-        files: Files = {}
-        for by_product in of_ranks:
-            files.update(by_product[k])
-        sizes = {name: size for name, (size, _) in files.items()}
-        wait_for_files(stage.path, sizes, ranks.check)
-        _complete(job, k, rank_plans, stage.path, files)
-        metadata[k] = files[METADATA_FILE][1]
-        seconds.append(time.monotonic() - started)
-    for k, output in enumerate(job.outputs):
-        exports.complete(output, metadata.get(k), ranks.check)
-    with ending_later():  # all is done and checked: a signal shall not divide what belongs together
-        for stage, before in zip(staging, seconds, strict=True):
-            started = time.monotonic()
-            path = stage.commit()
-            logger.info("published %s", path)
-            took = before + time.monotonic() - started
-            events.tell("published", path=str(path), publishing_seconds=took)
-        for output in job.outputs:
-            if (folder := exports.commit(output)) is not None:
-                events.tell("published", path=str(folder))
-
-
-def _complete(
-    job: Job, k: int, rank_plans: Sequence[RankPlan], directory: Path, files: Files
-) -> None:
-    output = job.outputs[k]
-    placed = [
-        one for rank, rank_plan in enumerate(rank_plans) for one in job.placed(k, rank, rank_plan)
-    ]
-    named, paths = job.on_disk(output, placed)
-    files[METADATA_FILE] = write_metadata(directory, named, job.newest(output).mcore_data, paths)
-    if output.common.file is not None:
-        files[COMMON_FILE] = write_file(directory / COMMON_FILE, output.common.file)
-    if (marker := job.marker(output)) is not None:
-        files[MARKER_FILE] = write_marker(directory, marker)
-    write_provenance(directory, output.provenance, files)

@@ -411,20 +411,20 @@ def _die_and_go_on(configs: list[MergeConfig]) -> list[Any]:
 
     import torch.distributed as dist
 
-    from wsm_megatron import api
+    from wsm_megatron import publication
     from wsm_megatron.errors import PassingError
 
-    config, original = configs[dist.get_rank()], api._complete
+    config, original = configs[dist.get_rank()], publication.complete
     outcomes: list[Any] = []
 
     def fail(*_: Any) -> None:
         raise PassingError("injected")
 
     for change in (False, True):
-        api._complete = fail
+        publication.complete = fail
         with pytest.raises(PassingError) as caught:
             merge(config, NODE_LOCAL)
-        api._complete = original
+        publication.complete = original
         dist.barrier()
         if change and dist.get_rank() == 1:
             os.utime(runs.checkpoint(config.load, 4) / "__0_0.distcp")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_megatron import api
+from wsm_megatron import publication
 from wsm_megatron.checkpoint import staging_dir
 from wsm_megatron.checkpoint.staging_dir import StagingDirectory
 from wsm_megatron.checkpoint.writer import CheckpointFile
@@ -72,7 +72,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "read": (os, "preadv"),
     "reduce": (Tile, "start"),
     "write": (os, "pwrite"),
-    "publish": (api, "_complete"),
+    "publish": (publication, "complete"),
     "track": (
         staging_dir,
         "write_tracker",

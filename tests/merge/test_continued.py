@@ -328,7 +328,7 @@ def test_stopped_while_it_is_published(
         raise STOPPED
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsm_megatron.api.write_provenance", stop)
+        patch.setattr("wsm_megatron.publication.write_provenance", stop)
         with pytest.raises(StoppedError):
             merge(config, ALONE)
     report = assert_goes_on(config, expected, whole=False)

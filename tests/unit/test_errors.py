@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests import runs
 from tests.merge.test_continued import ALONE, stop_after
 from tests.reference import RUNS
-from wsm_megatron import MergeConfig, MergeError, UsageError, api, merge
+from wsm_megatron import MergeConfig, MergeError, UsageError, merge, publication
 from wsm_megatron.access import shared
 from wsm_megatron.errors import EXIT_FAILED, EXIT_USAGE, StorageError, exit_code, printable
 from wsm_megatron.process.signals import StoppedError
@@ -83,7 +83,7 @@ def config(tmp_path: Path) -> MergeConfig:
 
 
 @pytest.mark.parametrize(
-    "owner, name", [(shared, "prepare_job"), (api, "placement"), (api, "_complete")]
+    "owner, name", [(shared, "prepare_job"), (publication, "placement"), (publication, "complete")]
 )
 def test_an_internal_error_keeps_what_is_finished(
     config: MergeConfig, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
@@ -112,7 +112,7 @@ def _raise(error: Exception) -> Callable[..., None]:
 def test_what_can_go_on_is_kept_and_nothing_else(
     config: MergeConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, kept: bool
 ) -> None:
-    monkeypatch.setattr(api, "_complete", _raise(error))
+    monkeypatch.setattr(publication, "complete", _raise(error))
     assert bool(left_after(config, type(error))) == kept
 
 

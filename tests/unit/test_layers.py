@@ -16,6 +16,7 @@ FLOORS = (
     {"pictures"},
     {"sweeps"},
     {"api", "plugin"},
+    {"publication"},
     {"access", "inspection", "export"},
     {"execution"},
     {"planning"},

@@ -92,11 +92,11 @@ def import_command(argv: Sequence[str]) -> ModuleType | None:
 class _Log(logging.StreamHandler):
     """Standard error. A signal that comes up while a line is written is none of its failures.
 
-    That a merge was there before is in the answer.
+    What a command's report says too (a record with ``reported``) is not said twice.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return getattr(record, "event", None) != "already_there" and bool(super().filter(record))
+        return not hasattr(record, "reported") and bool(super().filter(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]

@@ -137,8 +137,9 @@ def merged(done: MergeReport, *, verbose: bool = True, published: bool = True) -
         verbose: tables for all of them, and where the time of each rank went.
         published: as checkpoints, not only as exports.
     """
-    if not done.ranks and not verbose:
-        yield _nothing_to_do([one.output for one in done.merged])
+    if not any(one.made for one in done.merged) and not verbose:
+        if published:
+            yield _nothing_to_do([one.output for one in done.merged])
         return
     moved = done.bytes_read + done.bytes_written
     for one in done.merged:
@@ -153,7 +154,8 @@ def merged(done: MergeReport, *, verbose: bool = True, published: bool = True) -
     if not published:
         return
     for one in done.merged:
-        yield f"merged checkpoint: {one.output} ({_sources(one.iterations, one.decay)})"
+        what = "merged checkpoint" if one.made else "there already"
+        yield f"{what}: {one.output} ({_sources(one.iterations, one.decay)})"
     yield f"main params {done.resume['main_params']}, moments {done.resume['moments']}"
     yield from launch_lines(done.resume["launch"], str(done.output.parent))
 

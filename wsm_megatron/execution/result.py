@@ -20,12 +20,14 @@ class MergedCheckpoint:
         decay: what these weigh, and at which positions.
         resume: what became of the optimizer state and how to launch Megatron, as in
             ``wsm_merge.json``.
+        made: whether this merge made it; otherwise it was published before.
     """
 
     output: Path
     iterations: tuple[int, ...]
     decay: MergeCoefficients
     resume: dict[str, Any] = field(default_factory=dict)
+    made: bool = field(default=True, compare=False)
 
     @property
     def coefficients(self) -> tuple[float, ...]:

@@ -17,9 +17,6 @@ from wsm_megatron.storage.lock import Lock
 from wsm_megatron.storage.retry import watched
 from wsm_megatron.storage.space import allocated, check_space
 
-ALREADY_THERE = "already_there"
-"""The event of a merge that was published before."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -117,7 +114,11 @@ def _is_there(output: OutputCheckpoint) -> bool:
             f"{output.path} exists and is left alone; give another --save or --output-iteration, "
             "or remove it"
         )
-    logger.warning("%s holds this very merge already", output.path, extra={"event": ALREADY_THERE})
+    logger.warning(
+        "%s holds this very merge already",
+        output.path,
+        extra={"event": "already_there", "reported": True},
+    )
     advance_tracker(output.root, output.iteration)
     return True
 

@@ -217,3 +217,14 @@ def test_plan_of_a_node_local_merge(wsm, tmp_path):
     assert "sums of 0 B would go from rank to rank" in lines
     assert json.loads(last) == plain
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rerun_says_what_was_there(wsm, tmp_path):
+    arguments = ["merge", "--load", RUNS / runs.DENSE, "--save", tmp_path / "out"]
+    wsm(*arguments, "--decay", "mean,ema")
+    again = wsm(*arguments, "--decay", "mean,ema")
+    assert len(again) == 1 and again[0].startswith("nothing to do: these 2 merges are there")
+    lines = wsm(*arguments, "--decay", "ema,cosine")
+    told = [line.split(" (")[0] for line in lines if "iter_0000008" in line]
+    places = [str(tmp_path / "out" / name / "iter_0000008") for name in ("ema", "cosine")]
+    assert told == [f"there already: {places[0]}", f"merged checkpoint: {places[1]}"]

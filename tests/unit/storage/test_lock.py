@@ -171,7 +171,7 @@ def test_a_merge_that_lost_its_lock_stops_and_touches_nothing(
         hold(tmp_path / LOCK)
         left.append(names(tmp_path))
 
-    monkeypatch.setattr("wsm_megatron.api._complete", complete)
+    monkeypatch.setattr("wsm_megatron.publication.complete", complete)
     with pytest.raises(MergeError, match="another merge has taken over this target"):
         merge(config)
     assert left == [names(tmp_path)] and "iter_0000008" not in left[0]
