@@ -65,7 +65,8 @@ def publish(
         seconds.append(time.monotonic() - started)
     for k, output in enumerate(job.outputs):
         exports.complete(output, metadata.get(k), ranks.check)
-    with ending_later():  # all is done and checked: a signal shall not divide what belongs together
+    # all is done and checked: a signal shall not divide what belongs together
+    with ending_later("what was made is published"):
         for stage, before in zip(staging, seconds, strict=True):
             started = time.monotonic()
             path = stage.commit()

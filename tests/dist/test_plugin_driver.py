@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tests.mcore import CONFIGS, GPTConfig, RankError, run_ranks
 from wsm_megatron import verify
+from wsm_megatron.errors import UsageError
 from wsm_megatron.inspection.megatron_resume import check_resume
 from wsm_megatron.planning.launch_flags import as_data
 
@@ -111,7 +112,7 @@ class Run:
         if self.disk_is_full and self.args.save != str(self.root):
             Path(self.args.save).mkdir(parents=True, exist_ok=True)
             raise OSError(28, "No space left on device")
-        save_checkpoint(self.training, self.args.save)
+        save_checkpoint(self.training, self.args.save, save_optim=not self.args.no_save_optim)
 
     def _load(self, model: Any, optimizer: Any, scheduler: Any) -> tuple[int, float]:
         """As Megatron: a non-persistent checkpoint goes before the one that is asked for."""
@@ -194,6 +195,7 @@ def _scenarios(root: Path) -> dict[str, Any]:
     report["full disk"] = sorted(p.name for p in (root / "b" / "wsm").iterdir())
 
     asked = Run(root / "c", train_iters=8, num=2)
+    asked.args.no_save_optim = True
     asked.attach()
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -320,6 +322,18 @@ def test_a_full_disk_costs_a_merged_checkpoint_only(outcome: tuple[Path, dict[st
 def test_sigusr2_on_one_rank(outcome: tuple[Path, dict[str, Any]]) -> None:
     """Served at iteration 4, the first with two checkpoints to merge, and not once more."""
     assert outcome[1]["asked for"] == ["iter_0000004", "iter_0000008"]
+
+
+def test_no_optimizer_state_is_recorded_where_none_is_saved(
+    outcome: tuple[Path, dict[str, Any]],
+) -> None:
+    merged = outcome[0] / "c" / "wsm" / "iter_0000008"
+    provenance = json.loads((merged / "wsm_merge.json").read_text())
+    assert provenance["options"]["optimizer_state"] == "drop"
+    assert provenance["resume"]["launch"] == as_data(check_resume(merged).launches)
+    assert verify(merged).tensors > 0
+    with pytest.raises(UsageError, match="main params, which its own checkpoints do not hold"):
+        verify(merged, sources=True)
 
 
 def test_a_window_that_does_not_fit_is_refused_with_the_figures(

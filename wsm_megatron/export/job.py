@@ -131,7 +131,7 @@ def _publish(
     check_read(plan.layout, [one.ledger for one in of_ranks])
     check_unchanged(plan.layout.path, plan.before)
     files |= write_rest(plan, directory)
-    with ending_later():
+    with ending_later("what was made is published"):
         target.commit(plan.record, files)
     logger.info("published %s", target.path)
 

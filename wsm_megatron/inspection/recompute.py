@@ -14,7 +14,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from wsm_megatron.checkpoint.common_state import load_common, load_stored, read_common
-from wsm_megatron.checkpoint.keys import may_be_padding
+from wsm_megatron.checkpoint.keys import Role, may_be_padding
 from wsm_megatron.checkpoint.layout import METADATA_FILE, Layout, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader, read_file
 from wsm_megatron.checkpoint.region import Region
@@ -76,11 +76,14 @@ def recompute(
         layouts = [source.layout for source in sources]
         flat, kinds = find_mains(config, layouts[-1], layouts[:-1])
         plan = make_plan(layouts, config, flat, kinds)
+        in_run = any("metadata_crc32" not in source for source in provenance["sources"])
+        if in_run:
+            _check_main_params_were_saved(path, plan)
         _check_tensors(merged.layout, plan)
         tasks: Sequence[Task] = plan.tasks
-        if all("metadata_crc32" in source for source in provenance["sources"]):
+        if not in_run:
             _check_rest(merged, sources[-1], config, provenance)
-        else:  # merged inside a run: what Megatron wrote was in memory, padding too
+        else:  # what Megatron wrote was in memory, padding too
             tasks = [task for task in tasks if not _is_padding(task)]
         comparison = _Comparison(merged, sources, provenance["coefficients"])
         regions = _all_regions(tasks) if everything else _some_regions(tasks, seed)
@@ -140,6 +143,18 @@ def _config_of(merged: Path, provenance: dict[str, Any]) -> MergeConfig:
         raise UsageError(
             f"{merged}: {error}; verify with the version that merged it, or without --sources"
         ) from error
+
+
+def _check_main_params_were_saved(merged: Path, plan: MergePlan) -> None:
+    """A run merges its float32 main params, also where its own checkpoints lack them."""
+    rules = {recipe.rule for recipe in plan.recipes}
+    weights = {recipe.outputs[-1].dtype for recipe in plan.recipes if recipe.role is Role.MODEL}
+    if Rule.SUM_MAIN not in rules and weights & {torch.bfloat16, torch.float16}:
+        raise UsageError(
+            f"{merged} was merged from the run's float32 main params, which its own checkpoints do "
+            "not hold (--no-save-optim), so the merge cannot be made again; without --sources "
+            "verify checks all that was written"
+        )
 
 
 def _check_tensors(merged: Layout, plan: MergePlan) -> None:

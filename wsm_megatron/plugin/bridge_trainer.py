@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,8 +155,6 @@ class BridgeTrainer:
 
     def resume(self, iteration: int, config: MergeConfig) -> dict[str, Any]:
         """Bridge has no launch flags: what is said of them is for Megatron-LM."""
-        if self.args.no_save_optim:
-            config = replace(config, optimizer_state="drop")
         return describe_resume({"iteration": iteration}, config)
 
 

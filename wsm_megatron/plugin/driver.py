@@ -365,16 +365,14 @@ class Driver:
                 )
 
         run = Path(self._args.save) if self._args.save else None
-        is_window, kept = self._config.moving is None, self._config.optimizer_state
-        if not is_window and self._args.no_save_optim:
-            kept = "drop"  # a restart is not to look for main params there
+        is_window = self._config.moving is None
         offline = MergeConfig(
             load=run or root,
             save=root,
             iterations=merge.iterations if is_window else None,
             decay=merge.decay or "linear",  # of a moving average there is none
             min_decay=self._config.min_decay,
-            optimizer_state=kept,
+            optimizer_state="drop" if self._args.no_save_optim else self._config.optimizer_state,
         )
         resume = self._trainer.resume(progress.iteration, offline)
         precision, averaged = self._trainer.precision, self._wsm.averaged

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,8 +115,6 @@ class MegatronTrainer:
         args = self.args
         steps = {"num_steps": getattr(args, "consumed_train_samples", 0)}
         state = {"args": args, "iteration": iteration, "opt_param_scheduler": steps}
-        if args.no_save_optim:
-            config = replace(config, optimizer_state="drop")
         return describe_resume(state, config)
 
 

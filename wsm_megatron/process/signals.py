@@ -21,6 +21,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self.outcome = "nothing was published"
 
     def __call__(self, number: int, _: object) -> None:
         for one in ENDING:
@@ -32,7 +33,7 @@ class Stop:
         """Raises ``StoppedError`` once a signal has come."""
         if self._number is not None:
             name = signal.Signals(self._number).name
-            raise StoppedError(f"stopped by {name}; nothing was published", self._number)
+            raise StoppedError(f"stopped by {name}; {self.outcome}", self._number)
 
 
 @contextmanager
@@ -47,18 +48,23 @@ def ending_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 @contextmanager
-def ending_later() -> Iterator[None]:
-    """Let such a signal wait until the block is done: for few calls that belong together.
+def ending_later(outcome: str | None = None) -> Iterator[None]:
+    """Let such a signal wait until the block is done: for few calls that belong together. Where the
+    block fails, its error ends the work.
 
     Python runs handlers in the main thread alone; in any other there is nothing to do.
+
+    Args:
+        outcome: of the work once the block is done, for what :class:`Stop` says from then on.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    try:
-        with ending_signals(lambda number, _: came.append(number)):
-            yield
-    finally:
-        if came:
-            signal.raise_signal(came[0])
+    with ending_signals(lambda number, _: came.append(number)):
+        yield
+    handler = signal.getsignal(signal.SIGTERM)
+    if outcome is not None and isinstance(handler, Stop):
+        handler.outcome = outcome
+    if came:
+        signal.raise_signal(came[0])

@@ -19,7 +19,7 @@ from wsm_megatron.checkpoint import staging_dir
 from wsm_megatron.checkpoint.run_directory import TRACKER_FILE, write_tracker
 from wsm_megatron.checkpoint.staging_dir import advance_tracker
 from wsm_megatron.errors import StoppedError
-from wsm_megatron.process.signals import ending_later
+from wsm_megatron.process.signals import Stop, ending_later, ending_signals
 from wsm_megatron.process.timeouts import timeouts
 from wsm_megatron.storage import lock
 
@@ -169,7 +169,18 @@ def test_signals_wait_for_the_end_of_a_block() -> None:
     assert seen
     with pytest.raises(StoppedError):
         terminate()
+    with pytest.raises(OSError, match="the block's own"), ending_later():
+        terminate()
+        raise OSError("the block's own")
     thread = threading.Thread(target=lambda: seen.append(ending_later().__enter__()))
     thread.start()
     thread.join()
     assert seen[1:] == [None], "in another thread there is nothing to do"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("outcome", [None, "all of it is there"])
+def test_a_signal_says_what_the_block_has_done(number: int, outcome: str | None) -> None:
+    said = outcome or "nothing was published"
+    with ending_signals(Stop()), pytest.raises(StoppedError, match=said), ending_later(outcome):
+        signal.raise_signal(number)
