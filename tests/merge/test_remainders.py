@@ -232,7 +232,7 @@ def test_recomputing_finds_remainders_of_other_weights(tmp_path, monkeypatch):
     output = merged(run, tmp_path / "out")
     stale, key = sources_of(run)[-1], f"optimizer.state.param.{WEIGHT}"
     runs.rewrite(output, lambda name, tensor: stale[key] if name == key else tensor)
-    monkeypatch.setattr("wsm_megatron.inspection.verify.check_files", lambda *_: None)
+    monkeypatch.setattr("wsm_megatron.inspection.verify._check_files", lambda *_: None)
     with pytest.raises(MergeError, match=f"{key} at .* is not the merge"):
         verify(output, sources="all")
 

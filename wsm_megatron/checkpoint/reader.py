@@ -95,7 +95,7 @@ class CheckpointReader:
 
         As :meth:`read`, for a few elements: nothing is looked up but the chunk's container.
         """
-        record, out = self._record(key, chunk), Buffer.empty(numel, self.layout.tensors[key].dtype)
+        record, out = self.record(key, chunk), Buffer.empty(numel, self.layout.tensors[key].dtype)
         assert start + numel <= chunk.numel, "a run within the chunk"
         begin = record.start + start * record.dtype.itemsize
         self.read_record(chunk.location, begin, out.data, key)
@@ -112,7 +112,7 @@ class CheckpointReader:
             if index is None:
                 index = self._indices[key] = ChunkIndex(self.layout.tensors[key])
         pieces = [
-            Piece(chunk, Region(chunk.offsets, chunk.sizes), self._record(key, chunk))
+            Piece(chunk, Region(chunk.offsets, chunk.sizes), self.record(key, chunk))
             for chunk in index.overlapping(region)
         ]
         parts = [common for piece in pieces if (common := region.intersect(piece.region))]
@@ -124,9 +124,24 @@ class CheckpointReader:
             )
         return RegionReader(self, key, region, pieces, self._ahead)
 
+    def record(self, key: str, chunk: Chunk) -> Record:
+        """Where a chunk's elements are in its container.
+
+        Raises:
+            MergeError: the container is damaged, or holds something else.
+        """
+        record = self._locate(chunk.location, key)
+        entry = self.layout.tensors[key]
+        if record.dtype != entry.dtype or record.shape != chunk.sizes:
+            raise MergeError(
+                f"{self.layout.path}: {key} at {chunk.offsets} is {record.dtype} {record.shape} in "
+                f"{chunk.location.file} but {entry.dtype} {chunk.sizes} in .metadata"
+            )
+        return record
+
     def checksum(self, key: str, chunk: Chunk) -> int:
         """CRC-32 of a chunk's elements, as its container records it; they are not read."""
-        return self._record(key, chunk).crc
+        return self.record(key, chunk).crc
 
     def verify(self, ledgers: Iterable[Ledger] | None = None) -> None:
         """Compare the CRC-32 of records that were read in parts with their containers'.
@@ -183,16 +198,6 @@ class CheckpointReader:
     def prefetch(self, location: Location, start: int, length: int) -> None:
         """Have the kernel read some of a location's bytes in advance."""
         self._files.prefetch(location.file, location.offset + start, length)
-
-    def _record(self, key: str, chunk: Chunk) -> Record:
-        record = self._locate(chunk.location, key)
-        entry = self.layout.tensors[key]
-        if record.dtype != entry.dtype or record.shape != chunk.sizes:
-            raise MergeError(
-                f"{self.layout.path}: {key} at {chunk.offsets} is {record.dtype} {record.shape} in "
-                f"{chunk.location.file} but {entry.dtype} {chunk.sizes} in .metadata"
-            )
-        return record
 
     def _locate(self, location: Location, key: str) -> Record:
         window = _Window(self._files, location, key)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wsm_megatron.cli.command import Answer, add
 from wsm_megatron.cli.figures import size
+from wsm_megatron.cli.progress import progress_bar
 from wsm_megatron.errors import EXIT_FAILED, MergeError, UsageError
 from wsm_megatron.inspection.lookup import checkpoints_at
 from wsm_megatron.inspection.verify import SOURCES, VerifyReport, verify
@@ -56,6 +58,7 @@ def _verify(arguments: argparse.Namespace) -> Answer:
             sources=sources or False,
             sources_from=arguments.sources_from,
             allow_nonfinite=arguments.allow_nonfinite,
+            progress=partial(progress_bar, doing="reading"),
         )
 
     checkpoints = checkpoints_at(directory)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from wsm_megatron.checkpoint.reader import CheckpointReader, Ledger
@@ -38,6 +38,11 @@ MAX_THREADS = 16
 
 ProgressFactory = Callable[[int, int], AbstractContextManager[Progress]]
 """Called on every rank with its number and the bytes it will read and write."""
+
+
+def no_progress(rank: int, total: int) -> AbstractContextManager[Progress]:
+    """The one that shows nothing."""
+    return nullcontext(lambda nbytes: None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,8 +48,13 @@ class FilesCheck:
         return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
 
 
-def check_files(path: Path, provenance: dict[str, Any]) -> FilesCheck:
+def check_files(
+    path: Path, provenance: dict[str, Any], known: Mapping[str, tuple[int, int]] | None = None
+) -> FilesCheck:
     """Compare every file below a merged checkpoint with the list, from its first byte to its last.
+
+    Args:
+        known: size and CRC-32 of files that were just read; they are not read again.
 
     Raises:
         MergeError: something cannot be read.
@@ -64,7 +69,8 @@ def check_files(path: Path, provenance: dict[str, Any]) -> FilesCheck:
         for name, kind in found.items()
         if name not in listed and not (kind == "folder" and name in needed)
     )
-    changed, read = _compare(path, listed, {name: found[name] for name in listed if name in found})
+    present = {name: found[name] for name in listed if name in found}
+    changed, read = _compare(path, listed, present, known or {})
     return FilesCheck(
         same=tuple(sorted(listed.keys() & found.keys() - changed.keys())),
         changed=changed,
@@ -100,7 +106,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _compare(
-    path: Path, listed: dict[str, dict[str, Any]], found: dict[str, str]
+    path: Path,
+    listed: dict[str, dict[str, Any]],
+    found: dict[str, str],
+    known: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, str], int]:
     """What listed files have that they should not; the bytes read."""
     changed: dict[str, str] = {}
@@ -110,8 +119,11 @@ def _compare(
         if found[name] != "file":
             changed[name] = f"is a {found[name]}, not the file that the merge wrote"
             return
-        size, crc = size_and_crc(path / name)
-        read.append(size)
+        if name in known:
+            size, crc = known[name]
+        else:
+            size, crc = size_and_crc(path / name)
+            read.append(size)
         expected = listed[name]
         if size != expected["bytes"] or f"{crc:08x}" != expected["crc32"]:
             changed[name] = (

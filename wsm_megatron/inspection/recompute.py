@@ -22,7 +22,7 @@ from wsm_megatron.checkpoint.run_directory import checkpoint_path
 from wsm_megatron.checkpoint.state_diff import differences
 from wsm_megatron.config import MergeConfig
 from wsm_megatron.errors import MergeError, UsageError, some
-from wsm_megatron.execution.rank import default_threads
+from wsm_megatron.execution.rank import ProgressFactory, default_threads, no_progress
 from wsm_megatron.kernels import reference
 from wsm_megatron.optimizer.indexed_state import with_names
 from wsm_megatron.planning.plan import MergePlan, make_plan
@@ -42,6 +42,7 @@ _NAMED = 5
 def recompute(
     merged: CheckpointReader,
     provenance: dict[str, Any],
+    progress: ProgressFactory = no_progress,
     *,
     everything: bool = False,
     run: Path | None = None,
@@ -54,6 +55,7 @@ def recompute(
     compared: byte entries, common state and padding Megatron wrote from memory.
 
     Args:
+        progress: shows the bytes that are compared and made again.
         everything: every element, rather than :data:`SAMPLE_ELEMENTS` of every tensor.
         run: where the sources are now, by default where they were.
         seed: of the choice of samples.
@@ -86,10 +88,14 @@ def recompute(
         else:  # what Megatron wrote was in memory, padding too
             tasks = [task for task in tasks if not _is_padding(task)]
         comparison = _Comparison(merged, sources, provenance["coefficients"])
-        regions = _all_regions(tasks) if everything else _some_regions(tasks, seed)
-        run_workers(
-            regions, comparison.compare, default_threads(), threading.Event(), check_storage
-        )
+        parts = list(_all_regions(tasks) if everything else _some_regions(tasks, seed))
+        with progress(0, sum(map(comparison.cost, parts))) as bar:
+
+            def compare(part: Part) -> None:
+                comparison.compare(part)
+                bar(comparison.cost(part))
+
+            run_workers(parts, compare, default_threads(), threading.Event(), check_storage)
         return comparison.elements
     finally:
         for source in sources:
@@ -254,6 +260,11 @@ class _Comparison:
         self._merged, self._sources, self._coefficients = merged, sources, coefficients
         self._lock = threading.Lock()
         self.elements = 0
+
+    def cost(self, part: Part) -> int:
+        """Bytes that are read."""
+        task, region = part
+        return region.numel * task.recipe.cost(len(self._sources), 1)
 
     def compare(self, part: Part) -> None:
         task, region = part

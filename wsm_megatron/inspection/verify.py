@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wsm_megatron.checkpoint.common_state import PROVENANCE_KEY, load_common, read_common
 from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
-from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError, UsageError
-from wsm_megatron.execution.value_checks import is_damaged
+from wsm_megatron.execution.rank import ProgressFactory, no_progress
+from wsm_megatron.inspection.entries import checksums_of_files, parts_of, read_entries
 from wsm_megatron.inspection.manifest import FilesCheck, check_files
 from wsm_megatron.inspection.recompute import recompute
 from wsm_megatron.planning.provenance import described, is_sealed, read_provenance
 from wsm_megatron.safe_pickle.archive import check_archive
-from wsm_megatron.storage.buffer import Buffer
 
-_TILE_ELEMENTS = 2**20
 SOURCES = ("sample", "all")
 
 
@@ -31,6 +28,7 @@ class VerifyReport:
 
     Attributes:
         files: files that were compared with the list in ``wsm_merge.json``.
+        bytes_read: without what --sources reads.
         unchecked: what an older ``wsm_merge.json`` gives nothing to compare with.
         samples: elements recomputed from the sources.
         recomputed: ``sample`` or ``all`` of them; None where it was not asked for.
@@ -54,6 +52,7 @@ def verify(
     sources_from: Path | None = None,
     allow_nonfinite: bool = False,
     seed: int = 0,
+    progress: ProgressFactory | None = None,
 ) -> VerifyReport:
     """Check a checkpoint from end to end.
 
@@ -68,6 +67,7 @@ def verify(
         sources_from: the run directory where the sources are now.
         allow_nonfinite: let NaN and Inf pass.
         seed: of the choice of samples.
+        progress: shows the bytes that are read.
 
     Raises:
         UsageError: unfinished, or ``sources`` without provenance or without its sources.
@@ -78,33 +78,64 @@ def verify(
     if provenance is None and recomputed is not None:
         read_layout(path)
         raise UsageError(f"{path}: no {PROVENANCE_FILE}; not a checkpoint of this tool")
-    files = check_files(path, provenance) if provenance is not None else None
-    if files is not None and files.problems:
-        cause = _damaged_tensor(path, files, allow_nonfinite)
-        raise MergeError(f"{path} is not what the merge wrote: {files.problems}{cause}")
-    reader = CheckpointReader(read_layout(path))
-    try:
+    bar = progress or no_progress
+    with _opened(path, provenance) as reader:
+        parts = parts_of(reader)
+        with bar(0, sum(part.location.length for part in parts)) as update:
+            entries = read_entries(reader, parts, allow_nonfinite, update)
+        known = checksums_of_files(reader, parts, entries)
+        files = (
+            None if provenance is None else _check_files(path, provenance, known, entries.problem)
+        )
+        if entries.problem is not None:
+            raise entries.problem
         _check_common(reader, provenance)
-        _check_entries(reader, allow_nonfinite)
         samples = 0
         if recomputed is not None and provenance is not None:
             everything = recomputed == "all"
             samples = recompute(
-                reader, provenance, everything=everything, run=sources_from, seed=seed
+                reader, provenance, bar, everything=everything, run=sources_from, seed=seed
             )
         return VerifyReport(
             path=path,
             tensors=len(reader.layout.tensors),
             objects=len(reader.layout.objects),
-            bytes_read=reader.bytes_read + (files.bytes_read if files is not None else 0),
+            bytes_read=entries.nbytes + (files.bytes_read if files is not None else 0),
             merged=provenance is not None,
             files=len(files.same) if files is not None else 0,
             unchecked=_unchecked(provenance, files),
             samples=samples,
             recomputed=recomputed,
         )
+
+
+@contextmanager
+def _opened(path: Path, provenance: dict[str, Any] | None) -> Iterator[CheckpointReader]:
+    """A reader. Where not even that is possible of a merge, all of its files are compared."""
+    try:
+        reader = CheckpointReader(read_layout(path))
+    except (UsageError, MergeError) as error:
+        if provenance is not None:
+            _check_files(path, provenance, {}, error)
+        raise
+    try:
+        yield reader
     finally:
         reader.close()
+
+
+def _check_files(
+    path: Path,
+    provenance: dict[str, Any],
+    known: Mapping[str, tuple[int, int]],
+    problem: Exception | None,
+) -> FilesCheck:
+    """Raise ``MergeError`` where they are not what the merge wrote, with what is wrong in them."""
+    files = check_files(path, provenance, known)
+    if files.problems:
+        cause = "" if problem is None else f"; {problem}"
+        raise MergeError(f"{path} is not what the merge wrote: {files.problems}{cause}")
+    return files
 
 
 def _wanted(sources: bool | str, sources_from: Path | None) -> str | None:
@@ -123,21 +154,6 @@ def _unchecked(provenance: dict[str, Any] | None, files: FilesCheck | None) -> t
     return (PROVENANCE_FILE, *files.unlisted)
 
 
-def _damaged_tensor(path: Path, files: FilesCheck, allow_nonfinite: bool) -> str:
-    """Which tensor it is, where a file of tensors has changed and can still be read."""
-    if not any(name.endswith(".distcp") for name in files.changed):
-        return ""
-    try:
-        reader = CheckpointReader(read_layout(path))
-        try:
-            _check_entries(reader, allow_nonfinite)
-        finally:
-            reader.close()
-    except (UsageError, MergeError) as error:
-        return f"; {error}"
-    return ""
-
-
 def _check_common(reader: CheckpointReader, provenance: dict[str, Any] | None) -> None:
     """The common state is whole, and says of the merge what ``wsm_merge.json`` says."""
     path = reader.layout.path
@@ -153,28 +169,6 @@ def _check_common(reader: CheckpointReader, provenance: dict[str, Any] | None) -
         )
     if said != described(provenance):
         raise MergeError(f"{path}: {PROVENANCE_FILE} and {where} tell of two merges")
-
-
-def _check_entries(reader: CheckpointReader, allow_nonfinite: bool) -> None:
-    layout = reader.layout
-    for region, key, data in _tensors(reader):
-        if not allow_nonfinite and is_damaged(key, region, data):
-            raise MergeError(f"{layout.path}: {key} at {region.offsets} holds NaN or Inf")
-    for entry in layout.objects.values():
-        reader.read_object(entry)  # checks the archive to the last byte
-
-
-def _tensors(reader: CheckpointReader) -> Iterator[tuple[Region, str, torch.Tensor]]:
-    """Every chunk's elements, piece by piece; settles each chunk's CRC-32."""
-    for key, entry in reader.layout.tensors.items():
-        for chunk in entry.chunks:
-            region = Region(chunk.offsets, chunk.sizes)
-            region_reader = reader.region_reader(key, region)
-            for tile in region.split(_TILE_ELEMENTS):
-                data = torch.empty(tile.numel, dtype=entry.dtype)
-                region_reader.read(tile, Buffer(data))
-                yield region, key, data
-            region_reader.finish()
 
 
 def _check_archive(where: str, data: bytes) -> None:
