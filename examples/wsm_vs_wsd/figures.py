@@ -27,10 +27,20 @@ def plot_all(r: Results, path: Path) -> None:
     for draw, axes in zip(draws, panels.flat, strict=True):
         draw(r, axes)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+        if labels := axes.get_legend_handles_labels()[1]:
+            _legend(axes, len(labels))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _legend(axes: Any, labels: int) -> None:
+    """Of many lines above all of them."""
+    if labels <= 4:
+        axes.legend(fontsize=8)
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.3 * (high - low))
+    axes.legend(fontsize=8, ncols=2, loc="upper right")
 
 
 def _lines(axes: Any, series: Iterator[tuple[str, Points]]) -> None:

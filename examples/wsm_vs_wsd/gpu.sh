@@ -2,10 +2,11 @@
 # WSM against WSD on one GPU: a GPT of 250M parameters (150M without its embeddings), with
 # pretrain_gpt.py. For each seed: a run at a constant LR; from it, at equal tokens, decays (linear,
 # cosine, minus_sqrt) over every window; merges of the same windows; the loss of each on the
-# validation split, in one log a model. Ready to run, not run.
+# validation split, in one log a model. Ready to run; run on CPU ranks alone so far, a tiny model.
 #
-#   MEGATRON_LM=~/Megatron-LM DATA_PATH=/data/text_document OUT=/runs/evidence bash gpu.sh
+#   MEGATRON_LM=~/Megatron-LM DATA_PATH=/data/text_document OUT=/runs/evidence bash gpu.sh [FLAG...]
 #
+# Flags go to every pretrain_gpt.py, and win over those given here.
 # Run it again after an interruption: what is there is not done again. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
@@ -29,13 +30,15 @@ common=(
   --data-path "$DATA_PATH" --split 980,10,10 "${TOKENIZER[@]}"
   --eval-iters "$EVAL_ITERS" --log-interval 100
 )
+own=("$@")
 
 # run LOG FLAG...: pretrain_gpt.py, unless its log says that it has finished.
 run() {
   local log=$1
   shift
   if grep -qs '^finished$' "$log"; then return; fi
-  local command=(torchrun --nproc-per-node 1 "$MEGATRON_LM/pretrain_gpt.py" "${common[@]}" "$@")
+  local command=(torchrun --nproc-per-node 1 "$MEGATRON_LM/pretrain_gpt.py" "${common[@]}" "$@"
+    "${own[@]}")
   if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${command[@]}"
     echo

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from examples.wsm_vs_wsd import names
+from examples.wsm_vs_wsd.progress_given_up import progress_given_up
 from examples.wsm_vs_wsd.results import Results
 from examples.wsm_vs_wsd.statistics import correlation, interval
 from examples.wsm_vs_wsd.tables import Table, _table, shown
@@ -132,33 +133,55 @@ _RULES = {
     "the longest window": lambda one: one["window"],
     "the shortest window": lambda one: -one["window"],
 }
+_OF_LENGTH = ("the longest window", "the shortest window")
+"""To compare with: they look at no path."""
 
 
 def prediction(r: Results) -> Table:
     """Each rule picks the window of the mean, seed by seed, without looking at a loss."""
-    cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for one in gains(r):
-        if one["decay"] == "mean":
-            cases.setdefault((one["run"], one["seed"]), []).append(one)
-    cases = {key: ones for key, ones in cases.items() if len(ones) >= 3}
-    rows = []
-    for run in dict.fromkeys(run for run, _ in cases):
-        for what, rule in _RULES.items():
-            ours = [ones for (name, _), ones in cases.items() if name == run]
-            regret = [
-                max(one["gain"] for one in ones) - max(ones, key=rule)["gain"] for ones in ours
-            ]
-            order = [
-                correlation([rule(o) for o in ones], [o["gain"] for o in ones]) for ones in ours
-            ]
-            rows.append((run, what, shown(interval(order), digits=2),
-                         shown(interval(regret), sign=False)))  # fmt: skip
+    rows = [
+        (run, rule, shown(interval(order), digits=2), shown(interval(regret), sign=False))
+        for (run, rule), (order, regret) in _tried(r).items()
+    ]
     return _table(r, "Prediction of the gain from the path",
                   ("run", "rule", "rank correlation with the gain", "loss against the best window"),
                   rows,
                   "Over the windows of one run and seed, for the mean. The last column is what the"
                   " window that the rule picks loses against the best on the test split, which no"
                   " rule can beat: 0 is perfect.")  # fmt: skip
+
+
+def within_noise(r: Results) -> list[str]:
+    """Rules of the path that in no run pick a window that is worse than the best by more than what
+    seeds differ by."""
+    tried = _tried(r)
+    rules = [rule for rule in _RULES if rule not in _OF_LENGTH]
+    return [
+        rule
+        for rule in rules
+        if all(interval(regret).sign == 0 for (_, one), (_, regret) in tried.items() if one == rule)
+    ]
+
+
+def _tried(r: Results) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """By run and rule: over seeds its rank correlation with the gain, and what its window loses."""
+    cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for one in gains(r):
+        if one["decay"] == "mean":
+            cases.setdefault((one["run"], one["seed"]), []).append(one)
+    cases = {key: ones for key, ones in cases.items() if len(ones) >= 3}
+    tried = {}
+    for run in dict.fromkeys(run for run, _ in cases):
+        ours = [ones for (name, _), ones in cases.items() if name == run]
+        for what, rule in _RULES.items():
+            order = [
+                correlation([rule(o) for o in ones], [o["gain"] for o in ones]) for ones in ours
+            ]
+            regret = [
+                max(one["gain"] for one in ones) - max(ones, key=rule)["gain"] for ones in ours
+            ]
+            tried[run, what] = order, regret
+    return tried
 
 
 def shares(r: Results) -> Table:
@@ -180,5 +203,5 @@ def shares(r: Results) -> Table:
 
 
 ABOUT_THE_REST: tuple[Callable[[Results], Table], ...] = (
-    annealing, experts, fine_tuning, spike, moments, shares, prediction,
+    annealing, experts, fine_tuning, spike, moments, progress_given_up, shares, prediction,
 )  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.wsm_vs_wsd.claims import CLAIMS, MISSING
+from examples.wsm_vs_wsd.claims import CLAIMS, MISSING, VERDICTS
 from examples.wsm_vs_wsd.figures import plot_all
 from examples.wsm_vs_wsd.more_tables import ABOUT_THE_REST
 from examples.wsm_vs_wsd.plan import plan
@@ -100,20 +101,19 @@ def _runs(r: Results) -> Iterator[str]:
     )
 
 
-def p_name(r: Results) -> str:
-    return r.profile.name
-
-
 def _claims(r: Results) -> Iterator[str]:
     yield "## Claim by claim\n"
     yield "| claim | paper | here | verdict at this scale |"
     yield "|---|---|---|---|"
     found = [(claim, *claim.ours(r)) for claim in CLAIMS]
+    counted = Counter(verdict for _, _, verdict in found)
     for claim, ours, verdict in found:
         shown_ours = ours if verdict != MISSING else "–"
         yield f"| {claim.what} | {claim.paper} | {shown_ours} | {verdict} |"
+    sums = ", ".join(f"{counted[one]} {one}" for one in VERDICTS if counted[one])
+    yield f"\nIn sum: {sums}.\n"
     yield (
-        "\nVerdicts follow from the intervals: *reproduced* or *not reproduced* where the interval"
+        "Verdicts follow from the intervals: *reproduced* or *not reproduced* where the interval"
         " leaves out 0, *undecided* otherwise. Parity is at least 90 % of the decay's gain, by the"
         " whole interval; merging and decaying add up where together they gain a tenth"
         " of it more.\n"
