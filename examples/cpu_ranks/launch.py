@@ -137,12 +137,20 @@ def _server(cuda_standin: bool) -> _Server:
 def _raise_failure(status: list[int | None], call: Call) -> None:
     """Raise RankError unless all ranks ended well."""
     failed = [rank for rank, code in enumerate(status) if code]
+    # One that fails takes others along, which lose their connection to it: the first one is named.
+    failed.sort(key=lambda rank: _last_said(call, rank))
     if failed:
         message = f"rank {failed[0]} ended with {status[failed[0]]}"
         raise RankError(f"{message}\n{_tails(call, failed)}")
     if None in status:
         message = f"ranks still running after {call.timeout:.0f} s"
         raise RankError(f"{message}\n{_tails(call, list(range(call.nproc)))}")
+
+
+def _last_said(call: Call, rank: int) -> int:
+    """When a rank wrote to its log for the last time; 0 where it has none."""
+    log = call.folder / f"rank{rank}.log"
+    return log.stat().st_mtime_ns if log.exists() else 0
 
 
 def _tails(call: Call, ranks: list[int]) -> str:

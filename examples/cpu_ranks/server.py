@@ -14,6 +14,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -39,6 +40,7 @@ def _run(call: Call, caller: connection.Connection) -> list[int | None]:
 
     That is when another one has failed, the time is over, or the caller is gone.
     """
+    _import_once(call)
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=_rank, args=(call, n, caller)) for n in range(call.nproc)]
     try:
@@ -49,6 +51,15 @@ def _run(call: Call, caller: connection.Connection) -> list[int | None]:
     finally:
         for process in ranks:
             _end(process)
+
+
+def _import_once(call: Call) -> None:
+    """The module of the function, whose imports every rank would make anew. Where it cannot be
+    imported, the ranks say so."""
+    module, _, _ = pickle.loads(call.file.read_bytes())
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)
+        gc.freeze()
 
 
 def _rank(call: Call, number: int, caller: connection.Connection) -> None:
@@ -74,6 +85,15 @@ def _end(process: ForkProcess) -> None:
     process.join()
 
 
+_LATER = (
+    "examples.cpu_ranks.checkpoint",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "numpy.random",
+    "torch._dynamo",
+)
+"""What a rank imports at the latest when it takes a step or saves, which takes two seconds."""
+
+
 def _import(with_megatron: bool) -> None:
     import torch
 
@@ -84,7 +104,8 @@ def _import(with_megatron: bool) -> None:
         cuda_standin.install()
         if bf16_products.is_slow():
             bf16_products.install()
-        importlib.import_module("examples.cpu_ranks.checkpoint")
+        for name in _LATER:
+            importlib.import_module(name)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from wsm_megatron import publication
 from wsm_megatron.checkpoint import staging_dir
 from wsm_megatron.checkpoint.staging_dir import StagingDirectory
 from wsm_megatron.checkpoint.writer import CheckpointFile
-from wsm_megatron.cli import main
+from wsm_megatron.cli import main, merge  # noqa: F401 - the command, before ranks are forked
 from wsm_megatron.comm import heartbeat
 from wsm_megatron.execution.tiles import Tile
 from wsm_megatron.process.timeouts import timeouts

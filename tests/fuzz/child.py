@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tests.fuzz import oracle
 from tests.fuzz.case import WEIGHTS, Case, make_case
 from tests.fuzz.guard import ForbiddenError, Guard, limit, memory_used
+from wsm_megatron.cli import inspect, merge, resume_check, verify  # noqa: F401 - before the fork
 from wsm_megatron.cli.main import main
 from wsm_megatron.errors import EXIT_DOES_NOT_RESUME
 
