@@ -10,7 +10,8 @@
 # Run it again after an interruption: what is there is not done again. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
-: "${MEGATRON_LM:?a checkout of Megatron-LM}" "${DATA_PATH:?an indexed dataset, without .bin}"
+: "${MEGATRON_LM:?a checkout of Megatron-LM}"
+: "${DATA_PATH:?an indexed dataset, without .bin; or mock, to try the script}"
 : "${OUT:?a folder}"
 
 SEEDS=${SEEDS:-1 2 3 4 5}
@@ -19,6 +20,8 @@ WINDOWS=${WINDOWS:-1000 2000 4000} INTERVAL=${INTERVAL:-100}
 MBS=${MBS:-16} GBS=${GBS:-128} SEQ=${SEQ:-1024} EVAL_ITERS=${EVAL_ITERS:-64}
 TOKENIZER=(--tokenizer-type "${TOKENIZER_TYPE:-HuggingFaceTokenizer}"
   --tokenizer-model "${TOKENIZER_MODEL:-gpt2}")
+data=(--data-path "$DATA_PATH")
+if [ "$DATA_PATH" = mock ]; then data=(--mock-data); fi
 
 common=(
   --num-layers 12 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16
@@ -27,7 +30,7 @@ common=(
   --attention-dropout 0 --hidden-dropout 0 --bf16 --micro-batch-size "$MBS"
   --global-batch-size "$GBS" --lr "$LR" --min-lr 0 --lr-warmup-iters "$WARMUP"
   --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --ckpt-format torch_dist
-  --data-path "$DATA_PATH" --split 980,10,10 "${TOKENIZER[@]}"
+  "${data[@]}" --split 980,10,10 "${TOKENIZER[@]}"
   --eval-iters "$EVAL_ITERS" --log-interval 100
 )
 own=("$@")

@@ -27,7 +27,7 @@ def own_flags() -> list[str]:
 
 def run(megatron: Path, out: Path) -> str:
     tools = Path(sys.executable).parent
-    settings = {"MEGATRON_LM": str(megatron), "DATA_PATH": "none", "OUT": str(out), **SIZES}
+    settings = {"MEGATRON_LM": str(megatron), "DATA_PATH": "mock", "OUT": str(out), **SIZES}
     settings |= {"TOKENIZER_TYPE": "NullTokenizer", "PET_MASTER_PORT": str(free_port())}
     settings |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     script = REPOSITORY / "examples" / "wsm_vs_wsd" / "gpu.sh"
@@ -51,12 +51,10 @@ def test_every_model_is_trained_or_merged_and_evaluated(megatron: Path, tmp_path
     losses = {}
     for name, log in logs.items():
         assert log.endswith("finished\n")
-        losses[name] = float(re.findall(r"validation loss at .*?lm loss value: (\S+)", log)[-1])
+        (losses[name],) = re.findall(r"on validation set \| lm loss value: (\S+)", log)
     assert len(set(losses.values())) == len(losses), f"two models are the same: {losses}"
     rates = re.findall(r"learning rate: (\S+)", logs["decay-linear-4"])
-    assert [float(rate) for rate in rates] == [1e-3, 7.5e-4, 5e-4, 2.5e-4] or float(
-        rates[-1]
-    ) < 5e-4
+    assert [float(rate) for rate in rates] == [7.5e-4, 5e-4, 2.5e-4, 0]
 
     before = sorted(tmp_path.rglob("*"))
     run(megatron, tmp_path)
