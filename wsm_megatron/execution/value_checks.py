@@ -10,6 +10,7 @@ from wsm_megatron.checkpoint.keys import is_variance, may_be_padding
 from wsm_megatron.checkpoint.layout import Layout
 from wsm_megatron.checkpoint.region import Region
 from wsm_megatron.errors import MergeError
+from wsm_megatron.kernels.finite import all_finite
 from wsm_megatron.optimizer.precision import REMAINDERS, explain
 from wsm_megatron.optimizer.representation import Bounded
 from wsm_megatron.planning.tasks import Output, Task
@@ -40,14 +41,14 @@ def wrong_main(task: Task, layout: Layout, values: torch.Tensor | None = None) -
 
 def is_damaged(key: str, region: Region, data: torch.Tensor) -> bool:
     """Whether values of a chunk, or of a part of it, are not finite, padding apart."""
-    if not data.is_floating_point() or torch.isfinite(data).all():
+    if not data.is_floating_point() or all_finite(data):
         return False
     return not _is_padding(key, region)
 
 
 def check_finite(task: Task, layout: Layout, key: str, data: torch.Tensor) -> None:
     """Raise ``MergeError`` where copied values of an input are not finite, padding apart."""
-    if not data.is_floating_point() or torch.isfinite(data).all():
+    if not data.is_floating_point() or all_finite(data):
         return
     if not writes_padding(task, key):
         raise MergeError(_nonfinite_message(layout, key, data))
@@ -68,7 +69,7 @@ def explain_nonfinite(
         return
     for layout, buffers in read:
         for key, buffer in zip(task.recipe.inputs, buffers, strict=False):
-            if not torch.isfinite(buffer.elements).all():
+            if not all_finite(buffer.elements):
                 raise MergeError(_nonfinite_message(layout, key, buffer.elements))
     raise MergeError(
         f"{output.key}: the merged values overflow {output.dtype} although every source is finite; "

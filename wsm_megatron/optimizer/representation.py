@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from wsm_megatron.kernels import Finite
+from wsm_megatron.kernels.finite import all_finite
 
 REMAINDER_RANGE = (-(2**15), 2**15 - 1)
 """Of an int16."""
@@ -95,7 +96,7 @@ class Remainder(Representation):
         if model.dtype is not torch.bfloat16:
             return round_main(value, model)
         model.view(torch.int16).copy_((bits - low) >> 16)
-        return _is_finite(model)
+        return all_finite(model)
 
     def from_model(self, model: torch.Tensor, main: torch.Tensor) -> None:
         main.zero_()
@@ -157,19 +158,10 @@ def round_main(main: torch.Tensor, model: torch.Tensor) -> Finite:
     model.copy_(main)
     if torch.finfo(model.dtype).max >= torch.finfo(main.dtype).max:
         return True
-    return _is_finite(model)
+    return all_finite(model)
 
 
 def differ(left: torch.Tensor, right: torch.Tensor) -> Finite:
     """Whether any bit differs; on a CPU at once, on CUDA as a tensor."""
     left, right = left.view(torch.uint8), right.view(torch.uint8)
     return not torch.equal(left, right) if left.device.type == "cpu" else (left != right).any()
-
-
-def _is_finite(data: torch.Tensor) -> Finite:
-    if data.numel() == 0:
-        return True
-    if data.device.type != "cpu":
-        return torch.isfinite(data).all()
-    ends = torch.aminmax(data)  # NaN where there is one; much faster than isfinite on a CPU
-    return all(math.isfinite(end) for end in ends)

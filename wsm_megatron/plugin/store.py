@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from wsm_megatron.errors import MergeError
+from wsm_megatron.kernels.finite import all_finite
 from wsm_megatron.plugin.block_mean import BlockMean, is_averaged
 from wsm_megatron.plugin.copying import ShardCopier
 from wsm_megatron.plugin.shards import Shard
@@ -159,11 +160,9 @@ class Store(ABC):
             raise
 
     def _check_finite(self, flat: torch.Tensor) -> None:
-        if all(bool(part.isfinite().all()) for part in flat.split(_CHECKED)):
+        if all(bool(all_finite(part)) for part in flat.split(_CHECKED)):
             return
-        names = [
-            name for name, part in self._named(flat).items() if not bool(part.isfinite().all())
-        ]
+        names = [name for name, part in self._named(flat).items() if not bool(all_finite(part))]
         raise MergeError(f"NaN or Inf in {names[0]} ({len(names)} tensors of this rank)")
 
     def _named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
