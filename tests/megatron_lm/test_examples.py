@@ -47,5 +47,5 @@ def test_every_flag_is_known(megatron: Path, script: str) -> None:
         check=False,
     )
     assert parsed.returncode == 0, parsed.stderr[-3000:]
-    assert "num=5" in parsed.stdout and "dir=PosixPath('/local')" in parsed.stdout
+    assert "num=(5,)" in parsed.stdout and "dir=PosixPath('/local')" in parsed.stdout
     assert parsed.stdout.strip().endswith("7")
