@@ -206,11 +206,11 @@ def _prediction(r: Results) -> Found:
 
 
 def _behind(r: Results) -> Found:
-    stable, parts = names.stable("main", r.profile.steps), []
+    parts = []
     for window in r.profile.windows:
         gap = r.difference(merge_name(r, "mean", window), names.decay("main", "linear", window))
         behind = list(given_up(r, "main", window).values())
-        if gap is not None and behind and r.values(stable):
+        if gap is not None and behind:
             parts.append(f"{window}: {shown(gap)}, given up {shown(interval(behind))}")
     return (f"mean − linear decay, over {'; '.join(parts)}", "–") if parts else ("", MISSING)
 

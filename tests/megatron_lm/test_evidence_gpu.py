@@ -25,7 +25,7 @@ def own_flags() -> list[str]:
     return flags
 
 
-def run(megatron: Path, out: Path) -> str:
+def run(megatron: Path, out: Path) -> None:
     tools = Path(sys.executable).parent
     settings = {"MEGATRON_LM": str(megatron), "DATA_PATH": "mock", "OUT": str(out), **SIZES}
     settings |= {"TOKENIZER_TYPE": "NullTokenizer", "PET_MASTER_PORT": str(free_port())}
@@ -41,7 +41,6 @@ def run(megatron: Path, out: Path) -> str:
     )
     logs = {path.name: path.read_text()[-2000:] for path in out.glob("seed1/logs/*")}
     assert done.returncode == 0, (done.stderr[-3000:], logs)
-    return done.stdout
 
 
 def test_every_model_is_trained_or_merged_and_evaluated(megatron: Path, tmp_path: Path) -> None:

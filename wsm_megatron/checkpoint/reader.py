@@ -209,12 +209,22 @@ class CheckpointReader:
                 f"damaged: {error}"
             ) from error
 
-    def _crc_of(self, location: Location, record: Record) -> int:
-        crc, buffer = 0, bytearray(min(record.nbytes, 4 << 20))
-        for start in range(0, record.nbytes, len(buffer) or 1):
-            part = memoryview(buffer)[: record.nbytes - start]
-            self.read_record(location, record.start + start, part, "a tensor")
+    def crc_on(self, location: Location, crc: int, what: str) -> int:
+        """A CRC-32 that goes on through the bytes of a location.
+
+        Args:
+            what: what is read, for messages.
+        """
+        buffer = bytearray(min(location.length, _FILE_PIECE))
+        for start in range(0, location.length, len(buffer) or 1):
+            part = memoryview(buffer)[: location.length - start]
+            self.read_record(location, start, part, what)
             crc = crc32(part, crc)
+        return crc
+
+    def _crc_of(self, location: Location, record: Record) -> int:
+        storage = Location(location.file, location.offset + record.start, record.nbytes)
+        crc = self.crc_on(storage, 0, "a tensor")
         with self._lock:
             self.bytes_read += record.nbytes
         return crc

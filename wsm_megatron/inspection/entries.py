@@ -17,11 +17,10 @@ from wsm_megatron.execution.rank import default_threads
 from wsm_megatron.execution.value_checks import is_damaged
 from wsm_megatron.process.worker_threads import run_workers
 from wsm_megatron.storage.buffer import Buffer
-from wsm_megatron.storage.retry import check_storage
+from wsm_megatron.storage.retry import check_storage, with_retries
 
 _TILE_ELEMENTS = 2**20
-_PIECE = 4 * 2**20
-"""Bytes read at once of what is no tensor."""
+_AROUND = "what lies around its tensors"
 
 
 @dataclass(frozen=True)
@@ -95,22 +94,24 @@ def checksums_of_files(
     files: dict[str, list[Location]] = {}
     for location in sorted({part.location for part in parts}):
         files.setdefault(location.file, []).append(location)
-    joined = {name: _joined(reader, name, at, read.crcs) for name, at in files.items()}
+    sound = {name: at for name, at in files.items() if read.crcs.keys() >= set(at)}
+    joined = {name: _joined(reader, name, at, read.crcs) for name, at in sound.items()}
     return {name: found for name, found in joined.items() if found is not None}
 
 
 def _joined(
     reader: CheckpointReader, name: str, locations: list[Location], crcs: dict[Location, int]
 ) -> tuple[int, int] | None:
-    size = (reader.layout.path / name).stat().st_size
+    path = reader.layout.path / name
+    size = with_retries(path.stat, lambda: f"{path}: looking").st_size
     end = crc = 0
     for location in locations:
-        if location not in crcs or location.offset < end:
+        if location.offset < end:
             return None
-        crc = _read_on(reader, Location(name, end, location.offset - end), crc)
+        crc = reader.crc_on(Location(name, end, location.offset - end), crc, _AROUND)
         crc = crc32_combine(crc, crcs[location], location.length)
         end = location.offset + location.length
-    return size, _read_on(reader, Location(name, end, size - end), crc)
+    return size, reader.crc_on(Location(name, end, size - end), crc, _AROUND)
 
 
 def _read(reader: CheckpointReader, part: Part, allow_nonfinite: bool, progress: Progress) -> int:
@@ -128,8 +129,8 @@ def _read_chunk(
 ) -> int:
     (file, offset, length), key = part.location, part.entry.key
     region, record = Region(chunk.offsets, chunk.sizes), reader.record(key, chunk)
-    crc = _read_on(reader, Location(file, offset, record.start), 0)
     region_reader = reader.region_reader(key, region)
+    crc = reader.crc_on(Location(file, offset, record.start), 0, _AROUND)
     for tile in region.split(_TILE_ELEMENTS):
         data = Buffer.empty(tile.numel, record.dtype)
         region_reader.read(tile, data)
@@ -140,13 +141,4 @@ def _read_chunk(
     region_reader.finish()
     end = record.start + record.nbytes
     progress(length - record.nbytes)
-    return _read_on(reader, Location(file, offset + end, length - end), crc)
-
-
-def _read_on(reader: CheckpointReader, location: Location, crc: int) -> int:
-    """A CRC-32 that goes on through bytes that are no tensor's."""
-    for start in range(0, location.length, _PIECE):
-        data = memoryview(bytearray(min(_PIECE, location.length - start)))
-        reader.read_record(location, start, data, "what lies around its tensors")
-        crc = crc32(data, crc)
-    return crc
+    return reader.crc_on(Location(file, offset + end, length - end), crc, _AROUND)

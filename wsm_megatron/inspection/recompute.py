@@ -89,13 +89,7 @@ def recompute(
             tasks = [task for task in tasks if not _is_padding(task)]
         comparison = _Comparison(merged, sources, provenance["coefficients"])
         parts = list(_all_regions(tasks) if everything else _some_regions(tasks, seed))
-        with progress(0, sum(map(comparison.cost, parts))) as bar:
-
-            def compare(part: Part) -> None:
-                comparison.compare(part)
-                bar(comparison.cost(part))
-
-            run_workers(parts, compare, default_threads(), threading.Event(), check_storage)
+        _compare_all(comparison, parts, progress)
         return comparison.elements
     finally:
         for source in sources:
@@ -323,6 +317,17 @@ class _Comparison:
                 reader.read(place, Buffer(elements))
                 reader.finish()
             source.verify()
+
+
+def _compare_all(comparison: _Comparison, parts: Sequence[Part], progress: ProgressFactory) -> None:
+    """On threads."""
+    with progress(0, sum(map(comparison.cost, parts))) as bar:
+
+        def compare(part: Part) -> None:
+            comparison.compare(part)
+            bar(comparison.cost(part))
+
+        run_workers(parts, compare, default_threads(), threading.Event(), check_storage)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -13,7 +13,12 @@ from wsm_megatron.checkpoint.layout import PROVENANCE_FILE, read_layout
 from wsm_megatron.checkpoint.reader import CheckpointReader
 from wsm_megatron.errors import MergeError, UsageError
 from wsm_megatron.execution.rank import ProgressFactory, no_progress
-from wsm_megatron.inspection.entries import checksums_of_files, parts_of, read_entries
+from wsm_megatron.inspection.entries import (
+    EntriesRead,
+    checksums_of_files,
+    parts_of,
+    read_entries,
+)
 from wsm_megatron.inspection.manifest import FilesCheck, check_files
 from wsm_megatron.inspection.recompute import recompute
 from wsm_megatron.planning.provenance import described, is_sealed, read_provenance
@@ -80,15 +85,7 @@ def verify(
         raise UsageError(f"{path}: no {PROVENANCE_FILE}; not a checkpoint of this tool")
     bar = progress or no_progress
     with _opened(path, provenance) as reader:
-        parts = parts_of(reader)
-        with bar(0, sum(part.location.length for part in parts)) as update:
-            entries = read_entries(reader, parts, allow_nonfinite, update)
-        known = checksums_of_files(reader, parts, entries)
-        files = (
-            None if provenance is None else _check_files(path, provenance, known, entries.problem)
-        )
-        if entries.problem is not None:
-            raise entries.problem
+        entries, files = _read_through(reader, provenance, allow_nonfinite, bar)
         _check_common(reader, provenance)
         samples = 0
         if recomputed is not None and provenance is not None:
@@ -122,6 +119,24 @@ def _opened(path: Path, provenance: dict[str, Any] | None) -> Iterator[Checkpoin
         yield reader
     finally:
         reader.close()
+
+
+def _read_through(
+    reader: CheckpointReader,
+    provenance: dict[str, Any] | None,
+    allow_nonfinite: bool,
+    progress: ProgressFactory,
+) -> tuple[EntriesRead, FilesCheck | None]:
+    """Every entry, and of a merge every file: raises what is wrong in them."""
+    parts, files = parts_of(reader), None
+    with progress(0, sum(part.location.length for part in parts)) as bar:
+        entries = read_entries(reader, parts, allow_nonfinite, bar)
+    if provenance is not None:
+        known = checksums_of_files(reader, parts, entries)
+        files = _check_files(reader.layout.path, provenance, known, entries.problem)
+    if entries.problem is not None:
+        raise entries.problem
+    return entries, files
 
 
 def _check_files(
